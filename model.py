@@ -1,0 +1,782 @@
+"""DeepSeek-V4 (Flash and Pro) in one file, written to be captured whole by `torch.compile(fullgraph=True)`.
+
+One forward serves training, prefill, verify and decode. They differ only in T, the number of new tokens, and in where
+older keys come from: zeros (training) or rings and entry buffers (generation). Positions are tensors, shapes are
+static, nothing on the forward path reads a value back to the host. References like "spec 5" are sections of
+the V4 specification that the docstrings restate; "REF" is DeepSeek's inference code, "paper" is arXiv 2606.19348.
+
+    B batch   T new tokens   S = T in training   d model dim   H heads   D head dim   n = 4 residual streams
+    W window  R compression ratio   E compressed entries   r low rank   K experts (or entries) chosen
+"""
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from ops.registry import Table, require
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+@dataclasses.dataclass
+class ModelArgs:
+    """The architecture (spec 1). Names follow the official inference config; defaults are Flash.
+
+    compress_ratios has one entry per layer, then one per MTP block: 0 is sliding window only, 4 is overlapping
+    windows chosen by an indexer (CSA), any other ratio is plain windows, all of them visible (HCA: 128).
+    act_quant switches the activation fake-quantisation of spec 8; set it before tracing.
+    """
+
+    vocab_size: int = 129280
+    dim: int = 4096
+    moe_inter_dim: int = 2048
+    n_layers: int = 43
+    n_hash_layers: int = 3
+    n_mtp_layers: int = 1
+    n_heads: int = 64
+    n_routed_experts: int = 256
+    n_shared_experts: int = 1
+    n_activated_experts: int = 6
+    score_func: str = "sqrtsoftplus"
+    route_scale: float = 1.5
+    swiglu_limit: float = 10.0
+    q_lora_rank: int = 1024
+    head_dim: int = 512
+    rope_head_dim: int = 64
+    norm_eps: float = 1e-6
+    o_groups: int = 8
+    o_lora_rank: int = 1024
+    window_size: int = 128
+    compress_ratios: tuple[int, ...] = (0, 0, *(4, 128) * 20, 4, 0)
+    rope_theta: float = 10000.0
+    compress_rope_theta: float = 160000.0
+    rope_factor: float = 16.0
+    original_seq_len: int = 65536
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    index_n_heads: int = 64
+    index_head_dim: int = 128
+    index_topk: int = 512
+    hc_mult: int = 4
+    hc_sinkhorn_iters: int = 20
+    hc_eps: float = 1e-6
+    max_seq_len: int = 1048576
+    expert_dtype: str | None = "fp4"
+    bos_id: int = 0
+    eos_id: int = 1
+    act_quant: bool = False
+
+    def __post_init__(self):
+        self.compress_ratios = tuple(self.compress_ratios)
+        positive = ("vocab_size dim moe_inter_dim n_layers n_heads n_routed_experts n_activated_experts q_lora_rank "
+                    "head_dim rope_head_dim o_groups o_lora_rank window_size index_n_heads index_head_dim index_topk "
+                    "hc_mult hc_sinkhorn_iters max_seq_len rope_theta compress_rope_theta rope_factor swiglu_limit")
+        for name in positive.split():
+            value = getattr(self, name)
+            require(isinstance(value, (int, float)) and value > 0, f"{name} must be a positive number, not {value!r}")
+        for name, only in dict(score_func="sqrtsoftplus", n_shared_experts=1).items():
+            require(getattr(self, name) == only, f"{name} must be {only!r}, not {getattr(self, name)!r}")
+        require(self.n_mtp_layers in (0, 1), f"n_mtp_layers must be 0 or 1, not {self.n_mtp_layers}")
+        require(0 <= self.n_hash_layers <= self.n_layers, f"n_hash_layers is {self.n_hash_layers} of {self.n_layers} layers")
+        count = self.n_layers + self.n_mtp_layers
+        require(len(self.compress_ratios) == count, f"compress_ratios has {len(self.compress_ratios)} entries, not "
+               f"{count} (one per layer, then one per MTP block)")
+        require(all(r == 0 or r > 1 for r in self.compress_ratios), f"compress_ratios holds an entry that is neither 0 nor > 1: "
+               f"{self.compress_ratios}")
+        require(not any(self.compress_ratios[self.n_layers:]), "compress_ratios of an MTP block must be 0")
+        require(self.n_heads % self.o_groups == 0, f"o_groups {self.o_groups} does not divide n_heads {self.n_heads}")
+        require(self.n_activated_experts <= self.n_routed_experts, f"n_activated_experts {self.n_activated_experts} exceeds "
+               f"n_routed_experts {self.n_routed_experts}")
+        for name in ("head_dim", "index_head_dim"):
+            require(self.rope_head_dim <= getattr(self, name), f"rope_head_dim {self.rope_head_dim} exceeds {name} {getattr(self, name)}")
+        require(self.rope_head_dim % 2 == 0, f"rope_head_dim {self.rope_head_dim} is odd")
+        require(not self.act_quant or self.index_head_dim & (self.index_head_dim - 1) == 0 or 4 not in self.compress_ratios,
+               f"index_head_dim {self.index_head_dim} is no power of two, as the Hadamard transform of act_quant needs")
+
+    @classmethod
+    def flash(cls) -> ModelArgs:
+        """DeepSeek-V4-Flash: 284 B parameters, 13 B active."""
+        return cls()
+
+    @classmethod
+    def pro(cls) -> ModelArgs:
+        """DeepSeek-V4-Pro: 1.6 T parameters, 49 B active."""
+        return cls(dim=7168, moe_inter_dim=3072, n_layers=61, n_heads=128, n_routed_experts=384, route_scale=2.5,
+                   q_lora_rank=1536, o_groups=16, index_topk=1024, compress_ratios=(128, 128, *(4, 128) * 29, 4, 0))
+
+    @classmethod
+    def tiny(cls) -> ModelArgs:
+        """The embedded model: every layer kind at a size that two CPU cores train and serve."""
+        return cls(vocab_size=1024, dim=256, moe_inter_dim=128, n_layers=7, n_hash_layers=2, n_heads=8, n_routed_experts=16,
+                   n_activated_experts=4, q_lora_rank=128, head_dim=64, rope_head_dim=16, o_groups=2, o_lora_rank=128,
+                   index_n_heads=16, index_head_dim=32, index_topk=64, max_seq_len=2048,
+                   compress_ratios=(0, 0, 4, 128, 4, 128, 4, 0))
+
+    @classmethod
+    def debug(cls) -> ModelArgs:
+        """The smallest model with every layer kind: ratios 0, 4 and 128, hash and score routing, MTP."""
+        return cls(vocab_size=256, dim=64, moe_inter_dim=32, n_layers=4, n_hash_layers=2, n_heads=4, n_routed_experts=8,
+                   n_activated_experts=2, q_lora_rank=32, head_dim=32, rope_head_dim=16, o_groups=2, o_lora_rank=16,
+                   index_n_heads=16, index_head_dim=16, index_topk=16, max_seq_len=2048, compress_ratios=(0, 4, 128, 4, 0))
+
+    @classmethod
+    def from_json(cls, path) -> ModelArgs:
+        """Read a released `config.json` (Hugging Face keys) or the official inference `config.json`.
+
+        A folder means its config.json. Keys that describe no V4, unknown keys, missing keys and impossible values are
+        ValueErrors naming the file and the key.
+        """
+        path = str(path) if str(path).endswith(".json") else f"{path}/config.json"
+        try:
+            with open(path, encoding="utf-8") as file:
+                config = json.load(file)
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read ({error.strerror}); a checkpoint folder holds a config.json") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: not valid JSON ({error})") from None
+        require(isinstance(config, dict), f"{path}: not a JSON object")
+        try:
+            return cls(**_translate(config))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def to_hf(self) -> dict:
+        """The released `config.json` as a dict: Hugging Face keys, no quantization_config."""
+        config = {key: getattr(self, name) for key, name in _HF_NAMES.items()} | _HF_FIXED
+        config["compress_ratios"] = list(self.compress_ratios)
+        config["rope_scaling"] = None if not self.original_seq_len else {
+            "type": "yarn", **{key: getattr(self, name) for key, name in _HF_YARN.items()}}
+        return {"architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4", **config}
+
+
+_HF_NAMES = dict(
+    vocab_size="vocab_size", hidden_size="dim", moe_intermediate_size="moe_inter_dim", num_hidden_layers="n_layers",
+    num_hash_layers="n_hash_layers", num_nextn_predict_layers="n_mtp_layers", num_attention_heads="n_heads",
+    n_routed_experts="n_routed_experts", n_shared_experts="n_shared_experts", num_experts_per_tok="n_activated_experts",
+    scoring_func="score_func", routed_scaling_factor="route_scale", swiglu_limit="swiglu_limit", q_lora_rank="q_lora_rank",
+    head_dim="head_dim", qk_rope_head_dim="rope_head_dim", rms_norm_eps="norm_eps", o_groups="o_groups", o_lora_rank="o_lora_rank",
+    sliding_window="window_size", compress_ratios="compress_ratios", rope_theta="rope_theta",
+    compress_rope_theta="compress_rope_theta", index_n_heads="index_n_heads", index_head_dim="index_head_dim",
+    index_topk="index_topk", hc_mult="hc_mult", hc_sinkhorn_iters="hc_sinkhorn_iters", hc_eps="hc_eps",
+    max_position_embeddings="max_seq_len", expert_dtype="expert_dtype", bos_token_id="bos_id", eos_token_id="eos_id")
+_HF_YARN = dict(factor="rope_factor", original_max_position_embeddings="original_seq_len", beta_fast="beta_fast",
+                beta_slow="beta_slow")
+_HF_FIXED = dict(attention_bias=False, attention_dropout=0.0, hidden_act="silu", norm_topk_prob=True,
+                 num_key_value_heads=1, tie_word_embeddings=False, topk_method="noaux_tc")  # V4 has no other value
+_OPTIONAL = {"expert_dtype", "bos_id", "eos_id", "n_mtp_layers", "max_seq_len", "hc_eps", "norm_eps", "n_shared_experts", "score_func"}
+_METADATA = set("architectures model_type torch_dtype dtype transformers_version use_cache initializer_range "
+                "quantization_config rope_scaling pad_token_id auto_map _name_or_path max_batch_size scale_fmt".split())
+
+
+def _translate(config: dict) -> dict:
+    """Config keys of either kind -> ModelArgs fields."""
+    require(config.get("model_type", "deepseek_v4") == "deepseek_v4",
+           f"model_type is {config.get('model_type')!r}, not 'deepseek_v4': this is DeepSeek-V4 only")
+    fields = {field.name for field in dataclasses.fields(ModelArgs)} - {"act_quant", "bos_id", "eos_id"}
+    official = "dim" in config
+    names = {name: name for name in fields} if official else dict(_HF_NAMES)
+    args, dspark = {}, any(key.startswith("dspark_") for key in config)
+    for key, value in config.items():
+        if key in names:
+            args[names[key]] = value
+        elif key in _HF_FIXED:
+            require(value == _HF_FIXED[key], f"{key} is {value!r}; V4 has {_HF_FIXED[key]!r}")
+        else:
+            require(key in _METADATA or key.startswith("dspark_"), f"unknown key {key!r}: not a DeepSeek-V4 config")
+    if not official:
+        yarn = config.get("rope_scaling") or dict(factor=1.0, original_max_position_embeddings=0, beta_fast=32, beta_slow=1)
+        require(yarn.get("type", yarn.get("rope_type", "yarn")) == "yarn", f"rope_scaling type {yarn.get('type')!r} is not 'yarn'")
+        for key in _HF_YARN:
+            require(key in yarn, f"rope_scaling lacks {key!r}")
+            args[_HF_YARN[key]] = yarn[key]
+    missing = sorted(key for key, name in names.items() if name not in args and name not in _OPTIONAL)
+    require(not missing, f"missing key {missing[0] if missing else ''!r}: not a complete DeepSeek-V4 config")
+    args.setdefault("expert_dtype", None)
+    args["act_quant"] = bool(config.get("quantization_config")) or (official and config.get("dtype") == "fp8")
+    ratios = args["compress_ratios"]
+    require(isinstance(ratios, list), "compress_ratios is not a list")
+    args.setdefault("n_mtp_layers", len(ratios) - args["n_layers"])
+    if dspark:  # the -0731 drafter is another block (spec 14): the backbone loads, MTP is off
+        args["n_mtp_layers"] = 0
+    args["compress_ratios"] = ratios[: args["n_layers"] + args["n_mtp_layers"]]
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Positions
+
+
+class Windows(NamedTuple):
+    """The compression windows of one ratio R that end in this call, and which entries each token sees (spec 5, 6).
+
+    end    [B, E]  row of the window's last token among this call's tokens (may lie outside for a window not ending here)
+    index  [B, E]  number of the window in its document, w; its position is w * R
+    slot   [B, E]  where the entry is cached; the last slot is a bin for windows that do not end in this call
+    phase  [B, T]  position of a token in its window, t mod R
+    lo, hi [B, T]  a token sees the entries lo <= e < hi
+    cos, sin [B, E, r/2]  RoPE of the entries
+    """
+
+    end: torch.Tensor
+    index: torch.Tensor
+    slot: torch.Tensor
+    phase: torch.Tensor
+    lo: torch.Tensor
+    hi: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+class Plan(NamedTuple):
+    """Everything that depends on positions alone: computed once per call, shared by all layers.
+
+    row       [B, 1]   batch index
+    pos       [B, T]   position of each token in its document (or in its conversation)
+    seen      [B, T]   keys of the sliding window that a token sees, itself included: min(pos + 1, W)
+    input_pos [B] or None   position of the first token; None in training
+    lengths   [B]      valid tokens of each row
+    rope      {compressed?: (cos, sin) [B, T, r/2]}
+    windows   {R: Windows}
+    """
+
+    row: torch.Tensor
+    pos: torch.Tensor
+    seen: torch.Tensor
+    input_pos: torch.Tensor | None
+    lengths: torch.Tensor | None
+    rope: dict[bool, tuple[torch.Tensor, torch.Tensor]]
+    windows: dict[int, Windows]
+
+
+def rope_frequencies(args: ModelArgs, compressed: bool) -> torch.Tensor:
+    """Angular frequency of each rotated pair, [r/2] fp32 (spec 4): plain for sliding layers, YaRN for compressed ones."""
+    dim, base = args.rope_head_dim, args.compress_rope_theta if compressed else args.rope_theta
+    freqs = 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim))
+    if compressed and args.original_seq_len:
+        low, high = (dim * math.log(args.original_seq_len / (beta * 2 * math.pi)) / (2 * math.log(base))
+                     for beta in (args.beta_fast, args.beta_slow))
+        low, high = max(math.floor(low), 0), min(math.ceil(high), dim - 1)
+        ramp = ((torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / max(high - low, 1e-3)).clamp(0, 1)
+        freqs = freqs / args.rope_factor * ramp + freqs * (1 - ramp)
+    return freqs
+
+
+def make_plan(args: ModelArgs, freqs: torch.Tensor, tokens: torch.Tensor, ratios: set[int], max_seq_len: int,
+              input_pos: torch.Tensor | None, lengths: torch.Tensor | None, doc_ids: torch.Tensor | None) -> Plan:
+    """Positions, window boundaries, visibility and RoPE angles of a call. freqs [2, r/2]: sliding, compressed."""
+    (B, T), device = tokens.shape, tokens.device
+    row, col = torch.arange(B, device=device)[:, None], torch.arange(T, device=device)[None]
+    if input_pos is not None:
+        valid = torch.full_like(input_pos, T) if lengths is None else lengths
+        lengths = torch.minimum(valid, max_seq_len - input_pos).clamp(min=0)  # beyond the context nothing is stored
+        pos = input_pos[:, None] + col
+    elif doc_ids is not None:
+        new = F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (1, 0))
+        pos = col - torch.where(new, col, 0).cummax(1).values
+    else:
+        pos = col.expand(B, T)
+
+    def angles(position, compressed):
+        angle = position[..., None].float() * freqs[int(compressed)]
+        return angle.cos(), angle.sin()
+
+    windows = {}
+    for R in sorted(ratios):
+        e = torch.arange((T - 1) // R + 1, device=device)[None]  # no more windows than this end in T tokens
+        if input_pos is not None:
+            index = input_pos[:, None] // R + e
+            end = (index + 1) * R - 1 - input_pos[:, None]
+            lo, slot = torch.zeros_like(pos), torch.where(end < lengths[:, None], index, -(-max_seq_len // R))
+        else:  # a window ends in at most one of the tokens eR .. eR + R - 1, so a document's entries are consecutive
+            last = F.pad((pos + 1) % R == 0, (0, -T % R)).unflatten(1, (-1, R))
+            end = last.to(torch.int32).argmax(2) + e * R
+            index = pos.gather(1, end.clamp(max=T - 1)) // R
+            lo, slot = (col - pos + R - 1) // R, index
+        windows[R] = Windows(end, index, slot, pos % R, lo, lo + (pos + 1) // R, *angles(index * R, True))
+    rope = {compressed: angles(pos, compressed) for compressed in (False, True)}
+    return Plan(row, pos, (pos + 1).clamp(max=args.window_size), input_pos, lengths, rope, windows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Building blocks
+
+
+class RMSNorm(nn.Module):
+    """x * rsqrt(mean(x^2) + eps) * weight over the last dim, in fp32, one cast back (spec 2)."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim, dtype=torch.float32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        v = x.float()
+        return (v * torch.rsqrt(v.square().mean(-1, keepdim=True) + self.eps) * self.weight.float()).to(x.dtype)
+
+
+class Linear(nn.Module):
+    """y = x W^T without bias. `fp8` marks the linears whose weight the released checkpoint stores in FP8 (spec 8, 11).
+
+    Those see fake-quantised inputs under act_quant. When a checkpoint is loaded natively, weight stays float8_e4m3fn and
+    scale holds its 128 x 128 block scales. groups > 1 is block-diagonal: x [..., g, in] -> [..., g, out / g].
+    """
+
+    def __init__(self, model: Transformer, dim_in: int, dim_out: int, fp8: bool = False, groups: int = 1):
+        super().__init__()
+        self.args, self.ops, self.fp8, self.groups = model.args, model.ops, fp8, groups
+        self.weight = nn.Parameter(torch.empty(dim_out, dim_in))
+        self.register_parameter("scale", None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        act_quant = self.args.act_quant and self.fp8 and self.groups == 1  # wo_a, the grouped one, reads plain inputs
+        if self.scale is not None:
+            return self.ops.quant_linear(x, self.weight, self.scale, self.groups, act_quant)
+        if act_quant:
+            x = self.ops.act_quant(x, 128, "fp8")
+        if self.groups > 1:
+            return torch.einsum("...gi,goi->...go", x, self.weight.unflatten(0, (self.groups, -1)))
+        return F.linear(x, self.weight)
+
+
+def linear_fp32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x W^T with fp32 arithmetic and result, whatever the dtypes: router, compressor, head (spec 8)."""
+    return F.linear(x.float(), weight.float())
+
+
+def hadamard(x: torch.Tensor) -> torch.Tensor:
+    """Orthonormal Walsh-Hadamard transform of the last dim (a power of two), natural order (spec 7)."""
+    n = x.shape[-1]
+    i = torch.arange(n, device=x.device)
+    parity = i[:, None] & i
+    for shift in (16, 8, 4, 2, 1):
+        parity = parity ^ (parity >> shift)
+    return ((x.float() @ (1 - 2 * (parity & 1)).float()) * n**-0.5).to(x.dtype)
+
+
+class Ring(nn.Module):
+    """The last rows of a per-token tensor, addressed by position modulo the ring's size.
+
+    `ring(new, plan)` returns the `back` rows before this call, in order, followed by the new ones, and only then stores
+    the new ones. The ring is max_rewind longer than it looks back, so setting positions back needs no other rollback:
+    rows of rejected tokens lie out of sight until they are overwritten. In training the older rows are zeros.
+    """
+
+    def __init__(self, back: int):
+        super().__init__()
+        self.back = back
+
+    def setup(self, batch: int, dim: int, max_rewind: int, dtype: torch.dtype, device: torch.device):
+        rows = torch.zeros(batch, self.back + 1 + max_rewind + 1, dim, dtype=dtype, device=device)  # last row: a bin
+        self.register_buffer("rows", rows, persistent=False)
+
+    def forward(self, new: torch.Tensor, plan: Plan) -> torch.Tensor:  # [B, T, C] -> [B, back + T, C]
+        if plan.input_pos is None:
+            return F.pad(new, (0, 0, self.back, 0))
+        size, pos = self.rows.shape[1] - 1, plan.input_pos[:, None]
+        old = self.rows[plan.row, (pos + torch.arange(-self.back, 0, device=new.device)) % size]
+        stored = min(new.shape[1], size)  # the last valid rows, one per slot
+        col = plan.lengths[:, None] + torch.arange(-stored, 0, device=new.device)
+        slot = torch.where(col >= 0, (pos + col) % size, size)
+        self.rows.index_put_((plan.row, slot), new.to(self.rows.dtype)[plan.row, col.clamp(min=0)])
+        return torch.cat([old, new.to(old.dtype)], 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+class Compressor(nn.Module):
+    """Pools windows of R tokens into entries, by a softmax per channel (spec 6).
+
+    With overlap (R = 4) an entry also pools the previous window, in the first half of the channels ("lookback lane").
+    The indexer's own compressor has rotate=True: Hadamard and fp4 under act_quant, instead of fp8.
+    """
+
+    def __init__(self, model: Transformer, ratio: int, dim: int, rotate: bool = False):
+        super().__init__()
+        args = model.args
+        self.args, self.ops, self.ratio, self.dim, self.rotate = args, model.ops, ratio, dim, rotate
+        lanes = 2 if ratio == 4 else 1
+        self.ape = nn.Parameter(torch.empty(ratio, lanes * dim, dtype=torch.float32))
+        self.wkv = Linear(model, args.dim, lanes * dim)
+        self.wgate = Linear(model, args.dim, lanes * dim)
+        self.norm = RMSNorm(dim, args.norm_eps)
+        self.ring = Ring(lanes * ratio - 1)
+
+    def setup(self, batch: int, max_seq_len: int, max_rewind: int, dtype: torch.dtype, device: torch.device):
+        self.ring.setup(batch, 2 * self.wkv.weight.shape[0], max_rewind, torch.float32, device)
+        entries = torch.zeros(batch, -(-max_seq_len // self.ratio) + 1, self.dim, dtype=dtype, device=device)  # last: a bin
+        self.register_buffer("entries", entries, persistent=False)
+
+    def forward(self, x: torch.Tensor, plan: Plan) -> torch.Tensor:  # [B, T, d] -> all entries so far [B, E, D]
+        win = plan.windows[self.ratio]
+        score = linear_fp32(x, self.wgate.weight) + self.ape.float()[win.phase]
+        rows = self.ring(torch.cat([linear_fp32(x, self.wkv.weight), score], -1), plan)  # [B, back + T, 2 * lanes * D]
+        new = self.ops.compress(rows, win.end + self.ring.back, win.index, self.norm.weight, win.cos, win.sin, self.ratio,
+                                self.args.norm_eps, x.dtype)
+        if self.args.act_quant:
+            new = self.ops.act_quant(hadamard(new), 32, "fp4") if self.rotate else quantize_kv(self, new)
+        if plan.input_pos is None:
+            return new
+        self.entries.index_put_((plan.row, win.slot), new.to(self.entries.dtype))
+        return self.entries[: x.shape[0], :-1]
+
+
+def quantize_kv(module: nn.Module, kv: torch.Tensor) -> torch.Tensor:
+    """Fake fp8 on all but the rotated dims of keys, in blocks of 64 (spec 5, 8)."""
+    nope, rope = kv.tensor_split([kv.shape[-1] - module.args.rope_head_dim], -1)
+    return torch.cat([module.ops.act_quant(nope, 64, "fp8"), rope], -1)
+
+
+class Indexer(nn.Module):
+    """Chooses which entries a token attends to: the index_topk with the highest sum_h u_h relu(q_h . k) (spec 7)."""
+
+    def __init__(self, model: Transformer, ratio: int):
+        super().__init__()
+        args = model.args
+        self.args, self.ops, self.ratio = args, model.ops, ratio
+        self.wq_b = Linear(model, args.q_lora_rank, args.index_n_heads * args.index_head_dim, fp8=True)
+        self.weights_proj = Linear(model, args.dim, args.index_n_heads)
+        self.compressor = Compressor(model, ratio, args.index_head_dim, rotate=True)
+
+    def forward(self, x: torch.Tensor, qr: torch.Tensor, plan: Plan) -> torch.Tensor:  # -> [B, T, K], -1 = none
+        args, win = self.args, plan.windows[self.ratio]
+        q = self.wq_b(qr).unflatten(-1, (args.index_n_heads, args.index_head_dim))  # [B, T, Hi, Di]
+        q = self.ops.rope(q, *plan.rope[True], False)
+        if args.act_quant:
+            q = self.ops.act_quant(hadamard(q), 32, "fp4")
+        u = self.weights_proj(x) * (args.index_head_dim**-0.5 * args.index_n_heads**-0.5)  # [B, T, Hi]
+        return self.ops.indexer_topk(q, self.compressor(x, plan), u, win.lo, win.hi, args.index_topk)
+
+
+class Attention(nn.Module):
+    """Multi-query attention over the sliding window and the compressed entries, one softmax with a sink (spec 5).
+
+    Keys and values are the same latent, shared by all heads. Queries come from a low-rank projection and are normalised
+    per head; outputs are rotated back and go through a grouped low-rank projection.
+    """
+
+    def __init__(self, model: Transformer, ratio: int):
+        super().__init__()
+        args = model.args
+        self.args, self.ops, self.ratio = args, model.ops, ratio
+        H, D, g = args.n_heads, args.head_dim, args.o_groups
+        self.wq_a = Linear(model, args.dim, args.q_lora_rank, fp8=True)
+        self.q_norm = RMSNorm(args.q_lora_rank, args.norm_eps)
+        self.wq_b = Linear(model, args.q_lora_rank, H * D, fp8=True)
+        self.wkv = Linear(model, args.dim, D, fp8=True)
+        self.kv_norm = RMSNorm(D, args.norm_eps)
+        self.wo_a = Linear(model, H * D // g, g * args.o_lora_rank, fp8=True, groups=g)
+        self.wo_b = Linear(model, g * args.o_lora_rank, args.dim, fp8=True)
+        self.attn_sink = nn.Parameter(torch.empty(H, dtype=torch.float32))
+        self.ring = Ring(args.window_size - 1)
+        if ratio:
+            self.compressor = Compressor(model, ratio, D)
+        if ratio == 4:
+            self.indexer = Indexer(model, ratio)
+
+    def forward(self, x: torch.Tensor, plan: Plan) -> torch.Tensor:  # [B, T, d] -> [B, T, d]
+        args, rope = self.args, plan.rope[self.ratio > 0]
+        qr = self.q_norm(self.wq_a(x))  # [B, T, q_lora]
+        q = self.wq_b(qr).unflatten(-1, (args.n_heads, args.head_dim))  # [B, T, H, D]
+        v = q.float()
+        q = (v * torch.rsqrt(v.square().mean(-1, keepdim=True) + args.norm_eps)).to(q.dtype)
+        q = self.ops.rope(q, *rope, False)
+        kv = self.ops.rope(self.kv_norm(self.wkv(x)), *rope, False)  # [B, T, D]
+        if args.act_quant:
+            kv = quantize_kv(self, kv)
+        keys = self.ring(kv, plan)  # [B, W - 1 + T, D]
+        entries = lo = hi = chosen = None
+        if self.ratio:
+            win = plan.windows[self.ratio]
+            entries, lo, hi = self.compressor(x, plan), win.lo, win.hi  # [B, E, D]
+            if self.ratio == 4 and entries.shape[1] > args.index_topk:  # else every visible entry would be chosen
+                chosen = self.indexer(x, qr, plan)  # [B, T, K]
+        o = self.ops.sparse_attn(q, keys, self.attn_sink, plan.seen, entries, lo, hi, chosen, args.head_dim**-0.5)
+        o = self.ops.rope(o, *rope, True)  # [B, T, H, D]
+        return self.wo_b(self.wo_a(o.flatten(2).unflatten(-1, (args.o_groups, -1))).flatten(2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mixture of experts
+
+
+class Gate(nn.Module):
+    """Chooses K experts per token and their weights (spec 9): by token id in hash layers, else by score plus bias."""
+
+    def __init__(self, model: Transformer, hashed: bool):
+        super().__init__()
+        args = self.args = model.args
+        self.weight = nn.Parameter(torch.empty(args.n_routed_experts, args.dim))
+        if hashed:
+            self.register_buffer("tid2eid", torch.empty(args.vocab_size, args.n_activated_experts, dtype=torch.int64))
+        else:
+            self.bias = nn.Parameter(torch.empty(args.n_routed_experts, dtype=torch.float32), requires_grad=False)
+
+    def forward(self, x: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # [N, d], [N]
+        score = F.softplus(linear_fp32(x, self.weight)).sqrt()  # [N, E]
+        if hasattr(self, "tid2eid"):
+            chosen = self.tid2eid[tokens]
+        else:
+            chosen = (score + self.bias.float()).topk(self.args.n_activated_experts, sorted=False).indices  # [N, K]
+        weight = score.gather(1, chosen)  # the bias only selects
+        return chosen, weight / weight.sum(-1, keepdim=True) * self.args.route_scale
+
+
+class Expert(nn.Module):
+    """w2(silu(w1 x) * w3 x) with clamped pre-activations, fp32 inside (spec 9): the shared expert."""
+
+    def __init__(self, model: Transformer):
+        super().__init__()
+        args = self.args = model.args
+        self.w1 = Linear(model, args.dim, args.moe_inter_dim, fp8=True)
+        self.w2 = Linear(model, args.moe_inter_dim, args.dim, fp8=True)
+        self.w3 = Linear(model, args.dim, args.moe_inter_dim, fp8=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        limit = self.args.swiglu_limit
+        gate, up = self.w1(x).float().clamp(max=limit), self.w3(x).float().clamp(-limit, limit)
+        return self.w2((F.silu(gate) * up).to(x.dtype))
+
+
+class Experts(nn.Module):
+    """The routed experts, stacked: w13 [E, 2I, d] (w1 rows first), w2 [E, d, I].
+
+    When a checkpoint is loaded natively they stay packed (FP4 int8 [E, 2I, d/2] or FP8) beside w13_scale, w2_scale.
+    """
+
+    def __init__(self, model: Transformer):
+        super().__init__()
+        args = self.args = model.args
+        self.ops = model.ops
+        E, I, d = args.n_routed_experts, args.moe_inter_dim, args.dim
+        self.w13 = nn.Parameter(torch.empty(E, 2 * I, d))
+        self.w2 = nn.Parameter(torch.empty(E, d, I))
+        self.register_parameter("w13_scale", None)
+        self.register_parameter("w2_scale", None)
+
+    def forward(self, x: torch.Tensor, chosen: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:  # -> [N, d] fp32
+        return self.ops.moe(x, self.w13, self.w2, chosen, weight, self.w13_scale, self.w2_scale, self.args.swiglu_limit,
+                            self.args.act_quant)
+
+
+class MoE(nn.Module):
+    """Routed experts plus one shared expert (spec 9)."""
+
+    def __init__(self, model: Transformer, hashed: bool):
+        super().__init__()
+        self.gate = Gate(model, hashed)
+        self.experts = Experts(model)
+        self.shared_experts = Expert(model)
+
+    def forward(self, x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:  # [B, T, d], [B, T] -> [B, T, d]
+        flat = x.flatten(0, 1)
+        routed = self.experts(flat, *self.gate(flat, tokens.flatten()))
+        return (routed.view(x.shape) + self.shared_experts(x).float()).to(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hyper-connections, blocks, model
+
+
+def hc_params(args: ModelArgs, rows: int, scales: int) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
+    """fn [rows, n d], base [rows], scale [scales] of one hyper-connection site, fp32 (spec 3)."""
+    return tuple(nn.Parameter(torch.empty(shape, dtype=torch.float32)) for shape in ((rows, args.hc_mult * args.dim), rows, scales))
+
+
+def hc_head(X: torch.Tensor, fn: torch.Tensor, base: torch.Tensor, scale: torch.Tensor, args: ModelArgs) -> torch.Tensor:
+    """Collapse the streams at the end of the model (spec 3.3): [B, T, n, d] -> [B, T, d]."""
+    v = X.flatten(2).float()
+    mix = F.linear(v, fn.float()) * torch.rsqrt(v.square().mean(-1, keepdim=True) + args.norm_eps)
+    pre = torch.sigmoid(mix * scale.float() + base.float()) + args.hc_eps  # [B, T, n]
+    return (pre[..., None] * X.float()).sum(2).to(X.dtype)
+
+
+class Block(nn.Module):
+    """Attention, then mixture of experts, each reading and writing the n residual streams through mHC (spec 2, 3)."""
+
+    def __init__(self, model: Transformer, layer: int):
+        super().__init__()
+        args = self.args = model.args
+        self.ops = model.ops
+        self.attn = Attention(model, args.compress_ratios[layer])
+        self.ffn = MoE(model, hashed=layer < args.n_hash_layers)
+        self.attn_norm = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+        rows = (2 + args.hc_mult) * args.hc_mult
+        self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale = hc_params(args, rows, 3)
+        self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale = hc_params(args, rows, 3)
+
+    def hc_pre(self, X, fn, base, scale):
+        return self.ops.hc_pre(X, fn, base, scale, self.args.norm_eps, self.args.hc_eps, self.args.hc_sinkhorn_iters)
+
+    def forward(self, X: torch.Tensor, tokens: torch.Tensor, plan: Plan) -> torch.Tensor:  # X [B, T, n, d]
+        x, post, comb = self.hc_pre(X, self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale)
+        X = self.ops.hc_post(self.attn(self.attn_norm(x), plan), X, post, comb)
+        x, post, comb = self.hc_pre(X, self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale)
+        return self.ops.hc_post(self.ffn(self.ffn_norm(x), tokens), X, post, comb)
+
+
+class MTPBlock(Block):
+    """Predicts the token after next from the last residual streams and the next token (spec 10)."""
+
+    def __init__(self, model: Transformer, layer: int):
+        super().__init__(model, layer)
+        args = model.args
+        self.e_proj = Linear(model, args.dim, args.dim, fp8=True)
+        self.h_proj = Linear(model, args.dim, args.dim, fp8=True)
+        self.enorm = RMSNorm(args.dim, args.norm_eps)
+        self.hnorm = RMSNorm(args.dim, args.norm_eps)
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.hc_head_fn, self.hc_head_base, self.hc_head_scale = hc_params(args, args.hc_mult, 1)
+
+    def forward(self, H: torch.Tensor, e: torch.Tensor, tokens: torch.Tensor, plan: Plan) -> torch.Tensor:
+        X = self.e_proj(self.enorm(e))[:, :, None] + self.h_proj(self.hnorm(H))  # [B, T, n, d]
+        return super().forward(X, tokens, plan)
+
+
+class MTP(nn.ModuleList):
+    """`model.mtp`: the MTP blocks (none or one), callable; it shares the model's embedding, head and plans."""
+
+    def __init__(self, model: Transformer):
+        args = model.args
+        super().__init__(MTPBlock(model, args.n_layers + k) for k in range(args.n_mtp_layers))
+        self._model = (model,)  # a tuple, so that the model is not its own grandchild
+
+    def forward(self, hidden: torch.Tensor, next_tokens: torch.Tensor, input_pos: torch.Tensor | None = None,
+                lengths: torch.Tensor | None = None, doc_ids: torch.Tensor | None = None, logits: str | None = "all"):
+        """hidden [B, T, n, d] and the tokens that follow its positions [B, T] -> (logits [B, T, V] or None, hidden').
+
+        Slot i has the position of hidden[:, i] and predicts the token two further. hidden' can be fed back to draft
+        one more; such rows are provisional until the accepted positions are fed again with the true hidden.
+        Other arguments as in Transformer.forward. In packed rows a document's last slot sees no next token.
+        """
+        if not len(self):
+            raise ValueError("this model has no MTP block (n_mtp_layers is 0)")
+        model, block = self._model[0], self[0]
+        tokens, plan = model.prepare(next_tokens, set(), input_pos, lengths, doc_ids)
+        e = model.embed(tokens)
+        if doc_ids is not None:
+            e = e * F.pad(doc_ids[:, 1:] == doc_ids[:, :-1], (0, 1), value=True)[..., None]
+        X = block(hidden, e, tokens, plan)
+        y = None if logits is None else block.norm(hc_head(model.select(X, plan, logits), block.hc_head_fn, block.hc_head_base,
+                                                           block.hc_head_scale, model.args))
+        return None if y is None else linear_fp32(y, model.head.weight), X
+
+
+class Transformer(nn.Module):
+    """The whole model. Parameters are created in the default dtype (fp32 islands excepted) on the default device.
+
+    ops maps op names to "reference" or "opaque" (see ops/registry.py); the rest follow `ops.use`, then the device.
+    """
+
+    def __init__(self, args: ModelArgs, ops: dict[str, str] | None = None):
+        super().__init__()
+        self.args, self.ops = args, Table(ops)
+        self.cache_size: tuple[int, int, int] | None = None  # (max_batch_size, max_seq_len, max_rewind)
+        self.embed = nn.Embedding(args.vocab_size, args.dim, _weight=torch.empty(args.vocab_size, args.dim))
+        self.layers = nn.ModuleList(Block(self, layer) for layer in range(args.n_layers))
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.head = Linear(self, args.dim, args.vocab_size)
+        self.hc_head_fn, self.hc_head_base, self.hc_head_scale = hc_params(args, args.hc_mult, 1)
+        self.mtp = MTP(self)
+        self.register_buffer("freqs", torch.empty(2, args.rope_head_dim // 2), persistent=False)
+        self._apply(lambda tensor: tensor)  # fills freqs
+        self.reset_parameters()
+
+    def _apply(self, fn, recurse=True):
+        """Moves and casts leave RoPE frequencies in fp32 and caches (emptied) in the dtypes that the spec gives them."""
+        super()._apply(fn, recurse)
+        if not self.freqs.is_meta:
+            self.freqs = torch.stack([rope_frequencies(self.args, compressed) for compressed in (False, True)]).to(self.freqs.device)
+        if self.cache_size:
+            self.setup_caches(*self.cache_size)
+        return self
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float = 0.02):
+        """Random weights: normal(0, std) matrices, unit norms and hc scales, zero biases and sinks, spread-out hash routes."""
+        for name, p in self.named_parameters():
+            if p.dim() == 1:
+                p.fill_(float("norm" in name or name.endswith("_scale")))
+            else:
+                p.normal_(0, std)
+        for name, tid2eid in self.named_buffers():
+            if name.endswith("tid2eid"):
+                V, K = tid2eid.shape
+                spread = torch.arange(V, device=tid2eid.device)[:, None] * K + torch.arange(K, device=tid2eid.device)
+                tid2eid.copy_(spread % self.args.n_routed_experts)
+
+    def setup_caches(self, max_batch_size: int, max_seq_len: int, max_rewind: int = 8) -> None:
+        """Allocate empty caches for generation; afterwards rows may hold conversations of up to max_seq_len tokens.
+
+        A row may be set back to position 0, or by up to max_rewind below the highest position it has been fed since.
+        """
+        dtype, device = self.embed.weight.dtype, self.embed.weight.device
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.ring.setup(max_batch_size, self.args.head_dim, max_rewind, dtype, device)
+            elif isinstance(module, Compressor):
+                module.setup(max_batch_size, max_seq_len, max_rewind, dtype, device)
+        self.cache_size = (max_batch_size, max_seq_len, max_rewind)
+
+    def reset_caches(self) -> None:
+        """Empty the caches in place (not needed before a new conversation: position 0 starts one)."""
+        for name, buffer in self.named_buffers():
+            if name.endswith(("ring.rows", ".entries")):
+                buffer.zero_()
+
+    def prepare(self, tokens, ratios, input_pos, lengths, doc_ids) -> tuple[torch.Tensor, Plan]:
+        """Check the combination of arguments, blank padding tokens, and plan the call."""
+        if input_pos is None and lengths is not None:
+            raise ValueError("lengths needs input_pos")
+        if input_pos is not None:
+            if doc_ids is not None:
+                raise ValueError("doc_ids and input_pos exclude each other: packed documents are for training")
+            if self.cache_size is None:
+                raise ValueError("call setup_caches(max_batch_size, max_seq_len) before passing input_pos")
+            if tokens.shape[0] > self.cache_size[0]:
+                raise ValueError(f"batch {tokens.shape[0]} exceeds max_batch_size {self.cache_size[0]} of setup_caches")
+        max_seq_len = self.cache_size[1] if input_pos is not None else tokens.shape[1]
+        plan = make_plan(self.args, self.freqs, tokens, ratios, max_seq_len, input_pos, lengths, doc_ids)
+        if lengths is not None:
+            tokens = tokens.masked_fill(torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None], 0)
+        elif doc_ids is not None:
+            tokens = tokens.masked_fill(doc_ids < 0, 0)
+        return tokens, plan
+
+    def select(self, X: torch.Tensor, plan: Plan, logits: str) -> torch.Tensor:
+        """The positions that get logits: all of them, or each row's last valid one ([B, 1, ...])."""
+        if logits not in ("all", "last"):
+            raise ValueError(f"logits is {logits!r}: choose 'all', 'last' or None")
+        if logits == "all":
+            return X
+        return X[:, -1:] if plan.lengths is None else X[plan.row, (plan.lengths[:, None] - 1).clamp(min=0)]
+
+    def head_input(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Residual streams [B, T, n, d] -> what the head multiplies, [B, T, d]."""
+        return self.norm(hc_head(hidden, self.hc_head_fn, self.hc_head_base, self.hc_head_scale, self.args))
+
+    def forward(self, tokens: torch.Tensor, input_pos: torch.Tensor | None = None, lengths: torch.Tensor | None = None,
+                doc_ids: torch.Tensor | None = None, logits: str | None = "all", return_hidden: bool = False):
+        """tokens [B, T] int64 -> logits [B, T, V] fp32.
+
+        input_pos [B] int64  position of each row's first token: read and extend the caches. None: no cache (training).
+        lengths   [B] int64  columns at or past it are padding: nothing is stored, their logits mean nothing.
+        doc_ids   [B, T]     packed documents (training), non-decreasing, -1 = padding: each one is on its own.
+        logits    "all", "last" (each row's last valid position, [B, 1, V]) or None (skip the head)
+        return_hidden        return (logits, hidden): the residual streams [B, T, n, d] after the last block
+        """
+        tokens, plan = self.prepare(tokens, set(self.args.compress_ratios) - {0}, input_pos, lengths, doc_ids)
+        X = self.embed(tokens)[:, :, None].repeat(1, 1, self.args.hc_mult, 1)  # [B, T, n, d]
+        for layer in self.layers:
+            X = layer(X, tokens, plan)
+        out = None if logits is None else linear_fp32(self.head_input(self.select(X, plan, logits)), self.head.weight)
+        return (out, X) if return_hidden else out

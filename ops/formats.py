@@ -1,0 +1,106 @@
+"""The number formats of the checkpoint and of quantised arithmetic: e4m3, e2m1, e8m0 (spec sections 8 and 11).
+
+    e4m3   float8 with maximum 448, one scale per block of weights (128 x 128) or activations (1 x 64, 1 x 128)
+    e2m1   4-bit float with magnitudes 0 .5 1 1.5 2 3 4 6, two per byte (low nibble first), one scale per 1 x 32
+    e8m0   a power of two, 2^(byte - 127); kept as uint8 bits because few operators accept the dtype
+
+Everything here is exact and runs eagerly or traced, on any device.
+"""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+E4M3_MAX, E2M1_MAX = 448.0, 6.0
+
+
+def pow2_ceil(x: torch.Tensor) -> torch.Tensor:
+    """The least power of two >= x, from the exponent bits (exact, no log2). x > 0 normal fp32 -> fp32."""
+    bits = x.view(torch.int32)
+    exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(torch.int32)
+    return (exponent << 23).view(torch.float32)
+
+
+def scale_to_float(scale: torch.Tensor) -> torch.Tensor:
+    """A stored scale (float8_e8m0fnu, its uint8 bits, or fp32) as fp32."""
+    if scale.dtype == torch.float8_e8m0fnu:
+        scale = scale.view(torch.uint8)
+    if scale.dtype != torch.uint8:
+        return scale.float()
+    bits = scale.to(torch.int32)
+    return torch.where(bits == 0, 0x00400000, bits << 23).view(torch.float32)  # byte 0 is the subnormal 2^-127
+
+
+def scale_to_e8m0(scale: torch.Tensor) -> torch.Tensor:
+    """Powers of two in fp32 -> their e8m0 bits as uint8."""
+    return (scale.view(torch.int32) >> 23).to(torch.uint8)
+
+
+def round_e2m1(x: torch.Tensor) -> torch.Tensor:
+    """Round fp32 to the nearest e2m1 value, ties to the even code, after clamping to +-6."""
+    a = x.abs().clamp(max=E2M1_MAX)
+    step = torch.where(a < 2, 0.5, torch.where(a < 4, 1.0, 2.0))
+    return torch.copysign((a / step).round() * step, x)
+
+
+def fake_quant(x: torch.Tensor, block: int, fmt: str) -> torch.Tensor:
+    """Round the last dim of x to `fmt` ("fp8": e4m3, "fp4": e2m1) with a power-of-two scale per block; dtype kept.
+
+    A last block shorter than `block` is quantised on its own. Source: spec section 8.
+    """
+    n, pad = x.shape[-1], -x.shape[-1] % block
+    v = F.pad(x.float(), (0, pad)).unflatten(-1, (-1, block))  # [..., n / block, block]
+    amax = v.abs().amax(-1, keepdim=True)
+    if fmt == "fp8":
+        scale = pow2_ceil(amax.clamp(min=1e-4) * (1 / E4M3_MAX))
+        v = (v / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float() * scale
+    else:
+        scale = pow2_ceil(amax.clamp(min=E2M1_MAX * 2.0**-126) * (1 / E2M1_MAX))
+        v = round_e2m1(v / scale) * scale
+    return v.flatten(-2)[..., :n].to(x.dtype).contiguous()
+
+
+def _expand_scale(scale: torch.Tensor, shape: torch.Size, block: tuple[int, int]) -> torch.Tensor:
+    """Scales [..., ceil(o / b0), ceil(i / b1)] -> one per element [..., o, i]."""
+    scale = scale_to_float(scale).repeat_interleave(block[0], -2).repeat_interleave(block[1], -1)
+    return scale[..., : shape[-2], : shape[-1]]
+
+
+def _block_amax(w: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    """Largest magnitude per block of the last two dims: [..., o, i] -> [..., ceil(o / b0), ceil(i / b1)] fp32."""
+    (o, i), (b0, b1) = w.shape[-2:], block
+    v = F.pad(w.float().abs(), (0, -i % b1, 0, -o % b0))
+    return v.unflatten(-1, (-1, b1)).unflatten(-3, (-1, b0)).amax((-3, -1))
+
+
+def quantize_fp8(w: torch.Tensor, block: tuple[int, int] = (128, 128)) -> tuple[torch.Tensor, torch.Tensor]:
+    """w [..., o, i] -> (e4m3 [..., o, i], e8m0 bits [..., ceil(o / 128), ceil(i / 128)] uint8)."""
+    scale = pow2_ceil(_block_amax(w, block).clamp(min=1e-4) * (1 / E4M3_MAX))
+    q = (w.float() / _expand_scale(scale, w.shape, block)).clamp(-E4M3_MAX, E4M3_MAX)
+    return q.to(torch.float8_e4m3fn), scale_to_e8m0(scale)
+
+
+def dequantize_fp8(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype,
+                   block: tuple[int, int] = (128, 128)) -> torch.Tensor:
+    """The weights that (q, scale) stand for, [..., o, i] in dtype: value times scale of its 128 x 128 block."""
+    return (q.float() * _expand_scale(scale, q.shape, block)).to(dtype)
+
+
+def quantize_fp4(w: torch.Tensor, block: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+    """w [..., o, i], i even -> (two e2m1 codes a byte [..., o, i / 2] int8, e8m0 bits [..., o, ceil(i / 32)] uint8)."""
+    scale = pow2_ceil(_block_amax(w, (1, block)).clamp(min=E2M1_MAX * 2.0**-126) * (1 / E2M1_MAX))
+    v = round_e2m1(w.float() / _expand_scale(scale, w.shape, (1, block)))
+    a = v.abs()
+    code = torch.where(a < 2, a * 2, torch.where(a < 4, a + 2, a / 2 + 4)).to(torch.uint8)  # 0 .5 1 1.5 2 3 4 6 -> 0..7
+    code |= torch.signbit(v).to(torch.uint8) << 3
+    return (code[..., 0::2] | code[..., 1::2] << 4).view(torch.int8), scale_to_e8m0(scale)
+
+
+def dequantize_fp4(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, block: int = 32) -> torch.Tensor:
+    """Packed codes [..., o, i / 2] and scales [..., o, ceil(i / 32)] -> the weights [..., o, i] in dtype."""
+    byte = q.view(torch.uint8).to(torch.int32)
+    code = torch.stack((byte & 15, byte >> 4), -1).flatten(-2)
+    mag = (code & 7).float()
+    value = torch.where(mag < 4, mag / 2, torch.where(mag < 6, mag - 2, mag * 2 - 8))
+    value = torch.where(code >= 8, -value, value)
+    return (value * _expand_scale(scale, value.shape, (1, block))).to(dtype)

@@ -1,0 +1,61 @@
+"""hc_post: write an output back into the n residual streams (mHC, spec 3.2).
+
+    x'_k = post_k y + sum_j comb[j, k] x_j        (combT x: the contraction is over the first index)
+
+    y [B, T, d]   x [B, T, n, d]   post [B, T, n] fp32   comb [B, T, n, n] fp32
+    x' [B, T, n, d] in the dtype of x; fp32 arithmetic, one cast
+
+Errors: shapes that do not fit together.
+"""
+from __future__ import annotations
+
+import torch
+
+from .registry import Op, register, require
+
+
+def check(y, x, post, comb):
+    B, T, n, d = x.shape
+    require(y.shape == (B, T, d) and post.shape == (B, T, n) and comb.shape == (B, T, n, n),
+            f"hc_post: y {tuple(y.shape)}, x {tuple(x.shape)}, post {tuple(post.shape)}, comb {tuple(comb.shape)} do not fit")
+
+
+def reference(y: torch.Tensor, x: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) -> torch.Tensor:
+    out = post[..., None] * y.float()[:, :, None]
+    for j in range(x.shape[2]):  # n small terms fuse into one pass over the streams, a matrix product would not
+        out = out + comb[:, :, j, :, None] * x[:, :, j, None].float()
+    return out.to(x.dtype)
+
+
+def backward_reference(g: torch.Tensor, y: torch.Tensor, x: torch.Tensor, post: torch.Tensor, comb: torch.Tensor):
+    """Gradients of y, x, post and comb."""
+    g = g.float()
+    g_y = torch.einsum("btk,btkd->btd", post, g)
+    g_x = torch.einsum("btjk,btkd->btjd", comb, g)
+    g_post = torch.einsum("btkd,btd->btk", g, y.float())
+    g_comb = torch.einsum("btjd,btkd->btjk", x.float(), g)
+    return g_y.to(y.dtype), g_x.to(x.dtype), g_post, g_comb.contiguous()
+
+
+def _flops(y, x, *args, out_shape=None, **kw):
+    """Elementwise: no matrix products are counted."""
+    return 0
+
+
+_backward_op = register(
+    "hc_post_backward(Tensor g, Tensor y, Tensor x, Tensor post, Tensor comb) -> (Tensor, Tensor, Tensor, Tensor)",
+    impl=backward_reference, fake=lambda g, *inputs: tuple(t.new_empty(t.shape) for t in inputs), flops=_flops)
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, g):
+    return _backward_op(g, *ctx.saved_tensors)
+
+
+_opaque = register("hc_post(Tensor y, Tensor x, Tensor post, Tensor comb) -> Tensor", impl=reference,
+                   fake=lambda y, x, post, comb: x.new_empty(x.shape), flops=_flops, setup_context=_setup, backward=_backward)
+
+hc_post = Op("hc_post", reference, _opaque, check)

@@ -1,0 +1,78 @@
+"""linear_cross_entropy: the loss of a linear head, without ever holding all logits.
+
+    logits = x W^T in fp32;   loss_i = logsumexp(logits_i) - logits_i[target_i], 0 where target_i < 0
+
+    x [N, d]   weight [V, d]   target [N] int64, negative = ignored
+    loss [N] fp32   lse [N] fp32
+
+Rows are processed in chunks, forward and backward; the backward recomputes the logits from lse.
+Errors: shapes that do not fit together.
+"""
+from __future__ import annotations
+
+import torch
+
+from .registry import Op, register, require
+
+CHUNK = 1 << 24  # logits held at a time
+
+
+def check(x, weight, target):
+    require(x.dim() == 2 and weight.dim() == 2 and x.shape[1] == weight.shape[1] and target.shape == x.shape[:1],
+            f"linear_cross_entropy: x {tuple(x.shape)}, weight {tuple(weight.shape)}, target {tuple(target.shape)} do not fit")
+
+
+def _chunks(N, V):
+    step = max(1, CHUNK // V)
+    return [slice(c, min(c + step, N)) for c in range(0, N, step)]
+
+
+def forward_reference(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> loss, lse"""
+    w, losses, lses = weight.float(), [], []
+    for now in _chunks(x.shape[0], weight.shape[0]):
+        logits, t = x[now].float() @ w.T, target[now]
+        lse = logits.logsumexp(-1)
+        losses.append(torch.where(t < 0, 0.0, lse - logits.gather(1, t.clamp(min=0)[:, None])[:, 0]))
+        lses.append(lse)
+    return torch.cat(losses), torch.cat(lses)
+
+
+def backward_reference(g: torch.Tensor, lse: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor):
+    """Gradients of x and weight."""
+    w, g_x, g_w = weight.float(), torch.empty_like(x), torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+    for now in _chunks(x.shape[0], weight.shape[0]):
+        xc, t = x[now].float(), target[now]
+        p = (xc @ w.T - lse[now, None]).exp_()
+        p.scatter_add_(1, t.clamp(min=0)[:, None], p.new_full((len(t), 1), -1.0))
+        p *= torch.where(t < 0, 0.0, g[now])[:, None]
+        g_x[now] = (p @ w).to(x.dtype)
+        g_w += p.T @ xc
+    return g_x, g_w.to(weight.dtype)
+
+
+def _flops(x, weight, *args, out_shape=None, **kw):
+    return 2 * x[0] * x[1] * weight[0]
+
+
+_backward_op = register(
+    "linear_cross_entropy_backward(Tensor g, Tensor lse, Tensor x, Tensor weight, Tensor target) -> (Tensor, Tensor)",
+    impl=backward_reference, fake=lambda g, lse, x, weight, target: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
+    flops=lambda g, lse, x, weight, *args, out_shape=None, **kw: 3 * _flops(x, weight))
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(output[1], *inputs)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, g, _):
+    return *_backward_op(g, *ctx.saved_tensors), None
+
+
+_opaque = register("linear_cross_entropy(Tensor x, Tensor weight, Tensor target) -> (Tensor, Tensor)", impl=forward_reference,
+                   fake=lambda x, weight, target: tuple(x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2)),
+                   flops=_flops, setup_context=_setup, backward=_backward)
+
+linear_cross_entropy = Op("linear_cross_entropy", lambda *args: forward_reference(*args)[0], lambda *args: _opaque(*args)[0], check)

@@ -1,0 +1,170 @@
+"""moe: the routed experts, each token through its K chosen ones (spec 9).
+
+    gate, up = x W1^T, x W3^T          clamped: gate <= limit, |up| <= limit
+    h        = silu(gate) up weight_k  fp32, rounded to the dtype of x
+    y        = sum_k h W2^T            each term in the dtype of x, summed in fp32
+
+    x [N, d]   w13 [E, 2I, d] (W1 rows first)   w2 [E, d, I]   idx [N, K] int64   weight [N, K] fp32
+    packed weights: FP4 int8 [E, 2I, d/2], [E, d, I/2] with scales [E, 2I, ceil(d/32)], [E, d, ceil(I/32)];
+                    FP8 e4m3 with 128 x 128 scales, those of W1 and W3 stacked; scales uint8 (e8m0 bits) or fp32
+    act_quant rounds x and h to fp8 in blocks of 128
+    y [N, d] fp32
+
+The traced reference has static shapes: few tokens gather their experts' weights, many go through all experts with
+zero weights. The opaque form groups tokens by expert instead, which needs the counts on the host: cheap on CPU, where
+it is the default for many tokens. Packed weights are frozen. Errors: shapes that do not fit together.
+"""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .formats import dequantize_fp4, dequantize_fp8, fake_quant
+from .registry import Op, register, require
+
+CHUNK = 1 << 24  # intermediate values held at a time
+
+
+def check(x, w13, w2, idx, weight, s13, s2, limit, act_quant):
+    packed = w13.dtype == torch.int8
+    E, I2, d = w13.shape
+    require(x.dim() == 2 and x.shape[1] == d * (1 + packed) and w2.shape == (E, x.shape[1], I2 // 2 // (1 + packed))
+            and idx.dim() == 2 and idx.shape[0] == x.shape[0] and weight.shape == idx.shape,
+            f"moe: x {tuple(x.shape)}, w13 {tuple(w13.shape)}, w2 {tuple(w2.shape)}, idx {tuple(idx.shape)} do not fit")
+    require((s13 is None) == (s2 is None) == w13.dtype.is_floating_point and w13.dtype.itemsize > 1 or s13 is not None and s2 is not None,
+            f"moe: {w13.dtype} weights need scales for w13 and w2")
+
+
+def _few(idx, w13):
+    return idx.shape[0] * idx.shape[1] <= w13.shape[0]
+
+
+def _dequantize(w, scale, dtype):
+    """The weights of one or more experts [..., o, i] in dtype."""
+    if scale is None:
+        return w
+    return (dequantize_fp4 if w.dtype == torch.int8 else dequantize_fp8)(w, scale, dtype)
+
+
+def _dequantize13(w13, s13, dtype):
+    """W1 and W3 have block scales of their own, which need not meet at a multiple of 128 rows."""
+    if s13 is None:
+        return w13
+    return _dequantize(w13.unflatten(-2, (2, -1)), s13.unflatten(-2, (2, -1)), dtype).flatten(-3, -2)
+
+
+def _quant(x, act_quant):
+    if not act_quant:
+        return x
+    q = fake_quant(x.detach(), 128, "fp8")
+    return q + (x - x.detach()) if x.requires_grad else q
+
+
+def _swiglu(h13, weight, limit):
+    """[..., 2I] and weights [..., 1] -> [..., I] fp32"""
+    gate, up = h13.float().chunk(2, -1)
+    return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit) * weight
+
+
+def reference(x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, idx: torch.Tensor, weight: torch.Tensor, s13: torch.Tensor | None,
+              s2: torch.Tensor | None, limit: float, act_quant: bool) -> torch.Tensor:
+    N, E, dtype, x = x.shape[0], w13.shape[0], x.dtype, _quant(x, act_quant)
+    pick = lambda scale: None if scale is None else scale[idx]
+    if _few(idx, w13):  # products and sums, not a batched matmul: Inductor reads the gathered weights in place
+        w = _dequantize13(w13[idx], pick(s13), dtype)  # [N, K, 2I, d]
+        h13 = (w.float() * x.float()[:, None, None]).sum(-1).to(dtype)
+        h = _quant(_swiglu(h13, weight[..., None], limit).to(dtype), act_quant)
+        w = _dequantize(w2[idx], pick(s2), dtype)  # [N, K, d, I]
+        return (w.float() * h.float()[:, :, None]).sum(-1).to(dtype).float().sum(1)
+    w13, w2 = _dequantize13(w13, s13, dtype), _dequantize(w2, s2, dtype)
+    route = torch.zeros(N, E, device=x.device).scatter_add(1, idx, weight)
+    step, out = max(1, CHUNK // (E * (w13.shape[1] + w2.shape[1]))), []
+    for c in range(0, N, step):
+        h13 = x[c : c + step] @ w13.transpose(1, 2)  # [E, n, 2I]
+        h = _swiglu(h13, route[c : c + step].T[..., None], limit).to(dtype)
+        out.append((_quant(h, act_quant) @ w2.transpose(1, 2)).float().sum(0))
+    return torch.cat(out)
+
+
+def _groups(idx, E):
+    """Yield (expert, flat positions in idx that chose it) for every expert that was chosen."""
+    order = idx.flatten().argsort(stable=True)
+    for e, rows in enumerate(order.split(torch.bincount(idx.flatten(), minlength=E).tolist())):
+        if len(rows):
+            yield e, rows
+
+
+def grouped(x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, idx: torch.Tensor, weight: torch.Tensor, s13: torch.Tensor | None,
+            s2: torch.Tensor | None, limit: float, act_quant: bool) -> torch.Tensor:
+    """The reference's mathematics, expert by expert."""
+    one = lambda scale, e: None if scale is None else scale[e]
+    y, xq, flat = torch.zeros(x.shape, dtype=torch.float32, device=x.device), _quant(x, act_quant), weight.flatten()
+    for e, rows in _groups(idx, w13.shape[0]):
+        token = rows // idx.shape[1]
+        h13 = xq[token] @ _dequantize13(w13[e], one(s13, e), x.dtype).T
+        h = _quant(_swiglu(h13, flat[rows, None], limit).to(x.dtype), act_quant)
+        y.index_add_(0, token, (h @ _dequantize(w2[e], one(s2, e), x.dtype).T).float())
+    return y
+
+
+def backward_reference(g: torch.Tensor, x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, idx: torch.Tensor, weight: torch.Tensor,
+                       s13: torch.Tensor | None, s2: torch.Tensor | None, limit: float, act_quant: bool):
+    """Gradients of x, w13, w2 (empty where they are packed) and weight, expert by expert."""
+    one = lambda scale, e: None if scale is None else scale[e]
+    frozen, dtype, xq, flat = s13 is not None, x.dtype, _quant(x, act_quant), weight.flatten()
+    g_x, g_weight = torch.zeros(x.shape, dtype=torch.float32, device=x.device), torch.zeros_like(flat)
+    g_w13, g_w2 = (x.new_zeros(0 if frozen else w.shape) for w in (w13, w2))
+    for e, rows in _groups(idx, w13.shape[0]):
+        token, w = rows // idx.shape[1], flat[rows, None]
+        xe, ge = xq[token], g[token].to(dtype)
+        w13e, w2e = _dequantize13(w13[e], one(s13, e), dtype), _dequantize(w2[e], one(s2, e), dtype)
+        gate, up = (xe @ w13e.T).float().chunk(2, -1)
+        gate_c, up_c = gate.clamp(max=limit), up.clamp(-limit, limit)
+        sig = torch.sigmoid(gate_c)
+        silu = gate_c * sig
+        h = _quant((silu * up_c * w).to(dtype), act_quant)
+        g_h = (ge @ w2e).float()
+        g_weight[rows] = (g_h * silu * up_c).sum(-1)
+        g_gate = g_h * w * up_c * sig * (1 + gate_c - silu) * (gate <= limit)
+        g_up = g_h * w * silu * (up.abs() <= limit)
+        g_13 = torch.cat((g_gate, g_up), -1).to(dtype)
+        g_x.index_add_(0, token, (g_13 @ w13e).float())
+        if not frozen:
+            g_w13[e], g_w2[e] = g_13.T @ xe, ge.T @ h
+    return g_x.to(dtype), g_w13, g_w2, g_weight.view_as(weight)
+
+
+def _flops(x, w13, w2, idx, *args, out_shape=None, **kw):
+    """Three products of d x I per token and expert."""
+    return 2 * 3 * idx[0] * idx[1] * x[1] * (w13[1] // 2)
+
+
+def _fake_backward(g, x, w13, w2, idx, weight, s13, *args):
+    weights = (x.new_empty(w.shape if s13 is None else 0) for w in (w13, w2))
+    return x.new_empty(x.shape), *weights, weight.new_empty(weight.shape)
+
+
+_backward_op = register(
+    "moe_backward(Tensor g, Tensor x, Tensor w13, Tensor w2, Tensor idx, Tensor weight, Tensor? s13, Tensor? s2, float limit, "
+    "bool act_quant) -> (Tensor, Tensor, Tensor, Tensor)", impl=backward_reference, fake=_fake_backward,
+    flops=lambda g, *args, out_shape=None, **kw: 8 * _flops(*args) // 3)  # two gradients each, and h13 again
+
+
+def _setup(ctx, inputs, output):
+    *tensors, ctx.limit, ctx.act_quant = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, g):
+    g_x, g_w13, g_w2, g_weight = _backward_op(g, *ctx.saved_tensors, ctx.limit, ctx.act_quant)
+    if ctx.saved_tensors[5] is not None:
+        g_w13 = g_w2 = None
+    return g_x, g_w13, g_w2, None, g_weight, None, None, None, None
+
+
+_opaque = register("moe(Tensor x, Tensor w13, Tensor w2, Tensor idx, Tensor weight, Tensor? s13, Tensor? s2, float limit, "
+                   "bool act_quant) -> Tensor", impl=grouped,
+                   fake=lambda x, *rest: x.new_empty(x.shape, dtype=torch.float32),
+                   flops=_flops, setup_context=_setup, backward=_backward)
+
+moe = Op("moe", reference, _opaque, check, opaque_on_cpu=lambda x, w13, w2, idx, *rest: not _few(idx, w13))

@@ -1,0 +1,126 @@
+"""How an op is registered and how a model chooses between its two forms.
+
+Every heavy region of the model is an `Op` with two interchangeable forms of the same mathematics:
+
+    reference   plain PyTorch, traced into the graph, differentiated by autograd
+    opaque      one node `torch.ops.dsv4.<name>` in the graph, with a fake, a backward op and a FLOP formula;
+                on CPU it runs the reference, on a GPU the kernel
+
+A model holds a `Table`: its own immutable choice per op. `use({...})` sets the choices of tables made inside it.
+"""
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from typing import Callable
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+NAMESPACE = "dsv4"
+OPS: dict[str, "Op"] = {}
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+_modes: contextvars.ContextVar[dict[str, str]] = contextvars.ContextVar("dsv4_modes", default={})
+
+
+def register(schema: str, impl: Callable, fake: Callable, flops: Callable | None = None,
+             setup_context: Callable | None = None, backward: Callable | None = None):
+    """Define `torch.ops.dsv4.<name>` and return its overload.
+
+    schema          "name(Tensor x, ...) -> Tensor"
+    impl            runs on real tensors, on every device; its outputs are fresh and contiguous
+    fake            output shapes from input shapes
+    flops           FLOPs from argument shapes, as torch.utils.flop_counter passes them
+    setup_context, backward   as in torch.library.register_autograd; backward calls an op of its own
+    """
+    name = schema.split("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for device in ("CPU", "CUDA"):
+        _library.impl(name, impl, device)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    if backward is not None:
+        torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library)
+    packet = getattr(getattr(torch.ops, NAMESPACE), name)
+    if flops is not None:
+        register_flop_formula(packet)(flops)
+    return packet.default
+
+
+class Op:
+    """One op. Calling it validates the arguments (outside compiled code) and runs the form that suits the device.
+
+    check(*args)    raises ValueError naming the argument at fault
+    opaque_on_cpu(*args)   whether the opaque form is the default on CPU, decided from static shapes
+    """
+
+    def __init__(self, name: str, reference: Callable, opaque: Callable, check: Callable,
+                 opaque_on_cpu: Callable = lambda *args: False):
+        self.name, self._opaque_on_cpu, self._check = name, opaque_on_cpu, check
+        self.reference, self.opaque = self._checked(reference), self._checked(opaque)
+        self.__doc__ = reference.__doc__
+        OPS[name] = self
+
+    def _checked(self, form: Callable) -> Callable:
+        def call(*args):
+            if not torch.compiler.is_compiling():
+                self._check(*args)
+            return form(*args)
+        return call
+
+    def bind(self, mode: str | None) -> Callable:
+        """The form for mode "reference" or "opaque"; None chooses by the device of the first argument."""
+        if mode is not None:
+            return getattr(self, mode)
+        reference, opaque, opaque_on_cpu = self.reference, self.opaque, self._opaque_on_cpu
+
+        def default(*args):
+            return (opaque if args[0].device.type != "cpu" or opaque_on_cpu(*args) else reference)(*args)
+        return default
+
+    def __call__(self, *args):
+        return self.bind(_modes.get().get(self.name))(*args)
+
+
+class Table:
+    """An immutable choice of form for every op: `table.sparse_attn(...)` calls the chosen one; `table.modes` tells.
+
+    modes maps op names to "reference" or "opaque"; ops it does not name follow `use`, then the device.
+    """
+
+    def __init__(self, modes: dict[str, str] | None = None):
+        modes = {**_modes.get(), **validate(modes or {})}
+        object.__setattr__(self, "modes", modes)
+        for name, op in OPS.items():
+            object.__setattr__(self, name, op.bind(modes.get(name)))
+
+    def __setattr__(self, name, value):
+        raise AttributeError("an op table is immutable: build the model with ops={...}")
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+def validate(modes: dict[str, str]) -> dict[str, str]:
+    """`modes` itself, after checking that every op exists and every mode is "reference" or "opaque"."""
+    for name, mode in modes.items():
+        if name not in OPS:
+            raise ValueError(f"unknown op {name!r}: choose from {', '.join(OPS)}")
+        if mode not in ("reference", "opaque"):
+            raise ValueError(f"op {name!r}: mode {mode!r} is neither 'reference' nor 'opaque'")
+    return modes
+
+
+@contextlib.contextmanager
+def use(modes: dict[str, str]):
+    """Within the block, models and calls take these forms by default: `with ops.use({"moe": "reference"}): ...`"""
+    token = _modes.set({**_modes.get(), **validate(modes)})
+    try:
+        yield
+    finally:
+        _modes.reset(token)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError(message) unless condition; the one-line form of an argument check."""
+    if not condition:
+        raise ValueError(message)
