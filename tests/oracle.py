@@ -1,0 +1,127 @@
+"""What the tests compare with: Transformers' deepseek_v4 on the same weights, and the measures of DESIGN section 4."""
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+
+from model import ModelArgs, Transformer
+
+RENAMES = [(".attn.", ".self_attn."), (".ffn.", ".mlp."), (".indexer.compressor.", ".compressor.indexer."),
+           ("embed.", "embed_tokens."), ("hc_head_", "hc_head.hc_"), ("attn_norm.", "input_layernorm."),
+           ("ffn_norm.", "post_attention_layernorm."), ("hc_attn_", "attn_hc."), ("hc_ffn_", "ffn_hc."),
+           ("attn_sink", "sinks"), (".indexer.weights_proj.", ".compressor.indexer.scorer.weights_proj."),
+           (".indexer.wq_b.", ".compressor.indexer.q_b_proj."), ("compressor.norm.", "compressor.kv_norm."),
+           ("indexer.norm.", "indexer.kv_norm."), (".ape", ".position_bias"), (".wq_a.", ".q_a_proj."),
+           (".wq_b.", ".q_b_proj."), (".wkv.", ".kv_proj."), (".wgate.", ".gate_proj."), (".wo_a.", ".o_a_proj."),
+           (".wo_b.", ".o_b_proj."), (".q_norm.", ".q_a_norm."), ("gate.bias", "gate.e_score_correction_bias"),
+           ("shared_experts.w1.", "shared_experts.gate_proj."), ("shared_experts.w2.", "shared_experts.down_proj."),
+           ("shared_experts.w3.", "shared_experts.up_proj."), ("experts.w13", "experts.gate_up_proj"),
+           ("experts.w2", "experts.down_proj")]
+
+
+def hf_name(name: str) -> str:
+    """Our parameter name -> Transformers' (spec 11)."""
+    if name == "head.weight":
+        return "lm_head.weight"
+    for old, new in RENAMES:
+        name = name.replace(old, new)
+    return "model." + name
+
+
+def hf_model(model: Transformer):
+    """Transformers' model with the weights of `model` (fp32, eager)."""
+    from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
+    config = model.args.to_hf()
+    config["rope_scaling"] = config["rope_scaling"] and {**config["rope_scaling"], "rope_type": "yarn"}
+    hf = DeepseekV4ForCausalLM._from_config(DeepseekV4Config(**config), attn_implementation="eager")
+    state = {hf_name(k): v for k, v in model.state_dict().items() if not k.startswith("mtp.")}
+    missing, unexpected = hf.load_state_dict(state, strict=False)
+    assert not unexpected and not [k for k in missing if "inv_freq" not in k], (missing, unexpected)
+    return hf.eval()
+
+
+@torch.no_grad()
+def randomize(model: Transformer, seed: int) -> Transformer:
+    """Weights under which every component moves the logits and discrete choices have clear margins."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if p.dim() > 1 and not name.endswith("ape"):
+            fan_in = p.shape[-1]
+            gain = 8 if name.endswith("weights_proj.weight") else 2.4 if name.endswith("gate.weight") else 1.2
+            p.normal_(0, 1.0 if name == "embed.weight" else gain * fan_in**-0.5, generator=generator)
+        elif "norm" in name:
+            p.uniform_(0.5, 1.5, generator=generator)
+        elif name.endswith("_scale"):
+            p.uniform_(0.5, 1.5, generator=generator)
+        else:  # ape, sinks, gate and hc biases
+            p.normal_(0, 0.5, generator=generator)
+    for name, b in model.named_buffers():
+        if name.endswith("tid2eid"):
+            b.copy_(torch.rand(b.shape[0], model.args.n_routed_experts, generator=generator).argsort(1)[:, : b.shape[1]])
+    return model
+
+
+def rms(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Relative RMS: of the difference, over the standard deviation of the reference b."""
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).square().mean().sqrt() / b.std().clamp(min=1e-30))
+
+
+class Margins:
+    """Smallest gap of any discrete choice, per position: hooks on Transformers' routers and indexers.
+
+    `with Margins(hf) as margins: hf(tokens)`, then margins.of() is [B, S]: the least distance between the last chosen
+    and the first rejected score, over all layers. Below about 3e-5 two correct fp32 implementations may choose differently.
+    """
+
+    def __init__(self, hf):
+        self.hf, self.gaps = hf, []
+
+    def __enter__(self):
+        self.handles = []
+        for module in self.hf.modules():
+            kind = type(module).__name__
+            if kind == "DeepseekV4TopKRouter":
+                self.handles.append(module.register_forward_hook(self._router))
+            elif kind == "DeepseekV4Indexer":
+                self.handles.append(module.scorer.register_forward_hook(lambda m, i, out: setattr(self, "scores", out)))
+                self.handles.append(module.register_forward_hook(self._indexer, with_kwargs=True))
+        return self
+
+    def __exit__(self, *error):
+        for handle in self.handles:
+            handle.remove()
+
+    def _router(self, module, inputs, output):
+        scores = F.softplus(output[0].float()).sqrt() + module.e_score_correction_bias
+        top = scores.topk(module.top_k + 1, -1).values
+        self.gaps.append((top[:, -2] - top[:, -1]).view(inputs[0].shape[:2]))
+
+    def _indexer(self, module, args, kwargs, output):
+        position_ids = kwargs.get("position_ids", args[2] if len(args) > 2 else None)
+        T, K = self.scores.shape[-1], module.index_topk
+        if T > K:
+            visible = (position_ids[..., None] + 1) // module.compress_rate
+            scores = self.scores.float().masked_fill(torch.arange(T) >= visible, float("-inf"))
+            top = scores.topk(K + 1, -1).values
+            self.gaps.append((top[..., -2] - top[..., -1]).masked_fill(top[..., -1] == float("-inf"), float("inf"))
+                             .expand(self.scores.shape[:2]))
+
+    def of(self) -> torch.Tensor:
+        return torch.stack(self.gaps).amin(0)
+
+
+def judged(margin: torch.Tensor, least: float = 3e-5) -> torch.Tensor:
+    """Positions before the first whose margin is too small, [B, S] bool."""
+    return (margin < least).cumsum(1) == 0
+
+
+def small(**changes) -> ModelArgs:
+    """The debug config with some fields changed."""
+    args = copy.copy(ModelArgs.debug())
+    for name, value in changes.items():
+        setattr(args, name, value)
+    args.__post_init__()
+    return args
