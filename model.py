@@ -749,7 +749,7 @@ class Transformer(nn.Module):
         if lengths is not None:
             tokens = tokens.masked_fill(torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None], 0)
         elif doc_ids is not None:
-            tokens = tokens.masked_fill(doc_ids < 0, 0)
+            tokens = tokens.masked_fill((doc_ids < 0) | (tokens < 0), 0)
         return tokens, plan
 
     def select(self, X: torch.Tensor, plan: Plan, logits: str) -> torch.Tensor:
