@@ -688,14 +688,17 @@ class Transformer(nn.Module):
         self.hc_head_fn, self.hc_head_base, self.hc_head_scale = hc_params(args, args.hc_mult, 1)
         self.mtp = MTP(self)
         self.register_buffer("freqs", torch.empty(2, args.rope_head_dim // 2), persistent=False)
-        self._apply(lambda tensor: tensor)  # fills freqs
+        self._fill_freqs()
         self.reset_parameters()
+
+    def _fill_freqs(self) -> None:
+        if not self.freqs.is_meta:
+            self.freqs = torch.stack([rope_frequencies(self.args, compressed) for compressed in (False, True)]).to(self.freqs.device)
 
     def _apply(self, fn, recurse=True):
         """Moves and casts leave RoPE frequencies in fp32 and caches (emptied) in the dtypes that the spec gives them."""
         super()._apply(fn, recurse)
-        if not self.freqs.is_meta:
-            self.freqs = torch.stack([rope_frequencies(self.args, compressed) for compressed in (False, True)]).to(self.freqs.device)
+        self._fill_freqs()
         if self.cache_size:
             self.setup_caches(*self.cache_size)
         return self

@@ -23,7 +23,7 @@ from .registry import Op, register, require
 
 def check(rows, end, index, weight, cos, sin, ratio, eps, dtype):
     lanes, D = _lanes(ratio), weight.shape[0]
-    require(rows.dim() == 3 and rows.shape[2] == 2 * lanes * D and end.shape == index.shape == cos.shape[:2] == sin.shape[:2],
+    require(rows.dim() == 3 and rows.shape[2] == 2 * lanes * D and len(rows) == len(end) and end.shape == index.shape == cos.shape[:2] == sin.shape[:2],
             f"compress: rows {tuple(rows.shape)}, end {tuple(end.shape)}, weight {tuple(weight.shape)}, cos {tuple(cos.shape)} do not fit")
 
 
@@ -69,7 +69,7 @@ def backward_reference(g: torch.Tensor, rows: torch.Tensor, end: torch.Tensor, i
     g = (r * (g - e * r * r * (g * e).mean(-1, keepdim=True)))[:, :, None]  # gradient of e, [B, E, 1, D]
     g_values = g * p
     g_logits = p * (g * values - (g * values * p).sum(2, keepdim=True))
-    (B, N, C), D, out = rows.shape, weight.shape[0], torch.zeros_like(rows)
+    (B, N, C), D, out = rows.shape, weight.shape[0], rows.new_zeros(rows.shape)
     target = where + torch.arange(B, device=rows.device)[:, None, None] * N
     flat = out.view(B * N, 2, -1, D)  # [.., values or logits, lane, D]
     for lane, old_or_new in enumerate(target.split(ratio, -1)):

@@ -15,6 +15,7 @@ from .registry import Op, register, require
 
 
 def check(y, x, post, comb):
+    require(x.dim() == 4, f"hc_post: x {tuple(x.shape)} is not [B, T, n, d]")
     B, T, n, d = x.shape
     require(y.shape == (B, T, d) and post.shape == (B, T, n) and comb.shape == (B, T, n, n),
             f"hc_post: y {tuple(y.shape)}, x {tuple(x.shape)}, post {tuple(post.shape)}, comb {tuple(comb.shape)} do not fit")
@@ -24,7 +25,7 @@ def reference(y: torch.Tensor, x: torch.Tensor, post: torch.Tensor, comb: torch.
     out = post[..., None] * y.float()[:, :, None]
     for j in range(x.shape[2]):  # n small terms fuse into one pass over the streams, a matrix product would not
         out = out + comb[:, :, j, :, None] * x[:, :, j, None].float()
-    return out.to(x.dtype)
+    return out.to(x.dtype).contiguous()
 
 
 def backward_reference(g: torch.Tensor, y: torch.Tensor, x: torch.Tensor, post: torch.Tensor, comb: torch.Tensor):
@@ -34,7 +35,7 @@ def backward_reference(g: torch.Tensor, y: torch.Tensor, x: torch.Tensor, post: 
     g_x = torch.einsum("btjk,btkd->btjd", comb, g)
     g_post = torch.einsum("btkd,btd->btk", g, y.float())
     g_comb = torch.einsum("btjd,btkd->btjk", x.float(), g)
-    return g_y.to(y.dtype), g_x.to(x.dtype), g_post, g_comb.contiguous()
+    return g_y.to(y.dtype), g_x.to(x.dtype), g_post.contiguous(), g_comb.contiguous()
 
 
 def _flops(y, x, *args, out_shape=None, **kw):

@@ -23,9 +23,10 @@ from .registry import Op, register, require
 
 
 def check(x, fn, base, scale, norm_eps, hc_eps, iters):
-    n, d = x.shape[-2:]
+    require(x.dim() == 4, f"hc_pre: x {tuple(x.shape)} is not [B, T, n, d]")
+    n, d = x.shape[2:]
     rows = n * (2 + n)
-    require(x.dim() == 4 and fn.shape == (rows, n * d) and base.shape == (rows,) and scale.shape == (3,),
+    require(fn.shape == (rows, n * d) and base.shape == (rows,) and scale.shape == (3,),
             f"hc_pre: x {tuple(x.shape)}, fn {tuple(fn.shape)}, base {tuple(base.shape)}, scale {tuple(scale.shape)} do not fit")
 
 

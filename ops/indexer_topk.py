@@ -19,6 +19,7 @@ CHUNK = 1 << 24  # scores (per head) held at a time
 
 
 def check(q, k, u, lo, hi, topk):
+    require(q.dim() == 4, f"indexer_topk: q {tuple(q.shape)} is not [B, T, Hi, Di]")
     B, T, H, D = q.shape
     require(k.dim() == 3 and k.shape[::2] == (B, D) and u.shape == (B, T, H) and lo.shape == hi.shape == (B, T),
             f"indexer_topk: q {tuple(q.shape)}, k {tuple(k.shape)}, u {tuple(u.shape)}, lo {tuple(lo.shape)} do not fit")

@@ -40,7 +40,7 @@ def forward_reference(x: torch.Tensor, weight: torch.Tensor, target: torch.Tenso
 
 def backward_reference(g: torch.Tensor, lse: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor):
     """Gradients of x and weight."""
-    w, g_x, g_w = weight.float(), torch.empty_like(x), torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+    w, g_x, g_w = weight.float(), x.new_empty(x.shape), torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
     for now in _chunks(x.shape[0], weight.shape[0]):
         xc, t = x[now].float(), target[now]
         p = (xc @ w.T - lse[now, None]).exp_()

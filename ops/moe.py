@@ -26,17 +26,21 @@ CHUNK = 1 << 24  # intermediate values held at a time
 
 
 def check(x, w13, w2, idx, weight, s13, s2, limit, act_quant):
-    packed = w13.dtype == torch.int8
-    E, I2, d = w13.shape
-    require(x.dim() == 2 and x.shape[1] == d * (1 + packed) and w2.shape == (E, x.shape[1], I2 // 2 // (1 + packed))
+    require(x.dim() == 2 and w13.dim() == 3, f"moe: x {tuple(x.shape)}, w13 {tuple(w13.shape)} are not [N, d], [E, 2I, d]")
+    pack, E, I, d = 1 + (w13.dtype == torch.int8), w13.shape[0], w13.shape[1] // 2, x.shape[1]
+    require(w13.shape == (E, 2 * I, d // pack) and w2.shape == (E, d, I // pack) and I % pack == d % pack == 0
             and idx.dim() == 2 and idx.shape[0] == x.shape[0] and weight.shape == idx.shape,
             f"moe: x {tuple(x.shape)}, w13 {tuple(w13.shape)}, w2 {tuple(w2.shape)}, idx {tuple(idx.shape)} do not fit")
-    require((s13 is None) == (s2 is None) == w13.dtype.is_floating_point and w13.dtype.itemsize > 1 or s13 is not None and s2 is not None,
-            f"moe: {w13.dtype} weights need scales for w13 and w2")
+    require((s13 is None) == (s2 is None) == (w13.dtype.itemsize > 1),
+            f"moe: packed weights have scales, others have none; w13 is {w13.dtype}")
+    if s13 is not None:
+        o, i = (1, 32) if pack == 2 else (128, 128)  # a scale's block
+        require(s13.shape == (E, 2 * -(-I // o), -(-d // i)) and s2.shape == (E, -(-d // o), -(-I // i)),
+                f"moe: scales {tuple(s13.shape)}, {tuple(s2.shape)} do not fit w13 {tuple(w13.shape)}, w2 {tuple(w2.shape)}")
 
 
 def _few(idx, w13):
-    return idx.shape[0] * idx.shape[1] <= w13.shape[0]
+    return idx.numel() <= w13.shape[0]
 
 
 def _dequantize(w, scale, dtype):
@@ -77,7 +81,7 @@ def reference(x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, idx: torch.T
         w = _dequantize(w2[idx], pick(s2), dtype)  # [N, K, d, I]
         return (w.float() * h.float()[:, :, None]).sum(-1).to(dtype).float().sum(1)
     w13, w2 = _dequantize13(w13, s13, dtype), _dequantize(w2, s2, dtype)
-    route = torch.zeros(N, E, device=x.device).scatter_add(1, idx, weight)
+    route = weight.new_zeros(N, E).scatter_add(1, idx, weight)
     step, out = max(1, CHUNK // (E * (w13.shape[1] + w2.shape[1]))), []
     for c in range(0, N, step):
         h13 = x[c : c + step] @ w13.transpose(1, 2)  # [E, n, 2I]
@@ -147,7 +151,8 @@ def _fake_backward(g, x, w13, w2, idx, weight, s13, *args):
 _backward_op = register(
     "moe_backward(Tensor g, Tensor x, Tensor w13, Tensor w2, Tensor idx, Tensor weight, Tensor? s13, Tensor? s2, float limit, "
     "bool act_quant) -> (Tensor, Tensor, Tensor, Tensor)", impl=backward_reference, fake=_fake_backward,
-    flops=lambda g, *args, out_shape=None, **kw: 8 * _flops(*args) // 3)  # two gradients each, and h13 again
+    flops=lambda g, x, w13, w2, idx, weight, s13=None, *args, out_shape=None, **kw:  # two gradients each (one if packed), h13 again
+        (8 if s13 is None else 5) * _flops(x, w13, w2, idx) // 3)
 
 
 def _setup(ctx, inputs, output):

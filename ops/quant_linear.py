@@ -19,11 +19,12 @@ from .registry import Op, register, require
 
 
 def check(x, weight, scale, groups, act_quant):
+    require(weight.dtype == torch.float8_e4m3fn and weight.dim() == 2,
+            f"quant_linear: weight is {weight.dtype} {tuple(weight.shape)}, not float8_e4m3fn [o, i]")
     o, i = weight.shape
-    require(weight.dtype == torch.float8_e4m3fn, f"quant_linear: weight is {weight.dtype}, not float8_e4m3fn")
     require(scale.shape == (-(-o // 128), -(-i // 128)) and scale.dtype in (torch.uint8, torch.float32),
             f"quant_linear: scale {tuple(scale.shape)} {scale.dtype} does not fit weight {tuple(weight.shape)}")
-    require(x.shape[-1] == i and o % groups == 0 and (groups == 1 or x.shape[-2] == groups),
+    require(x.shape[-1] == i and o % groups == 0 and (groups == 1 or x.shape[-2:-1] == (groups,)),
             f"quant_linear: x {tuple(x.shape)} does not fit weight {tuple(weight.shape)} in {groups} groups")
 
 

@@ -11,7 +11,7 @@ A model holds a `Table`: its own immutable choice per op. `use({...})` sets the 
 from __future__ import annotations
 
 import contextlib
-import contextvars
+import types
 from typing import Callable
 
 import torch
@@ -20,7 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 NAMESPACE = "dsv4"
 OPS: dict[str, "Op"] = {}
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
-_modes: contextvars.ContextVar[dict[str, str]] = contextvars.ContextVar("dsv4_modes", default={})
+_modes: dict[str, str] = {}  # the choices of `use`; a plain dict, so that compiled code can read and guard it
 
 
 def register(schema: str, impl: Callable, fake: Callable, flops: Callable | None = None,
@@ -78,7 +78,7 @@ class Op:
         return default
 
     def __call__(self, *args):
-        return self.bind(_modes.get().get(self.name))(*args)
+        return self.bind(_modes.get(self.name))(*args)
 
 
 class Table:
@@ -88,8 +88,8 @@ class Table:
     """
 
     def __init__(self, modes: dict[str, str] | None = None):
-        modes = {**_modes.get(), **validate(modes or {})}
-        object.__setattr__(self, "modes", modes)
+        modes = {**_modes, **validate(modes or {})}
+        object.__setattr__(self, "modes", types.MappingProxyType(modes))
         for name, op in OPS.items():
             object.__setattr__(self, name, op.bind(modes.get(name)))
 
@@ -113,11 +113,13 @@ def validate(modes: dict[str, str]) -> dict[str, str]:
 @contextlib.contextmanager
 def use(modes: dict[str, str]):
     """Within the block, models and calls take these forms by default: `with ops.use({"moe": "reference"}): ...`"""
-    token = _modes.set({**_modes.get(), **validate(modes)})
+    before = dict(_modes)
+    _modes.update(validate(modes))
     try:
         yield
     finally:
-        _modes.reset(token)
+        _modes.clear()
+        _modes.update(before)
 
 
 def require(condition: bool, message: str) -> None:

@@ -28,13 +28,15 @@ BLOCK = 64  # tokens that share one band of W - 1 + BLOCK window keys
 
 
 def check(q, kv, sink, seen, entries, lo, hi, idx, scale):
+    require(q.dim() == 4, f"sparse_attn: q {tuple(q.shape)} is not [B, T, H, D]")
     B, T, H, D = q.shape
     require(kv.dim() == 3 and kv.shape[0] == B and kv.shape[1] >= T and kv.shape[2] == D and sink.shape == (H,)
             and seen.shape == (B, T),
             f"sparse_attn: q {tuple(q.shape)}, kv {tuple(kv.shape)}, sink {tuple(sink.shape)}, seen {tuple(seen.shape)} do not fit")
     if entries is not None:
-        require(entries.dim() == 3 and entries.shape[::2] == (B, D) and lo.shape == hi.shape == (B, T),
-                f"sparse_attn: entries {tuple(entries.shape)}, lo {tuple(lo.shape)} do not fit q {tuple(q.shape)}")
+        require(entries.dim() == 3 and entries.shape[::2] == (B, D) and lo is not None and hi is not None
+                and lo.shape == hi.shape == (B, T),
+                f"sparse_attn: entries {tuple(entries.shape)} do not fit q {tuple(q.shape)}, or lo, hi are not [B, T]")
     require(idx is None or entries is not None and idx.shape[:2] == (B, T), "sparse_attn: idx needs entries and shape [B, T, K]")
 
 
@@ -43,7 +45,7 @@ def _chunks(q, kv, seen, entries, lo, hi, idx):
     B, T, H, D = q.shape
     n = min(T, BLOCK)  # tokens in a block
     band = kv.shape[1] - T + n
-    held = H * band + (0 if entries is None else entries.shape[1] * H if idx is None else idx.shape[2] * (H + D))
+    held = max(H, D // n) * band + (0 if entries is None else entries.shape[1] * H if idx is None else idx.shape[2] * (H + D))
     step = max(1, CHUNK // (B * held * n)) * n
     for c in range(0, T, step):
         now, size = slice(c, min(c + step, T)), min(step, T - c)
@@ -95,6 +97,8 @@ def _attend(q, keys, n, band, seen, lo, hi, idx, entries, sink, scale):
 def forward_reference(q: torch.Tensor, kv: torch.Tensor, sink: torch.Tensor, seen: torch.Tensor, entries: torch.Tensor | None,
                       lo: torch.Tensor | None, hi: torch.Tensor | None, idx: torch.Tensor | None, scale: float):
     """-> o, lse"""
+    if entries is not None and entries.requires_grad:
+        entries = entries.float()  # the gradients of an entry chosen by many tokens add up in fp32
     out, lse = [], []
     for now, operands in _chunks(q, kv, seen, entries, lo, hi, idx):
         o, l = _attend(*operands, entries, sink, scale)
@@ -109,7 +113,7 @@ def backward_reference(g: torch.Tensor, o: torch.Tensor, lse: torch.Tensor, q: t
     """Gradients of q, kv, sink and entries (empty where there are none), recomputing probabilities from lse."""
     B, T, H, D = q.shape
     delta = (g.float() * o.float()).sum(-1)  # [B, T, H]
-    g_q, g_sink = torch.empty_like(q), -((sink.float() - lse).exp() * delta).sum((0, 1))
+    g_q, g_sink = q.new_empty(q.shape), -((sink.float() - lse).exp() * delta).sum((0, 1))
     g_kv = torch.zeros(kv.shape, dtype=torch.float32, device=kv.device)
     g_entries = torch.zeros(q.new_empty(0).shape if entries is None else entries.shape, dtype=torch.float32, device=q.device)
     for now, (qc, keys, n, band, *rows) in _chunks(q, kv, seen, entries, lo, hi, idx):

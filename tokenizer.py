@@ -1,0 +1,480 @@
+"""Text in and out of DeepSeek-V4: tokenizers, streaming decoding and the prompt encoding.
+
+Three parts, each usable alone:
+
+* `load_tokenizer` reads the byte-level BPE `tokenizer.json` of the released checkpoints (`tokenizers`) or the
+  sentencepiece `tokenizer.model` of the embedded model. Both back ends have one interface, `Tokenizer`, built on one
+  fact: a token is a fixed string of bytes. Decoding is joining bytes, so it is exact and streams in constant time.
+* `StreamDecoder` turns ids into text as they arrive, never emits half a character, and stops at stop strings.
+* `encode_messages` and `parse_response` are V4's chat format. V4 ships no chat template; the format is defined by the
+  official `encoding_dsv4.py` and its README (folder `encoding/` of the DeepSeek-V4 checkpoints). The later encoders
+  (-0731: three effort levels; Vision and V4.1: images, other tags) are different formats and are refused by name.
+
+A rendered prompt starts with the BOS token already, so it is tokenised without adding another one. The facts are those
+of V4_SPEC.md, sections 11.2, 11.3 and 16.
+"""
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from pathlib import Path
+
+import sentencepiece
+import tokenizers
+
+BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+USER, ASSISTANT, REMINDER = "<｜User｜>", "<｜Assistant｜>", "<｜latest_reminder｜>"
+THINK, END_THINK = "<think>", "</think>"
+DSML = "｜DSML｜"
+TASKS = {name: f"<｜{name}｜>" for name in ("action", "query", "authority", "domain", "title", "read_url")}
+ROLES = ("system", "user", "assistant", "tool", "developer", "latest_reminder")
+
+
+class TokenizerError(ValueError):
+    """A tokenizer that is missing, unreadable or of the wrong kind; the message is one line with the remedy."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+class Tokenizer:
+    """Text to ids and back, whatever the file format.
+
+    Special tokens in the text (`<｜User｜>`, `</think>`, `｜DSML｜`, ...) become single ids, as in the official code,
+    which tokenises the rendered prompt; `decode` writes them out again, so it inverts `encode`. An id without a token
+    (a padded vocabulary) decodes to U+FFFD. `bos_id` and `eos_id` are None where the vocabulary has no such token.
+    A back end supplies these fields, `token_id`, `_encode(text)` and `_lookup(id)`, the bytes of an id in range.
+    """
+
+    bos_id: int | None
+    eos_id: int | None
+    vocab_size: int
+
+    def __init__(self):
+        self._bytes: dict[int, bytes] = {}
+
+    def encode(self, text: str, bos: bool = False) -> list[int]:
+        """Ids of `text`, preceded by the BOS id if `bos`."""
+        if bos and self.bos_id is None:
+            raise TokenizerError("this tokenizer has no BOS token: encode with bos=False")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise TokenizerError(f"the text is not valid Unicode at character {error.start}: pass UTF-8") from None
+        return [self.bos_id] * bos + self._encode(text)
+
+    def decode(self, ids) -> str:
+        """Text of the ids; bytes that are not UTF-8 become U+FFFD."""
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes one id stands for, which may end in the middle of a character."""
+        if token not in self._bytes:
+            self._bytes[token] = self._lookup(token) if 0 <= token < self.vocab_size else "\ufffd".encode()
+        return self._bytes[token]
+
+    def token_id(self, piece: str) -> int | None:
+        """The id of a token given by its exact spelling, or None."""
+        raise NotImplementedError
+
+
+class ByteLevelTokenizer(Tokenizer):
+    """`tokenizer.json`: byte-level BPE, the released checkpoints' format (spec 11.2)."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        try:
+            self._bpe = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise _unreadable(path, error) from None
+        if not isinstance(self._bpe.decoder, tokenizers.decoders.ByteLevel):
+            raise TokenizerError(f"{path}: not a byte-level BPE; use the tokenizer.json of a DeepSeek checkpoint")
+        # GPT-2's alphabet: the vocabulary is spelled in 256 printable characters, one per byte.
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        hidden = [byte for byte in range(256) if byte not in printable]
+        self._alphabet = {chr(byte): byte for byte in printable} | {chr(256 + n): b for n, b in enumerate(hidden)}
+        self.vocab_size = self._bpe.get_vocab_size(with_added_tokens=True)
+        self.bos_id, self.eos_id = self.token_id(BOS), self.token_id(EOS)
+
+    def token_id(self, piece):
+        return self._bpe.token_to_id(piece)
+
+    def _encode(self, text):
+        return self._bpe.encode(text, add_special_tokens=False).ids
+
+    def _lookup(self, token):
+        piece = self._bpe.id_to_token(token) or "\ufffd"
+        if self._alphabet.keys() >= set(piece):
+            return bytes(map(self._alphabet.get, piece))
+        return piece.encode()  # added tokens are plain text
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """`tokenizer.model`: sentencepiece, the embedded model's format.
+
+    `decode(encode(text)) == text` for every text if the model was trained with byte_fallback=True,
+    add_dummy_prefix=False, remove_extra_whitespaces=False and normalization_rule_name="identity". Sentencepiece spells
+    a space `▁` (U+2581) and would confuse the two, so some strings bypass it: a real `▁` travels as bytes, and V4's
+    names, which hold it, are looked up here; so are control tokens, which sentencepiece never finds in text.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__()
+        try:
+            self._sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except Exception as error:  # OSError or RuntimeError
+            raise _unreadable(path, error) from None
+        self.vocab_size = self._sp.get_piece_size()
+        pieces = {token: self._sp.id_to_piece(token) for token in range(self.vocab_size)}
+        self._literal = {piece: [token] for token, piece in pieces.items()
+                         if self._sp.is_control(token) or piece.startswith("<｜") and piece.endswith("｜>")}
+        self._special = {token: piece.encode() for piece, (token,) in self._literal.items()}
+        for name in [name for name in self._literal if "▁" in name]:  # spelled with a space it is no special token
+            head, tail = name.replace("▁", " ").split(" ", 1)
+            self._literal[f"{head} {tail}"] = self._sp.encode(head) + self._sp.encode(f" {tail}")
+        space = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in "▁".encode()]
+        self._literal["▁"] = space if all(map(self._sp.is_byte, space)) else []
+        # Longest first: where two names match at one place, the longer one is meant.
+        names = sorted(self._literal, key=len, reverse=True)
+        self._split = re.compile("(" + "|".join(map(re.escape, names)) + ")")
+        ends = ((BOS, self._sp.bos_id()), (EOS, self._sp.eos_id()))  # the declared ids are -1 where there is none
+        ids = [self._literal.get(name, [declared])[0] for name, declared in ends]
+        self.bos_id, self.eos_id = (token if token >= 0 else None for token in ids)
+
+    def token_id(self, piece):
+        token = self._sp.piece_to_id(piece)
+        return token if self._sp.id_to_piece(token) == piece else None  # unknown pieces map to the unknown id
+
+    def _encode(self, text):
+        parts = filter(None, self._split.split(text))
+        return [token for part in parts for token in self._literal.get(part) or self._sp.encode(part)]
+
+    def _lookup(self, token):
+        if token in self._special:
+            return self._special[token]
+        if self._sp.is_byte(token):
+            return bytes([int(self._sp.id_to_piece(token)[3:5], 16)])  # <0xE2>
+        if self._sp.is_unknown(token):
+            return "\ufffd".encode()
+        return self._sp.id_to_piece(token).replace("▁", " ").encode()
+
+
+def _unreadable(path: Path, error: Exception) -> TokenizerError:
+    reason = str(error).partition("\n")[0]
+    return TokenizerError(f"{path}: cannot be read as a tokenizer ({reason}); copy the file again")
+
+
+def load_tokenizer(path) -> Tokenizer:
+    """The tokenizer of a checkpoint folder (`tokenizer.json`, else `tokenizer.model`), or of such a file itself.
+
+    Raises TokenizerError, one line, if there is none or if it cannot be read.
+    """
+    path = Path(path)
+    names = ("tokenizer.json", "tokenizer.model")
+    file = next((path / name for name in names if (path / name).is_file()), path)
+    if not file.exists():
+        raise TokenizerError(f"{path}: no such file or folder")
+    if file.is_dir():
+        raise TokenizerError(f"{path}: no {' or '.join(names)} in this folder; copy the checkpoint's or feed ids")
+    if file.suffix == ".json":
+        return ByteLevelTokenizer(file)
+    if file.suffix == ".model":
+        return SentencePieceTokenizer(file)
+    raise TokenizerError(f"{path}: unknown kind of tokenizer; give a {' or a '.join(names)}")
+
+
+class StreamDecoder:
+    """Ids in, text out as soon as it is certain; constant work per token, however long the stream.
+
+    The pieces of `push` and the last one of `flush` join to `tokenizer.decode(ids)`. Bytes of an unfinished character
+    are held back; bytes that can no longer become one are emitted as U+FFFD. With `stop` (one string or several), text
+    that may be the start of a stop string is held back too; when one is complete the text before it is emitted, the
+    string itself and all that follows are not, and `stopped` is true. If several match, the first completed counts.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop=()):
+        self._token_bytes = tokenizer.token_bytes
+        self._stops = [stop] if isinstance(stop, str) else list(stop)
+        if "" in self._stops:
+            raise ValueError("a stop string is empty: leave it out")
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """The text that this id makes certain, often empty."""
+        return self._emit(self._utf8.decode(self._token_bytes(token)), final=False)
+
+    def flush(self) -> str:
+        """The text held back so far; the stream is over."""
+        return self._emit(self._utf8.decode(b"", final=True), final=True)
+
+    def _emit(self, text: str, final: bool) -> str:
+        if self.stopped:
+            return ""
+        text, self._held = self._held + text, ""
+        # Earliest end first, so that the answer does not depend on how the text was cut into tokens.
+        found = min(((at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0), default=None)
+        if found:
+            self.stopped = True
+            return text[: found[1]]
+        if final:
+            return text
+        longest = min(len(text), max(map(len, self._stops), default=1) - 1)
+        keep = next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in self._stops)), 0)
+        cut = len(text) - keep
+        self._held = text[cut:]
+        return text[:cut]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompt encoding. The texts below are the model's training format: every byte counts.
+
+REASONING_EFFORT_MAX = (
+    "Reasoning Effort: Absolute maximum with no shortcuts permitted.\n"
+    "You MUST be very thorough in your thinking and comprehensively decompose the problem to resolve the root cause, "
+    "rigorously stress-testing your logic against all potential paths, edge cases, and adversarial scenarios.\n"
+    "Explicitly write out your entire deliberation process, documenting every intermediate step, considered "
+    "alternative, and rejected hypothesis to ensure absolutely no assumption is left unchecked.\n\n"
+)
+TOOLS = f"""## Tools
+
+You have access to a set of tools to help answer the user's question. \
+You can invoke tools by writing a "<{DSML}tool_calls>" block like the following:
+
+<{DSML}tool_calls>
+<{DSML}invoke name="$TOOL_NAME">
+<{DSML}parameter name="$PARAMETER_NAME" string="true|false">$PARAMETER_VALUE</{DSML}parameter>
+...
+</{DSML}invoke>
+<{DSML}invoke name="$TOOL_NAME2">
+...
+</{DSML}invoke>
+</{DSML}tool_calls>
+
+String parameters should be specified as is and set `string="true"`. For all other types \
+(numbers, booleans, arrays, objects), pass the value in JSON format and set `string="false"`.
+
+If thinking_mode is enabled (triggered by {THINK}), you MUST output your complete reasoning inside \
+{THINK}...{END_THINK} BEFORE any tool calls or final response.
+
+Otherwise, output directly after {END_THINK} with tool calls or final response.
+
+### Available Tool Schemas
+
+%s
+
+You MUST strictly follow the above defined tool name and parameter schemas to invoke tool calls.
+"""
+RESPONSE_FORMAT = "## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n%s"
+
+CALLS, CALLS_END = f"\n\n<{DSML}tool_calls>", re.compile(rf"\s*</{DSML}tool_calls>")
+INVOKE, INVOKE_END = re.compile(rf'\s*<{DSML}invoke name="([^"\n]*)">\s*'), f"</{DSML}invoke>"
+PARAMETER = re.compile(
+    rf'<{DSML}parameter name="([^"\n]*)" string="(true|false)">(.*?)</{DSML}parameter>\s*', re.DOTALL)
+
+
+def encode_messages(messages: list[dict], *, thinking: bool = False, reasoning_effort: str | None = None,
+                    drop_thinking: bool = True, bos: bool = True) -> str:
+    """The prompt text of a conversation in the OpenAI format, ready for `Tokenizer.encode` (spec 11.3).
+
+    Message fields: role, content; on system and developer also tools and response_format; on assistant also
+    reasoning_content, tool_calls and wo_eos (an answer to be continued); on tool also tool_call_id; task (see TASKS)
+    asks for a quick classification after a message. `reasoning_effort` matters when thinking: None, "high" (both plain)
+    or "max". `drop_thinking` leaves out the reasoning, and the developer messages, before the last user turn;
+    conversations with tools always keep them. ValueError, one line, for what the format cannot express.
+    """
+    if reasoning_effort not in (None, "high", "max"):
+        raise ValueError(f"reasoning_effort {reasoning_effort!r} is not one of V4's: None, 'high' or 'max' "
+                         "('low' and others belong to the -0731 and V4.1 encoders)")
+    turns = _turns(messages)
+    drop = thinking and drop_thinking and not any(turn.get("tools") for turn in turns)
+    if drop:
+        last = _last_user(turns)
+        turns = [turn for i, turn in enumerate(turns) if turn["role"] != "developer" or i >= last]
+    last = _last_user(turns)
+    prompt = [BOS] if bos else []
+    if thinking and reasoning_effort == "max":
+        prompt.append(REASONING_EFFORT_MAX)
+    for i, turn in enumerate(turns):
+        role, task = turn["role"], turn.get("task")
+        if role == "assistant":
+            # The answer to a task is bare; dropped reasoning was already closed by the user turn before it.
+            if thinking and not (drop and i <= last) and not (i and turns[i - 1].get("task")):
+                prompt += [turn.get("reasoning_content") or "", END_THINK]
+            prompt += [turn.get("content") or "", _calls_text(turn), "" if turn.get("wo_eos") else EOS]
+        else:
+            prompt += [{"system": "", "latest_reminder": REMINDER}.get(role, USER), _content_text(turn)]
+        if i + 1 < len(turns) and turns[i + 1]["role"] not in ("assistant", "latest_reminder"):
+            continue  # the model is not asked to speak here
+        if task == "action":
+            prompt += [ASSISTANT, THINK if thinking else END_THINK, TASKS[task]]
+        elif task:
+            prompt.append(TASKS[task])
+        elif role in ("user", "developer"):
+            prompt += [ASSISTANT, THINK if thinking and not (drop and i < last) else END_THINK]
+    return "".join(prompt)
+
+
+def _turns(messages: list[dict]) -> list[dict]:
+    """The messages, checked, with runs of user and tool messages merged into user turns.
+
+    A user turn has `parts`, pairs (order, text): order is None for text and the place of the call for a tool result.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("messages must be a list with at least one message")
+    turns, calls = [], None
+    for i, message in enumerate(messages):
+        _check(message, f"messages[{i}]")
+        role, turn = message["role"], dict(message)
+        if role == "assistant":
+            calls = [call.get("id") for call in message.get("tool_calls") or []]
+        elif role == "tool":
+            key = message.get("tool_call_id")
+            if not calls or key and all(calls) and key not in calls:
+                raise ValueError(f"messages[{i}] (tool): answers no call of an assistant message before it; "
+                                 "keep the assistant message with its tool_calls, and their ids")
+            result = "\n\n".join(_texts(message["content"]))
+            order = calls.index(key) if key in calls else 0
+            turn |= {"role": "user", "parts": [(order, f"<tool_result>{result}</tool_result>")]}
+        elif role == "user":
+            turn["parts"] = [(None, text) for text in _texts(message["content"])]
+        previous = turns[-1] if turns else {}
+        if previous.get("role") == turn["role"] == "user" and not (role == "user" and previous.get("task")):
+            previous["parts"] += turn["parts"]
+            previous["task"] = previous.get("task") or turn.get("task")
+        else:
+            turns.append(turn)
+    return turns
+
+
+def _check(message, where: str) -> None:
+    """ValueError for a message that the format cannot express, or would lose without a word."""
+    if not isinstance(message, dict) or message.get("role") not in ROLES:
+        role = message.get("role") if isinstance(message, dict) else message
+        raise ValueError(f"{where}: unknown role {role!r}; V4 has {', '.join(ROLES)}")
+    role, content, task = message["role"], message.get("content"), message.get("task")
+    where = f"{where} ({role})"
+    instead = {"assistant": ("tool_calls", "reasoning_content"), "system": ("tools", "response_format")}
+    if content is None and not any(message.get(key) for key in instead.get(role, ())):
+        raise ValueError(f"{where}: content is missing; give a string")
+    if role == "developer" and not content:
+        raise ValueError(f"{where}: content is empty; give this role a text")
+    if isinstance(content, list) and role in ("user", "tool"):
+        for part in content:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind is None or kind == "text" and not isinstance(part.get("text"), str):
+                raise ValueError(f'{where}: a content part is not {{"type": "text", "text": ...}}')
+            if kind != "text" and role == "user":
+                raise ValueError(f"{where}: V4 reads text only, not {kind!r}; images need the Vision or V4.1 encoder")
+    elif not isinstance(content, (str, type(None))):
+        raise ValueError(f"{where}: content is a {type(content).__name__}; give one string")
+    if not isinstance(message.get("reasoning_content"), (str, type(None))):
+        raise ValueError(f"{where}: reasoning_content is not text; give a string")
+    if task is not None and task not in TASKS:
+        raise ValueError(f"{where}: unknown task {task!r}; V4 has {', '.join(TASKS)}")
+    for key in ("tools", "response_format"):
+        if message.get(key) and role not in ("system", "developer"):
+            raise ValueError(f"{where}: {key} would not be rendered; put it on a system or developer message")
+    for tool in message.get("tools") or []:
+        if not isinstance(tool, dict) or not isinstance(tool.get("function"), dict):
+            raise ValueError(f"{where}: an entry of tools has no function; use the OpenAI format")
+    for call in message.get("tool_calls") or []:
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) \
+                or not isinstance(function.get("arguments"), (str, dict)):
+            raise ValueError(f"{where}: an entry of tool_calls has no function with name and arguments (JSON text)")
+
+
+def _last_user(turns: list[dict]) -> int:
+    return max((i for i, turn in enumerate(turns) if turn["role"] in ("user", "developer")), default=-1)
+
+
+def _texts(content: str | list) -> list[str]:
+    """A string, or the texts of OpenAI content parts; a tool result names what it cannot show, as the official code."""
+    if isinstance(content, str):
+        return [content]
+    return [part["text"] if part.get("type") == "text" else f"[Unsupported {part.get('type')}]" for part in content]
+
+
+def _content_text(turn: dict) -> str:
+    """Body of a turn that the assistant did not write; tool results go in the order of their calls."""
+    if "parts" in turn:
+        results = iter(sorted((part for part in turn["parts"] if part[0] is not None), key=lambda part: part[0]))
+        return "\n\n".join(text if order is None else next(results)[1] for order, text in turn["parts"])
+    sections = [turn.get("content") or ""]
+    if turn.get("tools"):
+        sections.append(TOOLS % "\n".join(_json(tool["function"]) for tool in turn["tools"]))
+    if turn.get("response_format"):
+        sections.append(RESPONSE_FORMAT % _json(turn["response_format"]))
+    return "\n\n".join(sections)
+
+
+def _calls_text(turn: dict) -> str:
+    """The DSML block of an assistant turn, empty without calls."""
+    invokes = []
+    for function in (call["function"] for call in turn.get("tool_calls") or []):
+        arguments = function["arguments"]
+        if isinstance(arguments, str):
+            parsed = _parse_json(arguments)
+            arguments = parsed if isinstance(parsed, dict) else {"arguments": arguments}
+        lines = [f'<{DSML}parameter name="{key}" string="{"true" if isinstance(value, str) else "false"}">'
+                 f"{value if isinstance(value, str) else _json(value)}</{DSML}parameter>"
+                 for key, value in arguments.items()]
+        invokes.append("\n".join([f'<{DSML}invoke name="{function["name"]}">', "\n".join(lines), INVOKE_END]))
+    return "\n".join([CALLS, *invokes, f"</{DSML}tool_calls>"]) if invokes else ""
+
+
+def parse_response(text: str, thinking: bool = False) -> dict:
+    """What the model answered, as fields of an assistant message: reasoning_content, content, tool_calls.
+
+    `text` continues a prompt of `encode_messages` with the same `thinking`; it ends at the first EOS, if any. Calls are
+    in the OpenAI format, arguments as JSON text. Nothing raises: reasoning that was cut off before `</think>` is still
+    reasoning, and what does not parse of a DSML block stays in content as it was written.
+    """
+    text, reasoning = text.partition(EOS)[0], ""
+    if thinking:
+        reasoning, closed, answer = text.partition(END_THINK)
+        if not closed:
+            reasoning, mark, block = text.partition(CALLS)
+            answer = mark + block
+        text = answer
+    content, mark, block = text.partition(CALLS)
+    calls, at = _parse_calls(block)
+    end = CALLS_END.match(block, at)
+    if calls or end:
+        mark, block = "", block[end.end() if end else at:]
+    return {"reasoning_content": reasoning, "content": content + mark + block, "tool_calls": calls}
+
+
+def _parse_calls(block: str) -> tuple[list[dict], int]:
+    """The well-formed invokes at the start of a DSML block, and where they end."""
+    calls, at = [], 0
+    while head := INVOKE.match(block, at):
+        arguments, inside = {}, head.end()
+        while (item := PARAMETER.match(block, inside)) and item[1] not in arguments:
+            is_json = item[2] == "false" and _parse_json(item[3]) is not _INVALID
+            arguments[item[1]] = item[3] if is_json else _json(item[3])
+            inside = item.end()
+        if not block.startswith(INVOKE_END, inside):
+            break
+        fields = ", ".join(f"{_json(key)}: {value}" for key, value in arguments.items())
+        calls.append({"type": "function", "function": {"name": head[1], "arguments": f"{{{fields}}}"}})
+        at = inside + len(INVOKE_END)
+    return calls, at
+
+
+_INVALID = object()
+
+
+def _parse_json(text: str):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return _INVALID
+
+
+def _json(value) -> str:
+    return json.dumps(value, ensure_ascii=False)
