@@ -381,11 +381,13 @@ class Ring(nn.Module):
             return F.pad(new, (0, 0, self.back, 0))
         size, pos = self.rows.shape[1] - 1, plan.input_pos[:, None]
         old = self.rows[plan.row, (pos + torch.arange(-self.back, 0, device=new.device)) % size]
+        rows = torch.cat([old, new.to(old.dtype)], 1)
         stored = min(new.shape[1], size)  # the last valid rows, one per slot
         col = plan.lengths[:, None] + torch.arange(-stored, 0, device=new.device)
         slot = torch.where(col >= 0, (pos + col) % size, size)
-        self.rows.index_put_((plan.row, slot), new.to(self.rows.dtype)[plan.row, col.clamp(min=0)])
-        return torch.cat([old, new.to(old.dtype)], 1)
+        # Taking them from the rows read makes the write depend on the read, so that Inductor may write in place.
+        self.rows.index_put_((plan.row, slot), rows[plan.row, (self.back + col).clamp(min=0)])
+        return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -460,7 +462,7 @@ class Attention(nn.Module):
     """Multi-query attention over the sliding window and the compressed entries, one softmax with a sink (spec 5).
 
     Keys and values are the same latent, shared by all heads. Queries come from a low-rank projection and are normalised
-    per head; outputs are rotated back and go through a grouped low-rank projection.
+    per head (in the op); outputs are rotated back (there too) and go through a grouped low-rank projection.
     """
 
     def __init__(self, model: Transformer, ratio: int):
@@ -486,9 +488,6 @@ class Attention(nn.Module):
         args, rope = self.args, plan.rope[self.ratio > 0]
         qr = self.q_norm(self.wq_a(x))  # [B, T, q_lora]
         q = self.wq_b(qr).unflatten(-1, (args.n_heads, args.head_dim))  # [B, T, H, D]
-        v = q.float()
-        q = (v * torch.rsqrt(v.square().mean(-1, keepdim=True) + args.norm_eps)).to(q.dtype)
-        q = self.ops.rope(q, *rope, False)
         kv = self.ops.rope(self.kv_norm(self.wkv(x)), *rope, False)  # [B, T, D]
         if args.act_quant:
             kv = quantize_kv(self, kv)
@@ -499,8 +498,8 @@ class Attention(nn.Module):
             entries, lo, hi = self.compressor(x, plan), win.lo, win.hi  # [B, E, D]
             if self.ratio == 4 and entries.shape[1] > args.index_topk:  # else every visible entry would be chosen
                 chosen = self.indexer(x, qr, plan)  # [B, T, K]
-        o = self.ops.sparse_attn(q, keys, self.attn_sink, plan.seen, entries, lo, hi, chosen, args.head_dim**-0.5)
-        o = self.ops.rope(o, *rope, True)  # [B, T, H, D]
+        # The op normalises and rotates the queries, and rotates the output back: one pass over each.
+        o = self.ops.sparse_attn(q, keys, self.attn_sink, plan.seen, *rope, entries, lo, hi, chosen, args.norm_eps)  # [B, T, H, D]
         return self.wo_b(self.wo_a(o.flatten(2).unflatten(-1, (args.o_groups, -1))).flatten(2))
 
 

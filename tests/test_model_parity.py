@@ -184,7 +184,8 @@ def swap_compressor_lanes(model):
 
 
 def skip_inverse_rope(model):
-    replace_op(model, "rope", lambda op: lambda x, cos, sin, inverse: x if inverse else op(x, cos, sin, False))
+    replace_op(model, "sparse_attn", lambda op: lambda q, kv, sink, seen, cos, sin, *rest: ops.rope(
+        op(q, kv, sink, seen, cos, sin, *rest), cos, sin, False))
 
 
 def transpose_comb(model):
