@@ -95,7 +95,8 @@ class ModelArgs:
         require(self.n_activated_experts <= self.n_routed_experts, f"n_activated_experts {self.n_activated_experts} exceeds "
                f"n_routed_experts {self.n_routed_experts}")
         for name in ("head_dim", "index_head_dim"):
-            require(self.rope_head_dim <= getattr(self, name), f"rope_head_dim {self.rope_head_dim} exceeds {name} {getattr(self, name)}")
+            require(self.rope_head_dim <= getattr(self, name),
+                    f"rope_head_dim {self.rope_head_dim} exceeds {name} {getattr(self, name)}")
         require(self.rope_head_dim % 2 == 0, f"rope_head_dim {self.rope_head_dim} is odd")
         require(not self.act_quant or self.index_head_dim & (self.index_head_dim - 1) == 0 or 4 not in self.compress_ratios,
                f"index_head_dim {self.index_head_dim} is no power of two, as the Hadamard transform of act_quant needs")
@@ -161,8 +162,8 @@ _HF_NAMES = dict(
     num_hash_layers="n_hash_layers", num_nextn_predict_layers="n_mtp_layers", num_attention_heads="n_heads",
     n_routed_experts="n_routed_experts", n_shared_experts="n_shared_experts", num_experts_per_tok="n_activated_experts",
     scoring_func="score_func", routed_scaling_factor="route_scale", swiglu_limit="swiglu_limit", q_lora_rank="q_lora_rank",
-    head_dim="head_dim", qk_rope_head_dim="rope_head_dim", rms_norm_eps="norm_eps", o_groups="o_groups", o_lora_rank="o_lora_rank",
-    sliding_window="window_size", compress_ratios="compress_ratios", rope_theta="rope_theta",
+    head_dim="head_dim", qk_rope_head_dim="rope_head_dim", rms_norm_eps="norm_eps", o_groups="o_groups",
+    o_lora_rank="o_lora_rank", sliding_window="window_size", compress_ratios="compress_ratios", rope_theta="rope_theta",
     compress_rope_theta="compress_rope_theta", index_n_heads="index_n_heads", index_head_dim="index_head_dim",
     index_topk="index_topk", hc_mult="hc_mult", hc_sinkhorn_iters="hc_sinkhorn_iters", hc_eps="hc_eps",
     max_position_embeddings="max_seq_len", expert_dtype="expert_dtype", bos_token_id="bos_id", eos_token_id="eos_id")
@@ -170,7 +171,7 @@ _HF_YARN = dict(factor="rope_factor", original_max_position_embeddings="original
                 beta_slow="beta_slow")
 _HF_FIXED = dict(attention_bias=False, attention_dropout=0.0, hidden_act="silu", norm_topk_prob=True,
                  num_key_value_heads=1, tie_word_embeddings=False, topk_method="noaux_tc")  # V4 has no other value
-_OPTIONAL = {"expert_dtype", "bos_id", "eos_id", "n_mtp_layers", "max_seq_len", "hc_eps", "norm_eps", "n_shared_experts", "score_func"}
+_OPTIONAL = set("expert_dtype bos_id eos_id n_mtp_layers max_seq_len hc_eps norm_eps n_shared_experts score_func".split())
 _METADATA = set("architectures model_type torch_dtype dtype transformers_version use_cache initializer_range "
                 "quantization_config rope_scaling pad_token_id auto_map _name_or_path max_batch_size scale_fmt".split())
 
@@ -192,7 +193,8 @@ def _translate(config: dict) -> dict:
             require(key in _METADATA or key.startswith("dspark_"), f"unknown key {key!r}: not a DeepSeek-V4 config")
     if not official:
         yarn = config.get("rope_scaling") or dict(factor=1.0, original_max_position_embeddings=0, beta_fast=32, beta_slow=1)
-        require(yarn.get("type", yarn.get("rope_type", "yarn")) == "yarn", f"rope_scaling type {yarn.get('type')!r} is not 'yarn'")
+        kind = yarn.get("type", yarn.get("rope_type", "yarn"))
+        require(kind == "yarn", f"rope_scaling type {kind!r} is not 'yarn'")
         for key in _HF_YARN:
             require(key in yarn, f"rope_scaling lacks {key!r}")
             args[_HF_YARN[key]] = yarn[key]
@@ -498,8 +500,8 @@ class Attention(nn.Module):
             entries, lo, hi = self.compressor(x, plan), win.lo, win.hi  # [B, E, D]
             if self.ratio == 4 and entries.shape[1] > args.index_topk:  # else every visible entry would be chosen
                 chosen = self.indexer(x, qr, plan)  # [B, T, K]
-        # The op normalises and rotates the queries, and rotates the output back: one pass over each.
-        o = self.ops.sparse_attn(q, keys, self.attn_sink, plan.seen, *rope, entries, lo, hi, chosen, args.norm_eps)  # [B, T, H, D]
+        # The op normalises and rotates the queries, and rotates the output back: one pass over each, [B, T, H, D].
+        o = self.ops.sparse_attn(q, keys, self.attn_sink, plan.seen, *rope, entries, lo, hi, chosen, args.norm_eps)
         return self.wo_b(self.wo_a(o.flatten(2).unflatten(-1, (args.o_groups, -1))).flatten(2))
 
 
@@ -587,7 +589,8 @@ class MoE(nn.Module):
 
 def hc_params(args: ModelArgs, rows: int, scales: int) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
     """fn [rows, n d], base [rows], scale [scales] of one hyper-connection site, fp32 (spec 3)."""
-    return tuple(nn.Parameter(torch.empty(shape, dtype=torch.float32)) for shape in ((rows, args.hc_mult * args.dim), rows, scales))
+    shapes = (rows, args.hc_mult * args.dim), rows, scales
+    return tuple(nn.Parameter(torch.empty(shape, dtype=torch.float32)) for shape in shapes)
 
 
 def hc_head(X: torch.Tensor, fn: torch.Tensor, base: torch.Tensor, scale: torch.Tensor, args: ModelArgs) -> torch.Tensor:
@@ -692,7 +695,8 @@ class Transformer(nn.Module):
 
     def _fill_freqs(self) -> None:
         if not self.freqs.is_meta:
-            self.freqs = torch.stack([rope_frequencies(self.args, compressed) for compressed in (False, True)]).to(self.freqs.device)
+            freqs = [rope_frequencies(self.args, compressed) for compressed in (False, True)]
+            self.freqs = torch.stack(freqs).to(self.freqs.device)
 
     def _apply(self, fn, recurse=True):
         """Moves and casts leave RoPE frequencies in fp32 and caches (emptied) in the dtypes that the spec gives them."""

@@ -23,8 +23,10 @@ from .registry import Op, register, require
 
 def check(rows, end, index, weight, cos, sin, ratio, eps, dtype):
     lanes, D = _lanes(ratio), weight.shape[0]
-    require(rows.dim() == 3 and rows.shape[2] == 2 * lanes * D and len(rows) == len(end) and end.shape == index.shape == cos.shape[:2] == sin.shape[:2],
-            f"compress: rows {tuple(rows.shape)}, end {tuple(end.shape)}, weight {tuple(weight.shape)}, cos {tuple(cos.shape)} do not fit")
+    require(rows.dim() == 3 and rows.shape[2] == 2 * lanes * D and len(rows) == len(end)
+            and end.shape == index.shape == cos.shape[:2] == sin.shape[:2],
+            f"compress: rows {tuple(rows.shape)}, end {tuple(end.shape)}, weight {tuple(weight.shape)}, cos {tuple(cos.shape)} "
+            "do not fit")
 
 
 def _lanes(ratio):
@@ -48,8 +50,8 @@ def _slots(rows, end, index, ratio):
     return values, logits.masked_fill(absent, float("-inf")), where
 
 
-def reference(rows: torch.Tensor, end: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
-              ratio: int, eps: float, dtype: torch.dtype) -> torch.Tensor:
+def reference(rows: torch.Tensor, end: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor,
+              sin: torch.Tensor, ratio: int, eps: float, dtype: torch.dtype) -> torch.Tensor:
     values, logits, _ = _slots(rows, end, index, ratio)
     e = (values * logits.softmax(2)).sum(2).to(dtype).float()
     e = (e * torch.rsqrt(e.square().mean(-1, keepdim=True) + eps) * weight.float()).to(dtype)
@@ -84,8 +86,8 @@ def _flops(*args, out_shape=None, **kw):
 
 
 _backward_op = register(
-    "compress_backward(Tensor g, Tensor rows, Tensor end, Tensor index, Tensor weight, Tensor cos, Tensor sin, int ratio, float eps, "
-    "ScalarType dtype) -> (Tensor, Tensor)", impl=backward_reference,
+    "compress_backward(Tensor g, Tensor rows, Tensor end, Tensor index, Tensor weight, Tensor cos, Tensor sin, int ratio, "
+    "float eps, ScalarType dtype) -> (Tensor, Tensor)", impl=backward_reference,
     fake=lambda g, rows, end, index, weight, *args: (rows.new_empty(rows.shape), weight.new_empty(weight.shape)), flops=_flops)
 
 

@@ -75,4 +75,5 @@ _opaque = register("linear_cross_entropy(Tensor x, Tensor weight, Tensor target)
                    fake=lambda x, weight, target: tuple(x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2)),
                    flops=_flops, setup_context=_setup, backward=_backward)
 
-linear_cross_entropy = Op("linear_cross_entropy", lambda *args: forward_reference(*args)[0], lambda *args: _opaque(*args)[0], check)
+linear_cross_entropy = Op("linear_cross_entropy", lambda *args: forward_reference(*args)[0],
+                          lambda *args: _opaque(*args)[0], check)

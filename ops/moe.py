@@ -19,7 +19,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .formats import dequantize_fp4, dequantize_fp8, fake_quant
+from .act_quant import reference as fake_quant
+from .formats import dequantize_fp4, dequantize_fp8
 from .registry import Op, register, require
 
 CHUNK = 1 << 24  # intermediate values held at a time
@@ -58,10 +59,7 @@ def _dequantize13(w13, s13, dtype):
 
 
 def _quant(x, act_quant):
-    if not act_quant:
-        return x
-    q = fake_quant(x.detach(), 128, "fp8")
-    return q + (x - x.detach()) if x.requires_grad else q
+    return fake_quant(x, 128, "fp8") if act_quant else x
 
 
 def _swiglu(h13, weight, limit):
@@ -70,8 +68,8 @@ def _swiglu(h13, weight, limit):
     return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit) * weight
 
 
-def reference(x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, idx: torch.Tensor, weight: torch.Tensor, s13: torch.Tensor | None,
-              s2: torch.Tensor | None, limit: float, act_quant: bool) -> torch.Tensor:
+def reference(x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, idx: torch.Tensor, weight: torch.Tensor,
+              s13: torch.Tensor | None, s2: torch.Tensor | None, limit: float, act_quant: bool) -> torch.Tensor:
     N, E, dtype, x = x.shape[0], w13.shape[0], x.dtype, _quant(x, act_quant)
     pick = lambda scale: None if scale is None else scale[idx]
     if _few(idx, w13):  # products and sums, not a batched matmul: Inductor reads the gathered weights in place
@@ -98,8 +96,8 @@ def _groups(idx, E):
             yield e, rows
 
 
-def grouped(x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, idx: torch.Tensor, weight: torch.Tensor, s13: torch.Tensor | None,
-            s2: torch.Tensor | None, limit: float, act_quant: bool) -> torch.Tensor:
+def grouped(x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, idx: torch.Tensor, weight: torch.Tensor,
+            s13: torch.Tensor | None, s2: torch.Tensor | None, limit: float, act_quant: bool) -> torch.Tensor:
     """The reference's mathematics, expert by expert."""
     one = lambda scale, e: None if scale is None else scale[e]
     y, xq, flat = torch.zeros(x.shape, dtype=torch.float32, device=x.device), _quant(x, act_quant), weight.flatten()
@@ -111,8 +109,8 @@ def grouped(x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, idx: torch.Ten
     return y
 
 
-def backward_reference(g: torch.Tensor, x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, idx: torch.Tensor, weight: torch.Tensor,
-                       s13: torch.Tensor | None, s2: torch.Tensor | None, limit: float, act_quant: bool):
+def backward_reference(g: torch.Tensor, x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, idx: torch.Tensor,
+                       weight: torch.Tensor, s13: torch.Tensor | None, s2: torch.Tensor | None, limit: float, act_quant: bool):
     """Gradients of x, w13, w2 (empty where they are packed) and weight, expert by expert."""
     one = lambda scale, e: None if scale is None else scale[e]
     frozen, dtype, xq, flat = s13 is not None, x.dtype, _quant(x, act_quant), weight.flatten()
@@ -151,7 +149,8 @@ def _fake_backward(g, x, w13, w2, idx, weight, s13, *args):
 _backward_op = register(
     "moe_backward(Tensor g, Tensor x, Tensor w13, Tensor w2, Tensor idx, Tensor weight, Tensor? s13, Tensor? s2, float limit, "
     "bool act_quant) -> (Tensor, Tensor, Tensor, Tensor)", impl=backward_reference, fake=_fake_backward,
-    flops=lambda g, x, w13, w2, idx, weight, s13=None, *args, out_shape=None, **kw:  # two gradients each (one if packed), h13 again
+    # two gradients each (one if packed), and h13 again
+    flops=lambda g, x, w13, w2, idx, weight, s13=None, *args, out_shape=None, **kw:
         (8 if s13 is None else 5) * _flops(x, w13, w2, idx) // 3)
 
 

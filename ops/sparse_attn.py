@@ -6,7 +6,7 @@ Token t of a row sees, with K = V shared by all heads:
               entries[i] for i in idx[t], i >= 0                 otherwise
 
     q'  = q * rsqrt(mean(q^2) + eps) per head, its last r dims rotated to the token's position
-    s_j = q' . k_j / sqrt(D)  m = max(s_j, sink)      den = sum_j exp(s_j - m) + exp(sink - m)
+    s_j = q' . k_j / sqrt(D)         m = max(s_j, sink)      den = sum_j exp(s_j - m) + exp(sink - m)
     o'  = sum_j exp(s_j - m) k_j / den               lse = m + log(den)
     o   = o', its last r dims rotated back
 
@@ -55,7 +55,8 @@ def _chunks(q, kv, seen, cos, sin, entries, lo, hi, idx):
         now, size = slice(c, min(c + step, T)), min(step, T - c)
         pad = -size % n
         keys = F.pad(kv[:, c : c + size + band - n], (0, 0, 0, pad))
-        rows = [None if t is None else F.pad(t[:, now], (0,) * (2 * (t.dim() - 2)) + (0, pad)) for t in (cos, sin, seen, lo, hi, idx)]
+        rows = [None if t is None else F.pad(t[:, now], (0,) * (2 * (t.dim() - 2)) + (0, pad))
+                for t in (cos, sin, seen, lo, hi, idx)]
         yield now, (F.pad(q[:, now], (0, 0, 0, 0, 0, pad)), keys, n, band, *rows)
 
 
@@ -106,9 +107,9 @@ def _attend(q, keys, n, band, cos, sin, seen, lo, hi, idx, entries, sink, eps):
     return rotate((o / den[..., None]).to(q.dtype), cos, sin, True), m + den.log()
 
 
-def forward_reference(q: torch.Tensor, kv: torch.Tensor, sink: torch.Tensor, seen: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
-                      entries: torch.Tensor | None, lo: torch.Tensor | None, hi: torch.Tensor | None, idx: torch.Tensor | None,
-                      eps: float):
+def forward_reference(q: torch.Tensor, kv: torch.Tensor, sink: torch.Tensor, seen: torch.Tensor, cos: torch.Tensor,
+                      sin: torch.Tensor, entries: torch.Tensor | None, lo: torch.Tensor | None, hi: torch.Tensor | None,
+                      idx: torch.Tensor | None, eps: float):
     """-> o, lse"""
     if entries is not None and entries.requires_grad:
         entries = entries.float()  # the gradients of an entry chosen by many tokens add up in fp32
@@ -121,8 +122,8 @@ def forward_reference(q: torch.Tensor, kv: torch.Tensor, sink: torch.Tensor, see
 
 
 def backward_reference(g: torch.Tensor, o: torch.Tensor, lse: torch.Tensor, q: torch.Tensor, kv: torch.Tensor, sink: torch.Tensor,
-                       seen: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, entries: torch.Tensor | None, lo: torch.Tensor | None,
-                       hi: torch.Tensor | None, idx: torch.Tensor | None, eps: float):
+                       seen: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, entries: torch.Tensor | None,
+                       lo: torch.Tensor | None, hi: torch.Tensor | None, idx: torch.Tensor | None, eps: float):
     """Gradients of q, kv, sink and entries (empty where there are none), recomputing probabilities from lse."""
     B, T, H, D = q.shape
     delta = (g.float() * o.float()).sum(-1)  # [B, T, H]
@@ -175,7 +176,8 @@ def _flops(q, kv, sink, seen, cos, sin, entries=None, lo=None, hi=None, idx=None
 
 _backward_op = register(
     "sparse_attn_backward(Tensor g, Tensor o, Tensor lse, Tensor q, Tensor kv, Tensor sink, Tensor seen, Tensor cos, "
-    "Tensor sin, Tensor? entries, Tensor? lo, Tensor? hi, Tensor? idx, float eps) -> (Tensor, Tensor, Tensor, Tensor)", impl=backward_reference,
+    "Tensor sin, Tensor? entries, Tensor? lo, Tensor? hi, Tensor? idx, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    impl=backward_reference,
     fake=lambda g, o, lse, q, kv, sink, seen, cos, sin, entries, *rest: (
         q.new_empty(q.shape), kv.new_empty(kv.shape), sink.new_empty(sink.shape),
         q.new_empty(0 if entries is None else entries.shape)),

@@ -2,17 +2,19 @@
 from __future__ import annotations
 
 import collections
+import re
 
 import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from functorch.compile import make_boxed_func
 
 import ops
 from model import ModelArgs, Transformer
-from oracle import randomize, rms
+from oracle import randomize, rms, small
 
 # fullgraph=True captures these silently; on a GPU each of them makes the host wait
 SYNCS = ("_local_scalar_dense", "item", "nonzero", "_assert_scalar", "masked_select", "_unique2", "unique_dim", "bincount",
@@ -84,9 +86,8 @@ def opaque_calls(recorder: Recorder) -> collections.Counter:
     return collections.Counter(name.split(".")[1] for name in names if name.startswith("dsv4."))
 
 
-@pytest.mark.parametrize("act_quant", (False, True))
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase, form, act_quant", [(phase, form, False) for phase in PHASES for form in FORMS] +
+                         [("prefill", "reference", True), ("decode", "opaque", True)])
 def test_inference_is_one_graph(phase, form, act_quant):
     torch._dynamo.reset()
     counters.clear()
@@ -148,12 +149,21 @@ def test_each_opaque_op_is_one_node():
                                 "compress": compressed + csa, "indexer_topk": csa, "rope": layers + csa}
 
 
-def test_inductor_decode_equals_eager():
+def test_inductor_decode_equals_eager_and_writes_caches_in_place():
+    """Two layers, CSA and HCA. No buffer of the generated code is as large as a ring or an entry cache."""
     torch._dynamo.reset()
-    model, eager = build("reference"), build("reference")
-    decode = torch.compile(model, fullgraph=True, dynamic=False)
+    args = small(n_layers=2, n_hash_layers=1, n_mtp_layers=0, compress_ratios=(4, 128))
+    model, eager = (randomize(Transformer(args, ops={"hc_pre": "opaque"}), seed=1) for _ in range(2))
+    for m in (model, eager):
+        m.setup_caches(2, 512)
     tokens = tokens_of(8)
     with torch.no_grad():
-        for p in range(8):
+        decode = torch.compile(model, fullgraph=True, dynamic=False)
+        _, (code,) = run_and_get_code(decode, tokens[:, :1], torch.tensor([0, 125]))
+        eager(tokens[:, :1], torch.tensor([0, 125]))
+        for p in range(1, 8):
             at = torch.tensor([p, 125 + p])
             assert rms(decode(tokens[:, p : p + 1], at), eager(tokens[:, p : p + 1], at)) <= 1e-5
+    caches = {str(tuple(b.shape)) for name, b in model.named_buffers() if name.endswith(("ring.rows", "entries"))}
+    allocated = set(re.findall(r"empty_strided_cpu\((\([^)]*\))", code))
+    assert caches and not caches & allocated
