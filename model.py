@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from typing import NamedTuple
 
 import torch
@@ -74,13 +75,16 @@ class ModelArgs:
     act_quant: bool = False
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if field.type in ("int", "float"):
+                least = 0 if name in ("n_hash_layers", "n_mtp_layers", "original_seq_len", "bos_id", "eos_id") else 1e-30
+                kind = int if field.type == "int" else (int, float)
+                require(isinstance(value, kind) and not isinstance(value, bool) and least <= value < math.inf,
+                        f"{name} must be {'a positive' if least else 'a non-negative'} {field.type}, not {value!r}")
+        require(isinstance(self.compress_ratios, (list, tuple)) and all(type(r) is int for r in self.compress_ratios),
+                f"compress_ratios must be a list of ints, not {self.compress_ratios!r}")
         self.compress_ratios = tuple(self.compress_ratios)
-        positive = ("vocab_size dim moe_inter_dim n_layers n_heads n_routed_experts n_activated_experts q_lora_rank "
-                    "head_dim rope_head_dim o_groups o_lora_rank window_size index_n_heads index_head_dim index_topk "
-                    "hc_mult hc_sinkhorn_iters max_seq_len rope_theta compress_rope_theta rope_factor swiglu_limit")
-        for name in positive.split():
-            value = getattr(self, name)
-            require(isinstance(value, (int, float)) and value > 0, f"{name} must be a positive number, not {value!r}")
         for name, only in dict(score_func="sqrtsoftplus", n_shared_experts=1).items():
             require(getattr(self, name) == only, f"{name} must be {only!r}, not {getattr(self, name)!r}")
         require(self.n_mtp_layers in (0, 1), f"n_mtp_layers must be 0 or 1, not {self.n_mtp_layers}")
@@ -140,12 +144,12 @@ class ModelArgs:
                 config = json.load(file)
         except OSError as error:
             raise ValueError(f"{path}: cannot be read ({error.strerror}); a checkpoint folder holds a config.json") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not valid JSON ({error})") from None
         require(isinstance(config, dict), f"{path}: not a JSON object")
         try:
             return cls(**_translate(config))
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
     def to_hf(self) -> dict:
@@ -180,6 +184,10 @@ def _translate(config: dict) -> dict:
     """Config keys of either kind -> ModelArgs fields."""
     require(config.get("model_type", "deepseek_v4") == "deepseek_v4",
            f"model_type is {config.get('model_type')!r}, not 'deepseek_v4': this is DeepSeek-V4 only")
+    for name in config.get("architectures") or ():
+        require(re.match(r"DeepseekV4(?!\d)", str(name)), f"architectures names {name!r}: this is DeepSeek-V4 only")
+    for key in ("rope_scaling", "quantization_config"):
+        require(isinstance(config.get(key) or {}, dict), f"{key} must be an object, not {config.get(key)!r}")
     fields = {field.name for field in dataclasses.fields(ModelArgs)} - {"act_quant", "bos_id", "eos_id"}
     official = "dim" in config
     names = {name: name for name in fields} if official else dict(_HF_NAMES)
@@ -202,12 +210,11 @@ def _translate(config: dict) -> dict:
     require(not missing, f"missing key {missing[0] if missing else ''!r}: not a complete DeepSeek-V4 config")
     args.setdefault("expert_dtype", None)
     args["act_quant"] = bool(config.get("quantization_config")) or (official and config.get("dtype") == "fp8")
-    ratios = args["compress_ratios"]
-    require(isinstance(ratios, list), "compress_ratios is not a list")
-    args.setdefault("n_mtp_layers", len(ratios) - args["n_layers"])
-    if dspark:  # the -0731 drafter is another block (spec 14): the backbone loads, MTP is off
-        args["n_mtp_layers"] = 0
-    args["compress_ratios"] = ratios[: args["n_layers"] + args["n_mtp_layers"]]
+    ratios, n_layers = args["compress_ratios"], args["n_layers"]
+    if isinstance(ratios, list) and isinstance(n_layers, int):
+        if dspark:  # the -0731 drafter is another block (spec 14): the backbone loads, MTP is off
+            args |= dict(n_mtp_layers=0, compress_ratios=ratios[:n_layers])
+        args.setdefault("n_mtp_layers", len(ratios) - n_layers)
     return args
 
 
@@ -355,6 +362,7 @@ def linear_fp32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def hadamard(x: torch.Tensor) -> torch.Tensor:
     """Orthonormal Walsh-Hadamard transform of the last dim (a power of two), natural order (spec 7)."""
     n = x.shape[-1]
+    require(n & (n - 1) == 0, f"the Hadamard transform of act_quant needs a power of two, not index_head_dim {n}")
     i = torch.arange(n, device=x.device)
     parity = i[:, None] & i
     for shift in (16, 8, 4, 2, 1):
@@ -388,7 +396,7 @@ class Ring(nn.Module):
         col = plan.lengths[:, None] + torch.arange(-stored, 0, device=new.device)
         slot = torch.where(col >= 0, (pos + col) % size, size)
         # Taking them from the rows read makes the write depend on the read, so that Inductor may write in place.
-        self.rows.index_put_((plan.row, slot), rows[plan.row, (self.back + col).clamp(min=0)])
+        self.rows.index_put_((plan.row, slot), rows.detach()[plan.row, (self.back + col).clamp(min=0)])
         return rows
 
 
@@ -429,7 +437,7 @@ class Compressor(nn.Module):
             new = self.ops.act_quant(hadamard(new), 32, "fp4") if self.rotate else quantize_kv(self, new)
         if plan.input_pos is None:
             return new
-        self.entries.index_put_((plan.row, win.slot), new.to(self.entries.dtype))
+        self.entries.index_put_((plan.row, win.slot), new.detach().to(self.entries.dtype))
         return self.entries[: x.shape[0], :-1]
 
 
@@ -691,12 +699,13 @@ class Transformer(nn.Module):
         self.mtp = MTP(self)
         self.register_buffer("freqs", torch.empty(2, args.rope_head_dim // 2), persistent=False)
         self._fill_freqs()
+        self.register_load_state_dict_post_hook(Transformer._fill_freqs)  # a meta model may be given its weights
         self.reset_parameters()
 
-    def _fill_freqs(self) -> None:
-        if not self.freqs.is_meta:
+    def _fill_freqs(self, *_) -> None:
+        if not self.embed.weight.is_meta:
             freqs = [rope_frequencies(self.args, compressed) for compressed in (False, True)]
-            self.freqs = torch.stack(freqs).to(self.freqs.device)
+            self.freqs = torch.stack(freqs).to(self.embed.weight.device)
 
     def _apply(self, fn, recurse=True):
         """Moves and casts leave RoPE frequencies in fp32 and caches (emptied) in the dtypes that the spec gives them."""
@@ -724,13 +733,17 @@ class Transformer(nn.Module):
         """Allocate empty caches for generation; afterwards rows may hold conversations of up to max_seq_len tokens.
 
         A row may be set back to position 0, or by up to max_rewind below the highest position it has been fed since.
+        Caches are constants to autograd: no gradient flows into earlier calls.
         """
+        require(max_batch_size > 0 and max_seq_len > 0 and max_rewind >= 0, "setup_caches: max_batch_size and max_seq_len must be "
+                f"positive, max_rewind non-negative, not {max_batch_size}, {max_seq_len}, {max_rewind}")
         dtype, device = self.embed.weight.dtype, self.embed.weight.device
-        for module in self.modules():
-            if isinstance(module, Attention):
-                module.ring.setup(max_batch_size, self.args.head_dim, max_rewind, dtype, device)
-            elif isinstance(module, Compressor):
-                module.setup(max_batch_size, max_seq_len, max_rewind, dtype, device)
+        with torch.inference_mode(False):  # buffers that any mode may write
+            for module in self.modules():
+                if isinstance(module, Attention):
+                    module.ring.setup(max_batch_size, self.args.head_dim, max_rewind, dtype, device)
+                elif isinstance(module, Compressor):
+                    module.setup(max_batch_size, max_seq_len, max_rewind, dtype, device)
         self.cache_size = (max_batch_size, max_seq_len, max_rewind)
 
     def reset_caches(self) -> None:

@@ -99,6 +99,9 @@ class Table:
     def __deepcopy__(self, memo):
         return self
 
+    def __reduce__(self):
+        return Table, (dict(self.modes),)
+
 
 def validate(modes: dict[str, str]) -> dict[str, str]:
     """`modes` itself, after checking that every op exists and every mode is "reference" or "opaque"."""

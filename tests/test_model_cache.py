@@ -1,7 +1,9 @@
 """One forward: prefill, decode, verify and rewinding through the caches equal the training forward."""
 from __future__ import annotations
 
+import copy
 import functools
+import pickle
 
 import pytest
 import torch
@@ -223,7 +225,40 @@ def test_quantised_activations_decode_as_they_prefill():
     (lambda m, t: (m.setup_caches(1, 64), m(t, at(0, 0))), "exceeds max_batch_size 1"),
     (lambda m, t: (m.setup_caches(2, 64), m(t, at(0, 0), doc_ids=t)), "exclude each other"),
     (lambda m, t: m(t, logits="some"), "'all', 'last' or None"),
+    (lambda m, t: m.setup_caches(2, 64, -1), "max_rewind non-negative"),
 ])
 def test_wrong_calls_say_what_is_wrong(call, message):
     with pytest.raises(ValueError, match=message):
         call(Transformer(ARGS["flash-like"]), torch.zeros(2, 8, dtype=torch.int64))
+
+
+def test_caches_are_constants_to_autograd():
+    """With gradients on, caches keep no graph: a later call backpropagates by itself, and the model can be copied."""
+    model, tokens, expected = whole("flash-like", 2, 397)
+    model.setup_caches(2, 512)
+    model(tokens[:, :20], at(0, 0)).sum().backward()
+    logits = model(tokens[:, 20:21], at(20, 20))
+    logits.sum().backward()
+    assert rms(logits, expected[:, 20:21]) <= TOLERANCE
+    assert not any(b.requires_grad for b in model.buffers())
+    model.zero_grad(set_to_none=True)
+    again = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    with torch.no_grad():
+        assert rms(again(tokens[:, 21:22], at(21, 21)), expected[:, 21:22]) <= TOLERANCE
+
+
+def test_caches_set_up_in_inference_mode_serve_any_mode():
+    model, tokens, expected = whole("flash-like", 2, 397)
+    with torch.inference_mode():
+        model.setup_caches(2, 512)
+        model(tokens[:, :20], at(0, 0))
+    assert rms(play(model, tokens, [(20, at(20, 20)), (1, at(1, 1))])[0], expected[0, :21]) <= TOLERANCE
+
+
+@torch.no_grad()
+def test_a_meta_model_given_its_weights_computes():
+    model, tokens, expected = whole("flash-like", 2, 397)
+    with torch.device("meta"):
+        other = Transformer(ARGS["flash-like"])
+    other.load_state_dict(model.state_dict(), assign=True)
+    assert rms(other(tokens), expected) <= TOLERANCE

@@ -150,6 +150,7 @@ class Contract(NamedTuple):
     grad: tuple[int, ...]  # arguments that have a gradient
     low: tuple[int, ...]  # arguments that are bf16 in a bf16 model
     out: tuple[bool, ...] = (False,)  # which outputs are fp32 whatever the dtype of the inputs
+    rounding: float = 1.1  # error of a bf16 output, in units of that of rounding the exact result once
 
 
 CONTRACTS = {
@@ -157,11 +158,11 @@ CONTRACTS = {
     "rope": Contract(spec_rope, (0,), (0,)),
     "hc_pre": Contract(spec_hc_pre, (0, 1, 2, 3), (0,), (False, True, True)),
     "hc_post": Contract(spec_hc_post, (0, 1, 2, 3), (0, 1)),
-    "compress": Contract(spec_compress, (0, 3), ()),
-    "sparse_attn": Contract(spec_sparse_attn, (0, 1, 2, 6), (0, 1, 6)),
+    "compress": Contract(spec_compress, (0, 3), (), rounding=2.5),
+    "sparse_attn": Contract(spec_sparse_attn, (0, 1, 2, 6), (0, 1, 6), rounding=4),
     "indexer_topk": Contract(spec_indexer_topk, (), (0, 1, 2)),
     "linear_cross_entropy": Contract(spec_linear_cross_entropy, (0, 1), (0, 1), (True,)),
-    "quant_linear": Contract(spec_quant_linear, (0,), (0,)),
+    "quant_linear": Contract(spec_quant_linear, (0,), (0,), rounding=3),
     "moe": Contract(spec_moe, (0, 1, 2, 4), (0, 1, 2), (True,)),
 }
 
@@ -312,6 +313,11 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float):
         assert rms(a, b) <= tolerance
 
 
+def one_rounding(b: torch.Tensor) -> float:
+    """Relative RMS of rounding to bf16 once, and a margin for ties."""
+    return rms(b.bfloat16(), b) + 1e-6 if b.is_floating_point() and b.numel() > 1 else 4e-3
+
+
 def same(results: tuple, expected: tuple, tolerance: float):
     """Two results of `run`, outputs and gradients alike."""
     for a, b in zip(itertools.chain(*results), itertools.chain(*expected), strict=True):
@@ -430,7 +436,7 @@ def test_bf16_is_exact_up_to_rounding(case):
         out, grads = run(getattr(ops.OPS[case.op], form), case, args)
         for a, b, is_fp32 in zip(out, expected, contract.out, strict=True):
             assert a.dtype == (torch.int64 if case.op == "indexer_topk" else torch.float32 if is_fp32 else torch.bfloat16)
-            close(a, b, 5e-6 if is_fp32 and case.op != "moe" else 8e-3 * flips)
+            close(a, b, 8e-3 * flips if case.op == "moe" else 5e-6 if is_fp32 else contract.rounding * one_rounding(b))
         for i, a, b in zip(differentiable(case, args), grads, expected_grads, strict=True):
             assert a.dtype == args[i].dtype
             close(a, b, (2e-2 if a.dtype == torch.bfloat16 else 3e-2) * flips)
@@ -669,7 +675,8 @@ def test_probabilities_are_rounded_before_the_values_but_not_in_the_denominator(
     case = Case("sparse_attn", sparse_attn, (2, 65, 1, "dense", 3, 6, 20))
     q, kv, sink, seen, cos, sin, entries, *_, eps = low(case)
     cos, sin = torch.ones_like(cos), torch.zeros_like(sin)  # rotation is another rounding
-    args = (q, kv, sink, seen, cos, sin, entries, torch.full((2, 65), 0), torch.full((2, 65), 20), None, eps)  # every entry is visible
+    everything = torch.full((2, 65), 0), torch.full((2, 65), 20)
+    args = (q, kv, sink, seen, cos, sin, entries, *everything, None, eps)
     q = (q.float() * torch.rsqrt(q.float().square().mean(-1, keepdim=True) + eps)).bfloat16()
     q, kv, sink, entries = tensors(torch.Tensor.double, (q, kv, sink, entries))
     keys = torch.cat((kv[:, :, None], entries[:, None].expand(-1, 65, -1, -1)), 2)  # [B, T, 21, D]
