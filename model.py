@@ -718,6 +718,8 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def reset_parameters(self, std: float = 0.02):
         """Random weights: normal(0, std) matrices, unit norms and hc scales, zero biases and sinks, spread-out hash routes."""
+        if self.embed.weight.is_meta:
+            return
         for name, p in self.named_parameters():
             if p.dim() == 1:
                 p.fill_(float("norm" in name or name.endswith("_scale")))
