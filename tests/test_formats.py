@@ -226,7 +226,7 @@ def test_zero_blocks_stay_zero_and_finite(quantize, dequantize):
 
 
 def test_fp32_scales_multiply_their_own_block():
-    q = spread(130, 200).to(torch.float8_e4m3fn)
+    q = spread(130, 200).clamp(-448, 448).to(torch.float8_e4m3fn)  # torch 2.11 casts what overflows to NaN
     scale = torch.tensor([[0.3, 0.7], [1.1, 1.9]])
     y = dequantize_fp8(q, scale, torch.float32)
     for r, c in ((0, 0), (0, 1), (1, 0), (1, 1)):
