@@ -6,8 +6,8 @@
     q [B, T, Hi, Di]   k [B, E, Di]   u [B, T, Hi]   lo, hi [B, T] int64
     idx [B, T, K] int64, K = min(topk, E)
 
-fp32 arithmetic. No gradient: the choice is discrete. The reference walks the tokens in chunks, so that the scores per
-head of a long prefill never exist at once. Errors: shapes that do not fit together, topk < 1.
+fp32 arithmetic. No gradient: the choice is discrete. The reference walks tokens and entries in chunks, so that neither the
+scores per head of a long prefill nor an fp32 copy of a long cache exist at once. Errors: shapes that do not fit together, topk < 1.
 """
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 from .registry import Op, register, require
 
-CHUNK = 1 << 24  # scores (per head) held at a time
+CHUNK = 1 << 24  # scores per head, or values of k, held at a time
 
 
 def check(q, k, u, lo, hi, topk):
@@ -28,14 +28,16 @@ def check(q, k, u, lo, hi, topk):
 
 def scores(q: torch.Tensor, k: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """I [B, T, E] fp32, without visibility."""
-    B, T, H, D = q.shape
-    s = (q.float().flatten(1, 2) @ k.float().transpose(1, 2)).relu_().view(B, T, H, -1)
-    return torch.einsum("bth,bthe->bte", u.float(), s)
+    (B, T, H, D), out, qf = q.shape, [], q.float().flatten(1, 2)
+    for part in k.split(max(1, CHUNK // (B * max(T * H, D))), 1):
+        s = (qf @ part.float().transpose(1, 2)).relu_().view(B, T, H, -1)
+        out.append(torch.einsum("bth,bthe->bte", u.float(), s))
+    return torch.cat(out, 2)
 
 
 def reference(q: torch.Tensor, k: torch.Tensor, u: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, topk: int) -> torch.Tensor:
     (B, T, H, _), E = q.shape, k.shape[1]
-    e, step, out = torch.arange(E, device=q.device), max(1, CHUNK // (B * H * E)), []
+    e, step, out = torch.arange(E, device=q.device), max(1, CHUNK // (B * H * E)), []  # tokens at a time
     for c in range(0, T, step):
         now = slice(c, c + step)
         hidden = (e < lo[:, now, None]) | (e >= hi[:, now, None])
