@@ -2,8 +2,8 @@
 
 One forward serves training, prefill, verify and decode. They differ only in T, the number of new tokens, and in where
 older keys come from: zeros (training) or rings and entry buffers (generation). Positions are tensors, shapes are
-static, nothing on the forward path reads a value back to the host. References like "spec 5" are sections of
-the V4 specification that the docstrings restate; "REF" is DeepSeek's inference code, "paper" is arXiv 2606.19348.
+static, nothing on the forward path reads a value back to the host. "spec 5" and the like number the topics of the V4
+specification (README.md has the key), which the docstrings restate from DeepSeek's paper (arXiv 2606.19348) and code.
 
     B batch   T new tokens   S = T in training   d model dim   H heads   D head dim   n = 4 residual streams
     W window  R compression ratio   E compressed entries   r low rank   K experts (or entries) chosen

@@ -11,7 +11,7 @@ Three parts, each usable alone:
   (-0731: three effort levels; Vision and V4.1: images, other tags) are different formats and are refused by name.
 
 A rendered prompt starts with the BOS token already, so it is tokenised without adding another one. The facts are those
-of V4_SPEC.md, sections 11.2, 11.3 and 16.
+of spec 11.2, 11.3 and 16 (README.md has the key).
 """
 from __future__ import annotations
 

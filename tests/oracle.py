@@ -1,4 +1,4 @@
-"""What the tests compare with: Transformers' deepseek_v4 on the same weights, and the measures of DESIGN section 4."""
+"""What the tests compare with: Transformers' deepseek_v4 on the same weights, and how results are compared."""
 from __future__ import annotations
 
 import copy

@@ -13,7 +13,7 @@ import ops
 from model import ModelArgs, Transformer, rope_frequencies
 from oracle import Margins, hf_model, hf_name, judged, randomize, rms, small
 
-TOLERANCE = 1e-5  # relative RMS, DESIGN section 4
+TOLERANCE = 1e-5  # relative RMS; two independent fp32 implementations agree to a few 1e-6
 LENGTHS = (1, 3, 4, 5, 127, 128, 129, 131, 255, 257, 513, 1030)
 CONFIGS = {
     "flash-like": small(swiglu_limit=1.5),  # ratios 0, 4, 128, 4; the limit is low enough to bite
