@@ -607,6 +607,24 @@ def test_act_quant_gradient_passes_straight_through():
         assert torch.equal(torch.autograd.grad(y, x, g)[0], g)
 
 
+@pytest.mark.parametrize("form", ["reference", "opaque"])
+def test_linears_round_their_inputs_in_blocks_of_128(form):
+    """Identity weights show the rounded values. Half of the channels are so small that a scale of their own would keep them."""
+    torch.manual_seed(0)
+    n, eye = 200, torch.eye(200)
+    x = normal(3, n) * torch.where(torch.arange(n) % 128 < 64, 1.0, 2.0**-16)
+    x[:, 0] = 20.0
+    rounded = fake_quant(x, 128, "fp8")
+    assert not torch.equal(rounded, fake_quant(x, 64, "fp8")) and not torch.equal(rounded, fake_quant(x, 256, "fp8"))
+    weight, scale = quantize_fp8(eye)
+    assert torch.equal(getattr(ops.quant_linear, form)(x, weight, scale, 1, True), rounded)
+    gate = torch.zeros(n, n).index_fill(1, torch.tensor([0]), 1.0)  # every gate is the first channel, clamped to 10
+    w13, idx = torch.cat((gate, eye))[None], torch.zeros(3, 1, dtype=torch.int64)
+    y = getattr(ops.moe, form)(x, w13, eye[None], idx, torch.ones(3, 1), None, None, 10.0, True)
+    h = torch.nn.functional.silu(torch.tensor(10.0)) * rounded.clamp(-10, 10)
+    assert torch.equal(y, fake_quant(h, 128, "fp8")) and not torch.equal(y, fake_quant(h, 64, "fp8"))
+
+
 def test_rope_inverse_undoes_rope():
     x, cos, sin, _ = Case("rope", rope, (2, 5, 3, 10, 4, False)).args()
     y = ops.rope(x, cos, sin, False)
