@@ -119,10 +119,10 @@ class ModelArgs:
     @classmethod
     def tiny(cls) -> ModelArgs:
         """The embedded model: every layer kind at a size that two CPU cores train and serve."""
-        return cls(vocab_size=1024, dim=256, moe_inter_dim=128, n_layers=7, n_hash_layers=2, n_heads=8, n_routed_experts=16,
+        return cls(vocab_size=1024, dim=256, moe_inter_dim=128, n_layers=6, n_hash_layers=2, n_heads=8, n_routed_experts=16,
                    n_activated_experts=4, q_lora_rank=128, head_dim=64, rope_head_dim=16, o_groups=2, o_lora_rank=128,
                    index_n_heads=16, index_head_dim=32, index_topk=64, max_seq_len=2048,
-                   compress_ratios=(0, 0, 4, 128, 4, 128, 4, 0))
+                   compress_ratios=(0, 0, 4, 128, 4, 128, 0))
 
     @classmethod
     def debug(cls) -> ModelArgs:
@@ -676,9 +676,13 @@ class MTP(nn.ModuleList):
         if doc_ids is not None:
             e = e * F.pad(doc_ids[:, 1:] == doc_ids[:, :-1], (0, 1), value=True)[..., None]
         X = block(hidden, e, tokens, plan)
-        y = None if logits is None else block.norm(hc_head(model.select(X, plan, logits), block.hc_head_fn, block.hc_head_base,
-                                                           block.hc_head_scale, model.args))
-        return None if y is None else linear_fp32(y, model.head.weight), X
+        y = None if logits is None else linear_fp32(self.head_input(model.select(X, plan, logits)), model.head.weight)
+        return y, X
+
+    def head_input(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden' [B, T, n, d] -> what the head multiplies, [B, T, d]."""
+        block = self[0]
+        return block.norm(hc_head(hidden, block.hc_head_fn, block.hc_head_base, block.hc_head_scale, block.args))
 
 
 class Transformer(nn.Module):
@@ -795,9 +799,40 @@ class Transformer(nn.Module):
         logits    "all", "last" (each row's last valid position, [B, 1, V]) or None (skip the head)
         return_hidden        return (logits, hidden): the residual streams [B, T, n, d] after the last block
         """
-        tokens, plan = self.prepare(tokens, set(self.args.compress_ratios) - {0}, input_pos, lengths, doc_ids)
-        X = self.embed(tokens)[:, :, None].repeat(1, 1, self.args.hc_mult, 1)  # [B, T, n, d]
+        tokens, plan, X = self.start(tokens, input_pos, lengths, doc_ids)
         for layer in self.layers:
             X = layer(X, tokens, plan)
-        out = None if logits is None else linear_fp32(self.head_input(self.select(X, plan, logits)), self.head.weight)
-        return (out, X) if return_hidden else out
+        return (self.finish(X, plan, logits), X) if return_hidden else self.finish(X, plan, logits)
+
+    def start(self, tokens, input_pos=None, lengths=None, doc_ids=None) -> tuple[torch.Tensor, Plan, torch.Tensor]:
+        """What comes before the layers: checked tokens [B, T], the plan, and the streams [B, T, n, d], all equal."""
+        tokens, plan = self.prepare(tokens, set(self.args.compress_ratios) - {0}, input_pos, lengths, doc_ids)
+        return tokens, plan, self.embed(tokens)[:, :, None].repeat(1, 1, self.args.hc_mult, 1)
+
+    def finish(self, X: torch.Tensor, plan: Plan, logits: str | None) -> torch.Tensor | None:
+        """What comes after the layers: the logits asked for, fp32."""
+        return None if logits is None else linear_fp32(self.head_input(self.select(X, plan, logits)), self.head.weight)
+
+
+def training_loss(model: Transformer, tokens: torch.Tensor, targets: torch.Tensor, doc_ids: torch.Tensor | None = None,
+                  mtp_weight: float = 0.3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Next-token cross-entropy, plus mtp_weight times that of the MTP block on the token after (spec 12).
+
+    tokens, targets [B, S] int64, targets[:, i] follows tokens[:, i], negative is ignored; doc_ids as in forward.
+    -> total, cross-entropy and MTP cross-entropy (0 without one), means in nats per token, fp32. Only the first has gradients.
+    """
+    _, hidden = model(tokens, doc_ids=doc_ids, logits=None, return_hidden=True)
+
+    def mean(x, target):
+        each = model.ops.linear_cross_entropy(x.flatten(0, 1), model.head.weight, target.flatten())
+        return each.sum() / (target >= 0).sum().clamp(min=1)
+
+    main = mean(model.head_input(hidden), targets)
+    if not len(model.mtp):
+        return main, main.detach(), torch.zeros_like(main)
+    after = F.pad(targets[:, 1:], (0, 1), value=-1)
+    if doc_ids is not None:
+        after = after.masked_fill(F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (0, 1)), -1)
+    _, ahead = model.mtp(hidden, targets.clamp(min=0), doc_ids=doc_ids, logits=None)
+    mtp = mean(model.mtp.head_input(ahead), after)
+    return main + mtp_weight * mtp, main.detach(), mtp.detach()

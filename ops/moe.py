@@ -44,6 +44,12 @@ def _few(idx, w13):
     return idx.numel() <= w13.shape[0]
 
 
+def _many(x, w13, w2, idx, *rest):
+    """Whether grouping by expert beats, on CPU, both gathering experts and going through all of them."""
+    N, K, E = *idx.shape, w13.shape[0]
+    return not _few(idx, w13) and (N > 32 or E > 8 * K)
+
+
 def _dequantize(w, scale, dtype):
     """The weights of one or more experts [..., o, i] in dtype."""
     if scale is None:
@@ -171,4 +177,4 @@ _opaque = register("moe(Tensor x, Tensor w13, Tensor w2, Tensor idx, Tensor weig
                    fake=lambda x, *rest: x.new_empty(x.shape, dtype=torch.float32),
                    flops=_flops, setup_context=_setup, backward=_backward)
 
-moe = Op("moe", reference, _opaque, check, opaque_on_cpu=lambda x, w13, w2, idx, *rest: not _few(idx, w13))
+moe = Op("moe", reference, _opaque, check, opaque_on_cpu=_many)

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from ops.formats import (dequantize_fp4, dequantize_fp8, fake_quant, pow2_ceil, quantize_fp4, quantize_fp8, round_e2m1,
+from ops.formats import (dequantize_fp4, dequantize_fp8, fake_quant, pow2_ceil, quantize_fp4, quantize_fp8, round_e2m1, round_e4m3,
                          scale_to_e8m0, scale_to_float)
 
 INF = float("inf")
@@ -235,3 +235,15 @@ def test_fp32_scales_multiply_their_own_block():
     codes, scale = torch.full((2, 35), 0x21, dtype=torch.int8), torch.tensor([[0.3, 0.7, 1.1], [1.3, 1.7, 1.9]])
     y = dequantize_fp4(codes, scale, torch.float32)
     assert torch.equal(y, torch.tensor([0.5, 1.0]).repeat(2, 35) * scale.repeat_interleave(32, 1)[:, :70])
+
+
+def test_round_e4m3_is_the_cast_to_fp8_and_back():
+    """Every float of a dense grid around every e4m3 value, its midpoints, subnormals, zeros, and beyond the range."""
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    codes = codes[codes.isfinite()].sort().values.unique()
+    middle = (codes[1:] + codes[:-1]) / 2
+    x = torch.cat([v * (1 + s * 2.0**-22) for v in (codes, middle) for s in (-1, 0, 1)] + [torch.tensor([0.0, -0.0, 1e9, -1e9, 2.0**-11])])
+    expected = x.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    assert torch.equal(round_e4m3(x), expected)
+    assert torch.equal(torch.signbit(round_e4m3(x)), torch.signbit(expected))
+    assert round_e4m3(torch.tensor([float("nan")])).isnan().all()

@@ -785,8 +785,7 @@ def called(call: Callable, *args) -> list[str]:
 @by_op
 def test_use_chooses_the_form_within_its_block(case):
     op, args = getattr(ops, case.op), case.args()
-    default = [case.op] if case.op == "moe" else []  # the reference on CPU, but for many tokens
-    assert called(op, *args) == default
+    assert called(op, *args) == []  # the reference on CPU, for these few tokens
     with ops.use({case.op: "opaque"}):
         assert called(op, *args) == [case.op]
         with ops.use({case.op: "reference"}):
@@ -794,12 +793,19 @@ def test_use_chooses_the_form_within_its_block(case):
         assert called(op, *args) == [case.op]
     with pytest.raises(KeyError), ops.use({case.op: "reference"}):
         raise KeyError
-    assert called(op, *args) == default
+    assert called(op, *args) == []
 
 
-def test_moe_is_grouped_by_default_for_many_tokens_only():
-    assert called(ops.moe, *Case("moe", moe, (2, 4, 2, 10, 6, "float", False)).args()) == []
-    assert called(ops.moe, *Case("moe", moe, (3, 5, 2, 10, 6, "float", False)).args()) == ["moe"]
+@pytest.mark.parametrize("case, opaque", [
+    (Case("moe", moe, (2, 4, 2, 10, 6, "float", False)), False),  # the weights are gathered
+    (Case("moe", moe, (32, 5, 2, 10, 6, "float", False)), False),  # all experts, for few tokens
+    (Case("moe", moe, (33, 5, 2, 10, 6, "float", False)), True),
+    (Case("moe", moe, (17, 33, 2, 10, 6, "float", False), ), True),  # too many experts for that
+    (Case("hc_pre", hc_pre, (2, 32, 4, 8, 3)), False),
+    (Case("hc_pre", hc_pre, (1, 65, 4, 8, 3)), True),
+], ids=str)
+def test_ops_are_opaque_on_cpu_by_default_for_many_tokens_only(case, opaque):
+    assert called(getattr(ops, case.op), *case.args()) == [case.op] * opaque
 
 
 @by_op

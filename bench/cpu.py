@@ -1,0 +1,251 @@
+"""The CPU suite: this model against Transformers' eager deepseek_v4, on the same weights, in one process, alternating.
+
+    python -m bench.cpu            everything; records bench/results/cpu.json and cpu.svg (about 15 minutes)
+    python -m bench.cpu decode     some of: decode prefill train memory cache start
+
+Both sides run the embedded model in fp32 without activation quantisation, on one thread, and are fed varying tokens.
+Times are the least CPU time of several rounds in which the sides take turns; wall time is kept beside it, and a case whose
+wall time exceeds its CPU time by a third, or more, is marked "contended". Transformers runs with the fastest of its expert
+implementations, case by case. It recompiles at every decoded token, so its compiled decode is three tokens, on one line.
+"""
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch
+import torch.nn.functional as F
+
+from bench.plot import bars
+from bench.record import RESULTS, record
+from checkpoint import load
+from compile_config import PRESETS, compile_decode, compile_prefill, compile_train_step
+from generate import ROOT
+from tests.oracle import hf_model, rms
+
+TINY, ROUNDS = str(ROOT / "assets" / "tiny"), 5
+EXPERTS = ("eager", "batched_mm", "grouped_mm")  # Transformers' implementations
+
+
+def side_by_side(sides: dict, rounds: int = ROUNDS) -> dict:
+    """{name: function of the round's number} -> {name: {"ms": CPU, "wall_ms": wall}}, the least of the rounds."""
+    best = {name: {"ms": float("inf"), "wall_ms": float("inf")} for name in sides}
+    for name, run in sides.items():
+        run(0)
+    for i in range(rounds):
+        for name, run in sides.items():
+            cpu, wall = time.process_time(), time.perf_counter()
+            steps = run(i + 1) or 1
+            now = {"ms": 1e3 * (time.process_time() - cpu) / steps, "wall_ms": 1e3 * (time.perf_counter() - wall) / steps}
+            best[name] = {key: min(best[name][key], now[key]) for key in now}
+    for case in best.values():
+        case["contended"] = case["wall_ms"] > 1.33 * case["ms"]
+    return best
+
+
+def versus(result: dict, ours: str = "ours compiled") -> dict:
+    """Adds how many times faster ours is than the fastest eager Transformers."""
+    theirs = min(case["ms"] for name, case in result.items() if name.startswith("transformers eager"))
+    return result | {"ratio": theirs / result[ours]["ms"]}
+
+
+def tokens_of(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(2, 1024, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def models():
+    ours = load(TINY, dtype=torch.float32, act_quant=False).eval()
+    return ours, hf_model(ours)
+
+
+def transformers_sides(hf, run) -> dict:
+    """run(i), once per implementation of the experts."""
+    def side(name):
+        def go(i):
+            hf.set_experts_implementation(name)
+            return run(i)
+        return go
+    return {f"transformers eager, {name}": side(name) for name in EXPERTS}
+
+
+@torch.no_grad()
+def decode(result: dict, batch: int, steps: int = 24, context: int = 256) -> None:
+    ours, hf = models()
+    rounds = ROUNDS + 1
+    need = context + steps * rounds * len(EXPERTS) + 1
+    tokens = tokens_of(batch, need)
+    ours.setup_caches(batch, 2048)
+    compiled, prefill = compile_decode(ours, PRESETS["default"]), compile_prefill(ours, PRESETS["eager"])
+    pos = lambda p: torch.full((batch,), p)
+    prefill(tokens[:, :context], pos(0), torch.full((batch,), context))
+    cache = hf(tokens[:, :context], use_cache=True).past_key_values
+    at = [context]  # where Transformers is; it cannot go back
+
+    def theirs(i):
+        for _ in range(steps):
+            hf(tokens[:, at[0] : at[0] + 1], past_key_values=cache, use_cache=True)
+            at[0] += 1
+        return steps
+
+    def mine(call):
+        def go(i):
+            for p in range(context + i * steps, context + (i + 1) * steps):
+                call(tokens[:, p : p + 1], pos(p))
+            return steps
+        return go
+
+    start = time.perf_counter()
+    compiled(tokens[:, context : context + 1], pos(context))
+    seconds = time.perf_counter() - start
+    case = versus(side_by_side({**transformers_sides(hf, theirs), "ours eager": mine(ours), "ours compiled": mine(compiled)}))
+    logits = hf(tokens[:, : context + 8]).logits[:, -8:]
+    same = torch.cat([compiled(tokens[:, p : p + 1], pos(p)) for p in range(context, context + 8)], 1)
+    result[f"decode B={batch}"] = case | {"context": context, "compile_s": seconds, "rms": rms(same, logits)}
+    if batch == 1:
+        slow = torch.compile(lambda ids, past: hf(ids, past_key_values=past, use_cache=True).logits)
+        spent = []
+        for i in range(3):
+            start = time.process_time()
+            slow(tokens[:, i : i + 1], cache)
+            spent.append(time.process_time() - start)
+        result["transformers compiled decode, CPU seconds of the first tokens"] = spent
+
+
+@torch.no_grad()
+def prefill(result: dict, length: int, chunk: int = 256) -> None:
+    ours, hf = models()
+    ours.setup_caches(1, 2048)
+    compiled = compile_prefill(ours, PRESETS["default"])
+    compiled_hf = torch.compile(lambda ids: hf(ids, use_cache=True, logits_to_keep=1).logits)
+    prompts = [tokens_of(1, length, seed=i) for i in range(ROUNDS + 1)]
+
+    def mine(call):
+        def go(i):
+            for p in range(0, length, chunk):
+                part = prompts[i][:, p : p + chunk]
+                now.append(call(F.pad(part, (0, chunk - part.shape[1])), torch.tensor([p]), torch.tensor([part.shape[1]])))
+        return go
+
+    now: list[torch.Tensor] = []
+    eager = lambda tokens, pos, lengths: ours(tokens, pos, lengths, logits="last")
+    sides = {**transformers_sides(hf, lambda i: hf(prompts[i], use_cache=True, logits_to_keep=1) and None),
+             "ours eager": mine(eager), "ours compiled": mine(compiled)}
+    if length <= 512:
+        sides["transformers compiled"] = lambda i: compiled_hf(prompts[i]) is None
+    case = versus(side_by_side(sides))
+    mine(compiled)(0)
+    result[f"prefill {length}"] = case | {"chunk": chunk, "rms": rms(now[-1][:, -1], hf(prompts[0]).logits[:, -1])}
+
+
+def train(result: dict, length: int = 256) -> None:
+    """Forward, backward and AdamW on one row, cross-entropy of the next token alone."""
+    ours, hf = models()
+    ours.train().requires_grad_(True), hf.train()
+    batches = [tokens_of(1, length + 1, seed=i) for i in range(ROUNDS + 1)]
+    rate = torch.tensor(1e-4)
+
+    def loss(model, tokens, targets, doc_ids):
+        _, hidden = model(tokens, logits=None, return_hidden=True)
+        each = model.ops.linear_cross_entropy(model.head_input(hidden).flatten(0, 1), model.head.weight, targets.flatten())
+        return each.mean(), each.mean().detach(), each.new_zeros(())
+
+    adam = lambda model: torch.optim.AdamW((p for name, p in model.named_parameters() if not name.startswith("mtp.")), lr=1e-4)
+    step, optimizer = compile_train_step(ours, adam(ours), PRESETS["regional"], loss), adam(hf)
+
+    def mine(i):
+        step(batches[i][:, :-1].contiguous(), batches[i][:, 1:].contiguous(), None, rate)
+
+    def theirs(i):
+        logits = hf(batches[i][:, :-1], use_cache=False).logits
+        F.cross_entropy(logits.flatten(0, 1).float(), batches[i][:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    result[f"train step {length}"] = versus(side_by_side({**transformers_sides(hf, theirs), "ours compiled": mine}))
+
+
+def memory(result: dict, length: int = 2048) -> None:
+    """What one forward adds to the peak of a process that has loaded the model, each side in a process of its own."""
+    script = """
+import resource, sys, torch
+from bench.cpu import models, tokens_of
+ours, hf = models()
+tokens, peak = tokens_of(1, {length}), lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+with torch.no_grad():
+    warm = tokens[:, :64]
+    (ours(warm, logits="last"), hf(warm, use_cache=False, logits_to_keep=1))
+    before = peak()
+    ours(tokens, logits="last") if sys.argv[1] == "ours" else hf(tokens, use_cache=False, logits_to_keep=1)
+print(peak() - before)
+""".format(length=length)
+    used = {side: int(subprocess.run([sys.executable, "-c", script, side], capture_output=True, text=True, check=True,
+                                     cwd=ROOT).stdout.split()[-1]) for side in ("ours", "transformers")}
+    result[f"memory of a forward over {length}"] = {**{f"{k}_bytes": v for k, v in used.items()}, "ratio": used["transformers"] / used["ours"]}
+
+
+def cache(result: dict, length: int = 131072) -> None:
+    """Bytes of cache per token at 128k (spec 1; the embedded model's own sizes), from the buffers allocated."""
+    from model import ModelArgs, Transformer
+    with torch.device("meta"):
+        model = Transformer(ModelArgs.flash()).to(torch.bfloat16)
+    model.setup_caches(1, length)
+    mine = sum(b.nbytes for name, b in model.named_buffers() if name.endswith(("ring.rows", "entries")))
+    mla, index = 43 * 2 * (512 + 64) * length, 43 * 2 * 128 * length  # the same depth of V3's latent attention; V3.2's index keys
+    result["cache at 128k, Flash"] = {"bytes": mine, "bytes_per_token": mine / length, "v3_ratio": mla / mine,
+                                      "v32_ratio": (mla + index) / mine}
+
+
+def start(result: dict) -> None:
+    """`python generate.py` in a fresh process: without a compile cache, then with the one that left."""
+    for name in (folder := tempfile.TemporaryDirectory()) and ("cold", "warm"):
+        env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": folder.name}
+        env.pop("OMP_NUM_THREADS")
+        load_before, wall = os.getloadavg()[0], time.perf_counter()
+        out = subprocess.run([sys.executable, "generate.py", "--json"], capture_output=True, text=True, check=True, cwd=ROOT, env=env)
+        report = json.loads(out.stdout.splitlines()[-1])
+        result[f"start {name}"] = {"wall_s": time.perf_counter() - wall, "load_average_before": load_before} | {
+            key: report[key] for key in ("ttft_s", "ttft_warm_s", "compile_s", "tok_per_s", "graphs", "breaks", "recompiles", "threads",
+                                         "memory_bytes", "act_quant")}
+    folder.cleanup()
+
+
+CASES = {
+    "decode": lambda result: (decode(result, 1), decode(result, 8)),
+    "prefill": lambda result: (prefill(result, 512), prefill(result, 1800)),
+    "train": train, "memory": memory, "cache": cache, "start": start,
+}
+
+
+def main(argv: list[str]) -> int:
+    unknown = [name for name in argv if name not in CASES]
+    if unknown:
+        print(f"bench.cpu: unknown case {unknown[0]!r}: choose from {', '.join(CASES)}", file=sys.stderr)
+        return 2
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    old = RESULTS / "cpu.json"
+    result = json.loads(old.read_text()) if argv and old.exists() else {}
+    result |= {"threads": torch.get_num_threads(), "weights": "assets/tiny, fp32, act_quant off"}
+    for name in argv or CASES:
+        before = set(result)
+        torch._dynamo.reset()
+        CASES[name](result)
+        for key in result:
+            if key not in before or name in key:
+                print(key, json.dumps(result[key]), flush=True)
+    result.pop("environment", None)
+    record("cpu", result)
+    ratios = {key: case["ratio"] for key, case in result.items() if isinstance(case, dict) and "ratio" in case}
+    (RESULTS / "cpu.svg").write_text(bars("Times faster (or smaller) than Transformers eager, same weights, CPU", ratios))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

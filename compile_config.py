@@ -1,0 +1,242 @@
+"""What is compiled, and how: presets, and one function per phase that compiles it.
+
+A phase (prefill chunk, decode, verify, training step) is a function of its own with static shapes. Two facts are kept
+apart. Capturable: every phase of every model is one Dynamo graph. Executed: what a preset runs may be that one graph
+("model"), or one graph per layer kind, shared by the layers of that kind, between a graph for what comes before the
+layers and one for what comes after ("layer"): deep models compile in a fraction of the time, and no arithmetic lies
+between the graphs. Either way there is no graph break, and nothing recompiles as positions, lengths or rates change.
+"""
+from __future__ import annotations
+
+import dataclasses
+import os
+import resource
+import sys
+import types
+from typing import Callable
+
+import torch
+from torch._dynamo.utils import counters
+
+from model import Transformer, training_loss
+
+DEEP = 12  # layers above which a preset without a region of its own compiles layer by layer
+
+
+@dataclasses.dataclass(frozen=True)
+class CompileConfig:
+    """How phases are compiled.
+
+    backend     a torch.compile backend, or None to run eagerly
+    region      "model": one graph; "layer": one per layer kind; None: "layer" for prefill, where it costs nothing, and for
+                deep models, else "model"
+    cudagraphs  capture decode and verify into a CUDA graph
+    options     Inductor options, as pairs
+    """
+
+    backend: str | None = "inductor"
+    region: str | None = None
+    cudagraphs: bool = False
+    options: tuple[tuple[str, object], ...] = ()
+
+
+PRESETS = {
+    "eager": CompileConfig(backend=None),
+    "default": CompileConfig(),
+    "cudagraphs": CompileConfig(cudagraphs=True),
+    "regional": CompileConfig(region="layer"),
+    "max-autotune": CompileConfig(cudagraphs=True, options=(("max_autotune", True), ("coordinate_descent_tuning", True))),
+}
+
+
+def compile_function(function: Callable, name: str, cfg: CompileConfig, **options) -> Callable:
+    """`function` as one full graph of static shapes, under a name and a compile count of its own."""
+    if cfg.backend is None:
+        return function
+    code = function.__code__.replace(co_name=name)  # Dynamo counts compiles per code object
+    function = types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
+    options = {**options, **dict(cfg.options)} if cfg.backend == "inductor" else {}
+    return torch.compile(function, backend=cfg.backend, fullgraph=True, dynamic=False, options=options or None)
+
+
+def regional(model: Transformer, cfg: CompileConfig, phase: str) -> bool:
+    """Whether cfg compiles this phase of the model layer by layer."""
+    region = cfg.region or ("layer" if phase == "prefill" or len(model.layers) > DEEP else "model")
+    return cfg.backend is not None and region == "layer"
+
+
+def kind(block: torch.nn.Module) -> tuple:
+    """What a compiled layer depends on: its modules' types and plain attributes, its tensors' shapes and dtypes."""
+    plain = (int, float, str, bool, type(None))
+    modules = tuple((name, type(m).__name__, tuple((k, v) for k, v in vars(m).items() if isinstance(v, plain)))
+                    for name, m in block.named_modules())
+    tensors = (*block.named_parameters(), *block.named_buffers())
+    return modules, tuple((name, tuple(t.shape), t.dtype) for name, t in tensors)
+
+
+class Phase:
+    """A compiled phase of generation: `phase(tokens [B, T], input_pos [B], lengths=None, *rest)`.
+
+    Calls run without gradients. `then(logits, input_pos, lengths, *rest)` is part of the graph and makes the result;
+    without it the logits are the result. Each combination of shapes is compiled once, when it is first called (`build`).
+    Dynamo's guards are off: the shapes and the caches, all that may change between calls, are checked here instead.
+    """
+
+    def __init__(self, model: Transformer, cfg: CompileConfig, name: str, logits: str, then: Callable | None = None):
+        self.model, self.cfg, self.name, self.logits = model, cfg, name, logits
+        self.then = then or (lambda logits, *rest: logits)
+        self.built: dict[tuple, Callable] = {}
+        device = model.embed.weight.device
+        if cfg.cudagraphs and device.type != "cuda":
+            raise ValueError(f"cudagraphs need a CUDA device, not {device.type}: choose another preset")
+
+    @torch.no_grad()
+    def __call__(self, tokens: torch.Tensor, input_pos: torch.Tensor, lengths: torch.Tensor | None = None, *rest):
+        args = [a.contiguous() if isinstance(a, torch.Tensor) else a for a in (tokens, input_pos, lengths, *rest)]
+        key = (self.model.cache_size, *[(a.shape, a.dtype) if isinstance(a, torch.Tensor) else a for a in args])
+        run = self.built.get(key)
+        if run is None:
+            run = self.built[key] = self.build()
+            args = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]  # or one tensor given twice stays one
+            if self.cfg.cudagraphs and self.name != "prefill":
+                run = self.built[key] = captured(run, *args)
+        return run(*args)
+
+    def build(self) -> Callable:
+        model, then, logits = self.model, self.then, self.logits
+        options = {"guard_filter_fn": lambda guards: [False] * len(guards)}
+        if model.embed.weight.device.type == "cpu" and self.name != "prefill":
+            options["cpp_wrapper"] = True  # small kernels: calling them from Python would cost as much as running them
+
+        def phase(function, part=""):
+            return compile_function(function, self.name + part, self.cfg, **options)
+
+        if not regional(model, self.cfg, self.name):
+            return phase(lambda tokens, input_pos, lengths, *rest: then(
+                model(tokens, input_pos, lengths, logits=logits), input_pos, lengths, *rest))
+        start = phase(lambda *args: model.start(*args), "_start")
+        kinds = {}
+        layers = [(block, kinds.setdefault(kind(block), phase(lambda block, *args: block(*args), "_layer")))
+                  for block in model.layers]
+        finish = phase(lambda X, plan, *rest: then(model.finish(X, plan, logits), *rest), "_finish")
+
+        def run(tokens, input_pos, lengths, *rest):
+            tokens, plan, X = start(tokens, input_pos, lengths)
+            for block, layer in layers:
+                X = layer(block, X, tokens, plan)
+            return finish(X, plan, input_pos, lengths, *rest)
+        return run
+
+
+def captured(run: Callable, *args) -> Callable:
+    """Record run(*args) into a CUDA graph -> a function that copies its arguments in, replays, and copies results out.
+
+    The warm-up calls that recording needs feed the same tokens to the same positions: the caches end as after one call.
+    """
+    static = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run(*static)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run(*static)
+
+    def replay(*args):
+        for a, b in zip(static, args):
+            if isinstance(a, torch.Tensor):
+                a.copy_(b)
+        graph.replay()
+        return tuple(r.clone() for r in result) if isinstance(result, tuple) else result.clone()
+    return replay
+
+
+def compile_prefill(model: Transformer, cfg: CompileConfig, then: Callable | None = None) -> Phase:
+    """-> prefill(tokens [B, T], input_pos [B], lengths=None) -> logits [B, 1, V] of each row's last valid token.
+
+    Feed prompts in chunks of one size T; lengths pads the last one. then: see Phase.
+    """
+    return Phase(model, cfg, "prefill", "last", then)
+
+
+def compile_decode(model: Transformer, cfg: CompileConfig, then: Callable | None = None) -> Phase:
+    """-> decode(tokens [B, 1], input_pos [B], lengths=None) -> logits [B, 1, V]. then: see Phase."""
+    return Phase(model, cfg, "decode", "all", then)
+
+
+def compile_verify(model: Transformer, cfg: CompileConfig, then: Callable | None = None) -> Phase:
+    """-> verify(tokens [B, 1 + k], input_pos [B], lengths=None) -> logits [B, 1 + k, V]. then: see Phase."""
+    return Phase(model, cfg, "verify", "all", then)
+
+
+def compile_train_step(model: Transformer, optimizer, cfg: CompileConfig, loss: Callable = training_loss) -> Callable:
+    """-> step(tokens, targets, doc_ids, lr) -> {"loss", "mtp_loss"}: 0-D tensors, nats per token.
+
+    tokens, targets [B, S] int64, doc_ids likewise or None; lr a 0-D tensor. The optimizer is one of torch.optim, or has
+    step(lr), which also frees the gradients. loss(model, tokens, targets, doc_ids) -> total, loss, mtp_loss.
+    """
+    if regional(model, cfg, "train"):
+        for block in (*model.layers, *model.mtp):
+            block.compile(backend=cfg.backend, fullgraph=True, dynamic=False, options=dict(cfg.options) or None)
+    else:
+        loss = compile_function(loss, "train", cfg)
+
+    def step(tokens, targets, doc_ids, lr):
+        total, main, mtp = loss(model, tokens, targets, doc_ids)
+        total.backward()
+        if isinstance(optimizer, torch.optim.Optimizer):
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad()
+        else:
+            optimizer.step(lr)
+        return {"loss": main, "mtp_loss": mtp}
+    return step
+
+
+class CompileCount:
+    """Graphs and graph breaks since it was made, and recompiles: graphs compiled since `warm()`, the declared warm-up."""
+
+    def __init__(self):
+        self._graphs, self._breaks, self._warm = *self._now(), None
+
+    @staticmethod
+    def _now() -> tuple[int, int]:
+        return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+
+    def warm(self) -> None:
+        self._warm = self._now()[0]
+
+    @property
+    def graphs(self) -> int:
+        return self._now()[0] - self._graphs
+
+    @property
+    def breaks(self) -> int:
+        return self._now()[1] - self._breaks
+
+    @property
+    def recompiles(self) -> int | None:
+        return None if self._warm is None else self._now()[0] - self._warm
+
+
+def choose_threads(active_bytes: int) -> int:
+    """CPU threads for a model that reads active_bytes per token; sets torch's count and returns it.
+
+    OMP_NUM_THREADS decides if it is set. Else small models run on one thread, where starting a parallel region costs more
+    than it saves and two programs that share the cores stall each other, larger ones on every core at hand.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(1 if active_bytes < 1 << 28 else cores)
+    return torch.get_num_threads()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that was allocated on a GPU, else the most that the process held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
