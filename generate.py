@@ -77,7 +77,7 @@ def sample(logits: torch.Tensor, pos: torch.Tensor, how: Sampling, filtered: boo
     noise = gumbel(how.seed, pos, logits.shape[-1])
     if not filtered:
         return (logits + how.temperature * noise).argmax(-1)
-    score, order = logits.sort(-1, descending=True, stable=True)
+    score, order = logits.sort(dim=-1, descending=True, stable=True)
     p = (score / how.temperature.clamp(min=1e-6)).softmax(-1)
     keep = (torch.arange(score.shape[-1], device=p.device) < how.top_k) & (p.cumsum(-1) - p < how.top_p)
     score = (score + how.temperature * noise.gather(-1, order)).masked_fill(~keep, float("-inf"))

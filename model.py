@@ -588,7 +588,7 @@ class MoE(nn.Module):
     def forward(self, x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:  # [B, T, d], [B, T] -> [B, T, d]
         flat = x.flatten(0, 1)
         routed = self.experts(flat, *self.gate(flat, tokens.flatten()))
-        return (routed.view(x.shape) + self.shared_experts(x).float()).to(x.dtype)
+        return (routed + self.shared_experts(flat).float()).to(x.dtype).view_as(x)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -46,8 +46,8 @@ def _few(idx, w13):
 
 def _many(x, w13, w2, idx, *rest):
     """Whether grouping by expert beats, on CPU, both gathering experts and going through all of them."""
-    N, K, E = *idx.shape, w13.shape[0]
-    return not _few(idx, w13) and (N > 32 or E > 8 * K)
+    N, E = len(x), len(w13)
+    return not _few(idx, w13) and (N > 32 or E * N > 8 * idx.numel())
 
 
 def _dequantize(w, scale, dtype):
@@ -68,6 +68,12 @@ def _quant(x, act_quant):
     return fake_quant(x, 128, "fp8") if act_quant else x
 
 
+def _kept(x):
+    """x itself; a strided view, which Inductor computes once into a buffer instead of anew for every row that uses it."""
+    x = x.contiguous()
+    return x.as_strided(x.shape, x.stride())
+
+
 def _swiglu(h13, weight, limit):
     """[..., 2I] and weights [..., 1] -> [..., I] fp32"""
     gate, up = h13.float().chunk(2, -1)
@@ -80,8 +86,8 @@ def reference(x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, idx: torch.T
     pick = lambda scale: None if scale is None else scale[idx]
     if _few(idx, w13):  # products and sums, not a batched matmul: Inductor reads the gathered weights in place
         w = _dequantize13(w13[idx], pick(s13), dtype)  # [N, K, 2I, d]
-        h13 = (w.float() * x.float()[:, None, None]).sum(-1).to(dtype)
-        h = _quant(_swiglu(h13, weight[..., None], limit).to(dtype), act_quant)
+        h13 = (w.float() * _kept(x).float()[:, None, None]).sum(-1).to(dtype)
+        h = _kept(_quant(_swiglu(h13, weight[..., None], limit).to(dtype), act_quant))
         w = _dequantize(w2[idx], pick(s2), dtype)  # [N, K, d, I]
         return (w.float() * h.float()[:, :, None]).sum(-1).to(dtype).float().sum(1)
     w13, w2 = _dequantize13(w13, s13, dtype), _dequantize(w2, s2, dtype)
