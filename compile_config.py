@@ -12,6 +12,7 @@ import dataclasses
 import os
 import resource
 import sys
+import sysconfig
 import types
 from typing import Callable
 
@@ -221,6 +222,17 @@ class CompileCount:
     @property
     def recompiles(self) -> int | None:
         return None if self._warm is None else self._now()[0] - self._warm
+
+
+def missing_for_cpu() -> str | None:
+    """What Inductor needs to compile for CPU and this machine lacks, in words; None if it has all."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    try:
+        get_cpp_compiler()
+    except Exception:  # its class has moved between torch versions
+        return "a C++ compiler (g++ or clang++)"
+    headers = os.path.join(sysconfig.get_path("include"), "Python.h")
+    return None if os.path.exists(headers) else f"Python's headers ({headers})"
 
 
 def choose_threads(active_bytes: int) -> int:

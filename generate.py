@@ -20,7 +20,8 @@ from typing import Callable, NamedTuple
 import torch
 
 from checkpoint import load
-from compile_config import PRESETS, CompileConfig, CompileCount, choose_threads, compile_decode, compile_prefill, peak_memory
+from compile_config import (PRESETS, CompileConfig, CompileCount, choose_threads, compile_decode, compile_prefill,
+                            missing_for_cpu, peak_memory)
 from model import ModelArgs, Transformer
 from tokenizer import StreamDecoder, Tokenizer, encode_messages, load_tokenizer
 
@@ -270,6 +271,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flags.device = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
     flags.dtype = flags.dtype or ("bfloat16" if flags.device == "cuda" else "float32")
     flags.preset = "eager" if flags.no_compile else flags.compile or "default"
+    lacks = missing_for_cpu() if flags.device == "cpu" and PRESETS[flags.preset].backend else None
+    refuse(lacks and flags.compile, f"--compile {flags.preset} needs {lacks}: install it, or use --no-compile")
+    if lacks:
+        print(f"running without torch.compile, which needs {lacks}", file=sys.stderr)
+        flags.preset = "eager"
     refuse(PRESETS[flags.preset].cudagraphs and flags.device != "cuda", f"--compile {flags.preset} needs a CUDA device")
     return flags
 

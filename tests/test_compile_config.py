@@ -166,3 +166,12 @@ def test_threads_follow_the_environment_and_the_size(monkeypatch):
         assert C.choose_threads(1 << 40) == 1
     finally:
         torch.set_num_threads(before)
+
+
+def test_what_compiling_for_cpu_lacks_is_named(monkeypatch):
+    assert C.missing_for_cpu() is None
+    monkeypatch.setattr(C.sysconfig, "get_path", lambda name: "/nowhere")
+    assert "Python.h" in C.missing_for_cpu()
+    import torch._inductor.cpp_builder as builder
+    monkeypatch.setattr(builder, "get_cpp_compiler", lambda: (_ for _ in ()).throw(RuntimeError("none")))
+    assert "g++" in C.missing_for_cpu()

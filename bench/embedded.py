@@ -1,0 +1,55 @@
+"""The embedded model judged on the text it was never trained on.
+
+    python -m bench.embedded [REPORT.json]      records bench/results/embedded.json
+
+REPORT.json is what `train_step.py --json` printed; without it the training facts of the last record are kept.
+"""
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from bench.dense import active_parameters
+from bench.record import RESULTS, record
+from checkpoint import load
+from compile_config import choose_threads
+from generate import ROOT
+from tokenizer import load_tokenizer
+from train_step import HELD_OUT, held_out_loss, read_text, split, tokenize
+
+TINY, LENGTH, BATCH = ROOT / "assets" / "tiny", 1024, 4
+
+
+@torch.no_grad()
+def draft_acceptance(model, ids, rows: int = 8) -> float:
+    """How often the MTP block's most likely token is the backbone's, on held-out text, given the same tokens before."""
+    tokens = torch.from_numpy(ids[: rows * LENGTH].astype("int64")).view(rows, LENGTH)
+    logits, hidden = model(tokens, return_hidden=True)
+    draft, _ = model.mtp(hidden[:, :-1], tokens[:, 1:])
+    return float((draft.argmax(-1) == logits[:, 1:].argmax(-1)).float().mean())
+
+
+def main(argv: list[str]) -> int:
+    choose_threads(1 << 28)
+    old = RESULTS / "embedded.json"
+    training = json.loads(Path(argv[0]).read_text()) if argv else json.loads(old.read_text())["training"]
+    held_out, tokenizer = split(read_text(ROOT / "data" / "shakespeare.txt"))[1], load_tokenizer(TINY)
+    ids = tokenize(held_out, tokenizer.encode)
+    result = {"training": training, "held_out_share": HELD_OUT, "held_out_chars": len(held_out), "held_out_tokens": len(ids),
+              "bytes": sum(file.stat().st_size for file in TINY.iterdir())}
+    for name, act_quant in (("", False), ("act_quant_", True)):
+        model = load(TINY, dtype=torch.float32, act_quant=act_quant)
+        loss = held_out_loss(model, ids, LENGTH, BATCH, tokenizer.bos_id)
+        result[f"{name}held_out_nats_per_token"], result[f"{name}held_out_nats_per_char"] = loss, loss * len(ids) / len(held_out)
+    result["first_rows_nats_per_token"] = held_out_loss(model, ids[: BATCH * (LENGTH + 1)], LENGTH, BATCH, tokenizer.bos_id)
+    result["draft_acceptance"], result["active_parameters"] = draft_acceptance(model.eval(), ids), active_parameters(model)
+    result["parameters"] = sum(p.numel() for p in model.parameters())
+    record("embedded", result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
