@@ -9,4 +9,5 @@ from .moe import moe
 from .quant_linear import quant_linear
 from .registry import NAMESPACE, OPS, Op, Table, register, use
 from .rope import rope
+from .sinkhorn import sinkhorn
 from .sparse_attn import sparse_attn

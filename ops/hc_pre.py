@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from .registry import Op, register, require
+from .sinkhorn import backward_reference as sinkhorn_backward, sinkhorn
 
 
 def check(x, fn, base, scale, norm_eps, hc_eps, iters):
@@ -44,19 +45,22 @@ def _split(m, base, scale, n):
     return pre * s0 + b0, post * s1 + b1, (comb * s2 + b2).unflatten(-1, (n, n))
 
 
-def reference(x: torch.Tensor, fn: torch.Tensor, base: torch.Tensor, scale: torch.Tensor, norm_eps: float, hc_eps: float,
-              iters: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _forward(x, fn, base, scale, norm_eps, hc_eps, iters, sinkhorn):
     n = x.shape[2]
     _, u, r = _mix(x, fn, norm_eps)
     pre, post, comb = _split(u * r, base, scale, n)
-    pre = torch.sigmoid(pre) + hc_eps
-    comb = comb.softmax(-1) + hc_eps
-    comb = comb / (comb.sum(-2, keepdim=True) + hc_eps)
-    for _ in range(iters - 1):
-        comb = comb / (comb.sum(-1, keepdim=True) + hc_eps)
-        comb = comb / (comb.sum(-2, keepdim=True) + hc_eps)
-    y = (pre[..., None] * x.float()).sum(2).to(x.dtype)
-    return y, 2 * torch.sigmoid(post), comb
+    y = ((torch.sigmoid(pre) + hc_eps)[..., None] * x.float()).sum(2).to(x.dtype)
+    return y, 2 * torch.sigmoid(post), sinkhorn(comb, hc_eps, iters)
+
+
+def reference(x: torch.Tensor, fn: torch.Tensor, base: torch.Tensor, scale: torch.Tensor, norm_eps: float, hc_eps: float,
+              iters: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _forward(x, fn, base, scale, norm_eps, hc_eps, iters, sinkhorn.reference)
+
+
+def _on_cpu(*args):
+    """Compiled for CPU, Sinkhorn is one node and the rest is traced; see sinkhorn.py."""
+    return _forward(*args, sinkhorn.opaque if torch.compiler.is_compiling() else sinkhorn.reference)
 
 
 def backward_reference(g_y: torch.Tensor, g_post: torch.Tensor, g_comb: torch.Tensor, x: torch.Tensor, fn: torch.Tensor,
@@ -66,18 +70,7 @@ def backward_reference(g_y: torch.Tensor, g_post: torch.Tensor, g_comb: torch.Te
     v, u, r = _mix(x, fn, norm_eps)
     m = u * r
     pre, post, comb = _split(m, base, scale, n)
-    pre, post, soft = torch.sigmoid(pre), torch.sigmoid(post), comb.softmax(-1)
-
-    steps, c = [], soft + hc_eps  # the matrix after each division, with the divisor and its axis
-    for axis in (-2, *(-1, -2) * (iters - 1)):
-        total = c.sum(axis, keepdim=True) + hc_eps
-        c = c / total
-        steps.append((c, total, axis))
-    g = g_comb.float()
-    for c, total, axis in reversed(steps):
-        g = (g - (g * c).sum(axis, keepdim=True)) / total
-    g = soft * (g - (g * soft).sum(-1, keepdim=True))
-
+    pre, post, g = torch.sigmoid(pre), torch.sigmoid(post), sinkhorn_backward(g_comb.float(), comb, hc_eps, iters)
     g_pre = torch.einsum("btd,btjd->btj", g_y, xf) * pre * (1 - pre)
     g_logit = torch.cat((g_pre, g_post.float() * 2 * post * (1 - post), g.flatten(-2)), -1)  # [B, T, n (2 + n)]
     g_base = g_logit.sum((0, 1))
@@ -120,5 +113,4 @@ _opaque = register("hc_pre(Tensor x, Tensor fn, Tensor base, Tensor scale, float
                    "-> (Tensor, Tensor, Tensor)", impl=reference, fake=_fake, flops=_flops, setup_context=_setup,
                    backward=_backward)
 
-# On CPU the 2 iters small loops of a traced Sinkhorn cost half of a model's compile time; they pay for few tokens only.
-hc_pre = Op("hc_pre", reference, _opaque, check, opaque_on_cpu=lambda x, *rest: x.shape[0] * x.shape[1] > 64)
+hc_pre = Op("hc_pre", reference, _opaque, check, on_cpu=_on_cpu)

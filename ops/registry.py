@@ -50,13 +50,13 @@ class Op:
     """One op. Calling it validates the arguments (outside compiled code) and runs the form that suits the device.
 
     check(*args)    raises ValueError naming the argument at fault
-    opaque_on_cpu(*args)   whether the opaque form is the default on CPU, decided from static shapes
+    on_cpu(*args)   the form that is the default on CPU; None: the reference. Elsewhere it is the opaque one
     """
 
     def __init__(self, name: str, reference: Callable, opaque: Callable, check: Callable,
-                 opaque_on_cpu: Callable = lambda *args: False):
-        self.name, self._opaque_on_cpu, self._check = name, opaque_on_cpu, check
-        self.reference, self.opaque = self._checked(reference), self._checked(opaque)
+                 on_cpu: Callable | None = None):
+        self.name, self._check = name, check
+        self.reference, self.opaque, self._on_cpu = (self._checked(form) for form in (reference, opaque, on_cpu or reference))
         self.__doc__ = reference.__doc__
         OPS[name] = self
 
@@ -71,10 +71,10 @@ class Op:
         """The form for mode "reference" or "opaque"; None chooses by the device of the first argument."""
         if mode is not None:
             return getattr(self, mode)
-        reference, opaque, opaque_on_cpu = self.reference, self.opaque, self._opaque_on_cpu
+        opaque, on_cpu = self.opaque, self._on_cpu
 
         def default(*args):
-            return (opaque if args[0].device.type != "cpu" or opaque_on_cpu(*args) else reference)(*args)
+            return (on_cpu if args[0].device.type == "cpu" else opaque)(*args)
         return default
 
     def __call__(self, *args):

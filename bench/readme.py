@@ -1,0 +1,59 @@
+"""Write the numbers of README.md from the recorded results.
+
+    python -m bench.readme         rewrites the part between the two markers
+"""
+from __future__ import annotations
+
+import json
+import sys
+
+from bench.record import RESULTS
+
+README = RESULTS.parent.parent / "README.md"
+BEGIN, END = "<!-- numbers: python -m bench.readme -->\n", "<!-- end of numbers -->\n"
+
+
+def numbers() -> str:
+    """The Markdown between the markers."""
+    cpu, embedded, dense = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("cpu", "embedded", "dense"))
+    env, lines = cpu["environment"], ["| CPU, fp32, same weights | Transformers eager | this, eager | this, compiled | ratio |", "|---|---|---|---|---|"]
+    for key, case in cpu.items():
+        if isinstance(case, dict) and "ours compiled" in case:
+            theirs = min(v["ms"] for k, v in case.items() if k.startswith("transformers eager"))
+            own = f"{case['ours eager']['ms']:.1f} ms" if "ours eager" in case else ""
+            lines.append(f"| {key} | {theirs:.1f} ms | {own} | {case['ours compiled']['ms']:.2f} ms | {case['ratio']:.1f} |")
+    cold, warm, cache = cpu["start cold"], cpu["start warm"], cpu["cache at 128k, Flash"]
+    memory = next(case for key, case in cpu.items() if key.startswith("memory"))
+    train, size = embedded["training"], embedded["bytes"] / 1e6
+    return "\n".join(lines) + f"""
+
+Least CPU time of {5} alternating rounds on {cpu['threads']} thread, {env['cpu']}, torch {env['torch']}, transformers {env['transformers']},
+{env['date']}; load average at the end {env['load_average'][0]:.1f}. Transformers runs with the fastest of its expert implementations and
+compiles anew for every decoded token: {', '.join(f"{s:.0f}" for s in cpu['transformers compiled decode, CPU seconds of the first tokens'])} CPU seconds
+for the first three. A forward over 2048 tokens adds {memory['ours_bytes'] / 2**20:.0f} MiB to the peak memory, Transformers' {memory['transformers_bytes'] / 2**20:.0f} MiB.
+
+`python generate.py` prints its first token {cold['ttft_s']:.0f} s after the process starts when nothing is compiled yet (load average before:
+{cold['load_average_before']:.1f}) and {warm['ttft_s']:.1f} s when the compile cache is warm ({warm['load_average_before']:.1f}); it compiles {cold['graphs']} graphs with {cold['breaks']} breaks and
+{cold['recompiles']} recompiles, in {cold['compile_s']:.0f} s cold and {warm['compile_s']:.0f} s warm. Flash at 128k tokens of context caches
+{cache['bytes_per_token']:,.0f} bytes a token, {cache['v3_ratio']:.1f} times less than V3's latent attention at that depth.
+
+The embedded model ({size:.2f} MB, {embedded['parameters'] / 1e6:.1f} M parameters, {embedded['active_parameters'] / 1e6:.1f} M active) was trained for {train['tokens'] / 1e6:.2f} M tokens in {train['minutes']:.0f} minutes
+on {train['threads']} thread. On the held-out {100 * embedded['held_out_share']:.0f} % of the text it takes {embedded['act_quant_held_out_nats_per_char']:.3f} nats per character as stored; a plain dense
+transformer of equal active size, trained by the same loop for the same tokens, takes {dense['held_out_nats_per_char']:.3f}. Its MTP block proposes the
+backbone's own next choice {100 * embedded['draft_acceptance']:.0f} % of the time.
+"""
+
+
+def updated(text: str) -> str:
+    """README text with its numbers rewritten."""
+    before, rest = text.split(BEGIN)
+    return before + BEGIN + numbers() + END + rest.split(END)[1]
+
+
+def main() -> int:
+    README.write_text(updated(README.read_text()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
