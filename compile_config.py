@@ -9,6 +9,7 @@ between the graphs. Either way there is no graph break, and nothing recompiles a
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import resource
 import sys
@@ -94,7 +95,10 @@ class Phase:
     @torch.no_grad()
     def __call__(self, tokens: torch.Tensor, input_pos: torch.Tensor, lengths: torch.Tensor | None = None, *rest):
         args = [a.contiguous() if isinstance(a, torch.Tensor) else a for a in (tokens, input_pos, lengths, *rest)]
-        key = (self.model.cache_size, *[(a.shape, a.dtype) if isinstance(a, torch.Tensor) else a for a in args])
+        weight, caches = self.model.embed.weight, ()
+        if self.cfg.cudagraphs:  # a recorded graph holds on to addresses
+            caches = (weight.data_ptr(), self.model.layers[0].attn.ring.rows.data_ptr())
+        key = (self.model.cache_size, self.model.args.act_quant, weight.dtype, weight.device, caches, *[(a.shape, a.dtype) if isinstance(a, torch.Tensor) else a for a in args])
         run = self.built.get(key)
         if run is None:
             run = self.built[key] = self.build()
@@ -178,14 +182,23 @@ def compile_train_step(model: Transformer, optimizer, cfg: CompileConfig, loss: 
     tokens, targets [B, S] int64, doc_ids likewise or None; lr a 0-D tensor. The optimizer is one of torch.optim, or has
     step(lr), which also frees the gradients. loss(model, tokens, targets, doc_ids) -> total, loss, mtp_loss.
     """
+    layers = {}
     if regional(model, cfg, "train"):
+        kinds: dict[tuple, Callable] = {}
         for block in (*model.layers, *model.mtp):
-            block.compile(backend=cfg.backend, fullgraph=True, dynamic=False, options=dict(cfg.options) or None)
+            layer = kinds.setdefault(kind(block), compile_function(lambda block, *args: block.forward(*args), "train_layer", cfg))
+            layers[block] = functools.partial(layer, block)
     else:
         loss = compile_function(loss, "train", cfg)
 
     def step(tokens, targets, doc_ids, lr):
-        total, main, mtp = loss(model, tokens, targets, doc_ids)
+        try:  # the blocks are compiled within the step only: what else is done with the model stays eager
+            for block, layer in layers.items():
+                block._compiled_call_impl = layer  # where nn.Module.compile keeps it
+            total, main, mtp = loss(model, tokens, targets, doc_ids)
+        finally:
+            for block in layers:
+                block._compiled_call_impl = None
         total.backward()
         if isinstance(optimizer, torch.optim.Optimizer):
             for group in optimizer.param_groups:

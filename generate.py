@@ -23,7 +23,7 @@ from checkpoint import load
 from compile_config import (PRESETS, CompileConfig, CompileCount, choose_threads, compile_decode, compile_prefill,
                             missing_for_cpu, peak_memory)
 from model import ModelArgs, Transformer
-from tokenizer import StreamDecoder, Tokenizer, encode_messages, load_tokenizer
+from tokenizer import StreamDecoder, Tokenizer, encode_messages, load_tokenizer, parse_response
 
 ROOT = Path(__file__).parent
 PROMPT = "KING RICHARD.\nNow is the winter of our discontent"
@@ -103,8 +103,9 @@ class Generator:
         self.device = model.embed.weight.device
         gpu = self.device.type == "cuda"
         self.chunk, self.burst = min(max_seq_len, 2048 if gpu else 256), 8 if gpu else 1
-        model.eval().setup_caches(batch, max_seq_len)
+        model.eval().setup_caches(batch, max_seq_len, max_rewind=8 + self.burst - 1)
         self.fed: list[list[int]] = [[] for _ in range(batch)]
+        self.high = [0] * batch  # the furthest position each row was fed since it last started at 0
         self.compile_s, self.count, self._warm = 0.0, CompileCount(), set()
         eos = -1 if eos is None else eos
 
@@ -139,10 +140,11 @@ class Generator:
     def _feed(self, prompts: list[list[int]], how: Sampling) -> torch.Tensor:
         """Bring every row to the end of its prompt -> the token sampled after it [B]."""
         start, rewind = [], self.model.cache_size[2]
-        for fed, prompt in zip(self.fed, prompts):
+        for row, (fed, prompt) in enumerate(zip(self.fed, prompts)):
             same = next((i for i, (a, b) in enumerate(zip(fed, prompt)) if a != b), min(len(fed), len(prompt)))
             same = min(same, len(prompt) - 1)  # the last token is fed again for its logits
-            start.append(same if len(fed) - same <= rewind else 0)
+            start.append(same if self.high[row] - same <= rewind else 0)
+            self.high[row] = max(self.high[row] if start[-1] else 0, len(prompt))
         self.fed_tokens = sum(len(p) - s for p, s in zip(prompts, start))
         token, as_tensor = None, lambda x: torch.tensor(x, dtype=torch.int64, device=self.device)
         for at in range(0, max(len(p) - s for p, s in zip(prompts, start)), self.chunk):
@@ -159,6 +161,8 @@ class Generator:
 
         -> ttft_warm_s, fed_tokens (of the prompts), prefill_tok_per_s, decode_s, decoded (tokens), steps. Compiling is excluded.
         """
+        if len(prompts) != len(self.fed) or not all(prompts):
+            raise ValueError(f"{len(prompts)} prompts for {len(self.fed)} rows: give one for each, none of them empty")
         self.warm(self.prefill, self.chunk, how)
         start = time.perf_counter()
         token = self._feed(prompts, how)[:, None]
@@ -181,6 +185,9 @@ class Generator:
             if live != was:
                 lengths = lengths * torch.tensor(live, device=self.device)
             self.warm(self.decode, 1, how)
+            for row in range(len(prompts)):
+                if live[row]:
+                    self.high[row] = max(self.high[row], len(self.fed[row]) + self.burst - 1)
             start, results = time.perf_counter(), []
             for _ in range(self.burst):
                 token, pos, lengths = self.decode(token, pos, lengths, *how)
@@ -220,8 +227,15 @@ class BadInput(ValueError):
     """A mistake of the user's, in one line."""
 
 
+class Parser(argparse.ArgumentParser):
+    """Mistaken flags are one-line errors like any other."""
+
+    def error(self, message: str):
+        raise BadInput(message)
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Generate text with DeepSeek-V4 from compiled graphs.", allow_abbrev=False)
+    parser = Parser(description="Generate text with DeepSeek-V4 from compiled graphs.", allow_abbrev=False)
     add = parser.add_argument
     add("--checkpoint", default=str(ROOT / "assets" / "tiny"), metavar="DIR", help="a folder in the released layout (embedded model)")
     add("--prompt", metavar="TEXT")
@@ -262,7 +276,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flags.demo = not sources
     if flags.temperature is None:
         flags.temperature = 0.8 if flags.demo else 0.0
-    refuse(not 0 <= flags.temperature < float("inf"), f"--temperature {flags.temperature}: choose 0 (greedy) or more")
+    refuse(not 0 <= flags.temperature < 1e30, f"--temperature {flags.temperature}: choose 0 (greedy) or more")
     refuse(flags.top_k is not None and flags.top_k < 1, f"--top-k {flags.top_k}: keep at least 1 token")
     refuse(flags.top_p is not None and not 0 < flags.top_p <= 1, f"--top-p {flags.top_p}: choose a probability above 0, up to 1")
     refuse(not 0 <= flags.seed < 1 << 63, f"--seed {flags.seed}: choose 0 .. 2^63 - 1")
@@ -336,7 +350,8 @@ def encode(flags: argparse.Namespace, tokenizer: Tokenizer, turns: list[str]) ->
     """Token ids of a conversation: user and assistant texts in turn with --chat, else one text."""
     if not flags.chat:
         return tokenizer.encode("".join(turns), bos=True)
-    messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+    messages = [{"role": "assistant", **parse_response(turn, flags.thinking)} if i % 2 else {"role": "user", "content": turn}
+                for i, turn in enumerate(turns)]
     if flags.system is not None:
         messages.insert(0, {"role": "system", "content": flags.system})
     return tokenizer.encode(encode_messages(messages, thinking=flags.thinking))
@@ -416,7 +431,12 @@ class Run:
                 show(row, decoder.flush() if decoder else "", last=True)
             return over or full
 
-        return self.generator(prompts, how, done)
+        try:
+            return self.generator(prompts, how, done)
+        except KeyboardInterrupt:  # nothing that was produced is lost
+            for row, decoder in enumerate(decoders):
+                show(row, decoder.flush() if decoder else "", last=True)
+            raise
 
 
 def process_start() -> float:
@@ -489,7 +509,7 @@ def run(flags: argparse.Namespace) -> None:
     eos = None if flags.ignore_eos else args.eos_id
     filtered = flags.top_k is not None or flags.top_p is not None
     generator = Generator(model, PRESETS[flags.preset], batch, flags.max_seq_len, filtered, eos, progress)
-    how = Sampling.of(flags.temperature, flags.top_k or args.vocab_size, flags.top_p or 1.0, flags.seed, flags.device)
+    how = Sampling.of(flags.temperature, min(flags.top_k or args.vocab_size, args.vocab_size), flags.top_p or 1.0, flags.seed, flags.device)
     out = sys.stderr if flags.json else sys.stdout
     runner, turns = Run(flags, generator, tokenizer, eos, out), []
     size = active_bytes(model, batch)
@@ -517,13 +537,15 @@ def run(flags: argparse.Namespace) -> None:
     if flags.interactive:
         texts: list[str] = []
         print("type a turn and press return; end with control-D", file=sys.stderr)
-        for line in sys.stdin:
+        for line in sys.stdin or ():
             texts.append(line.rstrip("\n") if flags.chat else line)
             ids = encode(flags, tokenizer, texts)
             if not line.strip():
                 texts.pop()
                 continue
             if len(ids) >= flags.max_seq_len:
+                if not turns:
+                    check_room(ids, flags.max_seq_len)
                 print(f"the context of {flags.max_seq_len} tokens is full: raise --max-seq-len for longer conversations", file=sys.stderr)
                 break
             turns.append(once([ids], None if turns else started))
@@ -531,6 +553,7 @@ def run(flags: argparse.Namespace) -> None:
         if not turns:
             raise BadInput("the prompt is empty: standard input held no turn")
         final = turns[-1] | {key: [turn[key] for turn in turns] for key in ("prompt_tokens", "tokens", "text", "stop_reason")}
+        final["ttft_s"] = turns[0]["ttft_s"]
     else:
         final = once(prompts, started)
     if flags.profile:
@@ -547,6 +570,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError) as error:  # BadInput, CheckpointError, TokenizerError and unreadable files
         print(f"generate.py: {error}", file=sys.stderr)
         return 2

@@ -101,6 +101,8 @@ class ModelArgs:
         for name in ("head_dim", "index_head_dim"):
             require(self.rope_head_dim <= getattr(self, name),
                     f"rope_head_dim {self.rope_head_dim} exceeds {name} {getattr(self, name)}")
+        for name in ("rope_theta", "compress_rope_theta"):
+            require(getattr(self, name) > 1, f"{name} must be above 1, not {getattr(self, name)}")
         require(self.rope_head_dim % 2 == 0, f"rope_head_dim {self.rope_head_dim} is odd")
         require(not self.act_quant or self.index_head_dim & (self.index_head_dim - 1) == 0 or 4 not in self.compress_ratios,
                f"index_head_dim {self.index_head_dim} is no power of two, as the Hadamard transform of act_quant needs")
@@ -184,7 +186,9 @@ def _translate(config: dict) -> dict:
     """Config keys of either kind -> ModelArgs fields."""
     require(config.get("model_type", "deepseek_v4") == "deepseek_v4",
            f"model_type is {config.get('model_type')!r}, not 'deepseek_v4': this is DeepSeek-V4 only")
-    for name in config.get("architectures") or ():
+    names = config.get("architectures") or []
+    require(isinstance(names, list), f"architectures must be a list, not {names!r}")
+    for name in names:
         require(re.match(r"DeepseekV4(?!\d)", str(name)), f"architectures names {name!r}: this is DeepSeek-V4 only")
     for key in ("rope_scaling", "quantization_config"):
         require(isinstance(config.get(key) or {}, dict), f"{key} must be an object, not {config.get(key)!r}")
@@ -833,6 +837,7 @@ def training_loss(model: Transformer, tokens: torch.Tensor, targets: torch.Tenso
     after = F.pad(targets[:, 1:], (0, 1), value=-1)
     if doc_ids is not None:
         after = after.masked_fill(F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (0, 1)), -1)
-    _, ahead = model.mtp(hidden, targets.clamp(min=0), doc_ids=doc_ids, logits=None)
+    following = torch.cat([tokens[:, 1:], targets[:, -1:].clamp(min=0)], 1)  # targets may be masked, what follows is known
+    _, ahead = model.mtp(hidden, following, doc_ids=doc_ids, logits=None)
     mtp = mean(model.mtp.head_input(ahead), after)
     return main + mtp_weight * mtp, main.detach(), mtp.detach()

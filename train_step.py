@@ -224,8 +224,15 @@ def train(model: torch.nn.Module, step, ids: np.ndarray, *, steps: int, batch: i
 # Command line
 
 
+class Parser(argparse.ArgumentParser):
+    """Mistaken flags are one-line errors like any other."""
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train a DeepSeek-V4 on plain text.", allow_abbrev=False)
+    parser = Parser(description="Train a DeepSeek-V4 on plain text.", allow_abbrev=False)
     add = parser.add_argument
     add("--config", default="debug", metavar="NAME|FILE", help="debug, tiny, or a config.json")
     add("--data", default=str(ROOT / "data" / "shakespeare.txt"), metavar="FILE", help="UTF-8 text")
@@ -246,6 +253,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in ("steps", "batch", "seq_len"):
         if getattr(flags, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(flags, name)}: at least 1")
+    if flags.seed < 0:
+        raise ValueError(f"--seed {flags.seed}: choose 0 or more")
+    for name in ("out", "state"):
+        path = Path(getattr(flags, name) or ".")
+        if not path.absolute().parent.is_dir():
+            raise ValueError(f"--{name} {path}: there is no folder {path.absolute().parent}")
     if not 0 < flags.lr < float("inf"):
         raise ValueError(f"--lr {flags.lr}: choose a positive rate")
     if flags.device == "cuda" and not torch.cuda.is_available():
@@ -273,10 +286,15 @@ def run(flags: argparse.Namespace) -> None:
     args.act_quant = False  # weights are trained with plain activations
     parts = split(read_text(flags.data))
     with tempfile.TemporaryDirectory() as folder:
+        if args.vocab_size < 256:
+            raise ValueError(f"{flags.config}: a vocabulary of {args.vocab_size} cannot hold the 256 bytes")
         if args.vocab_size < 512:
             encode, folder = encode_bytes, None
         else:
-            train_tokenizer(parts[0], Path(folder), args.vocab_size)
+            try:
+                train_tokenizer(parts[0], Path(folder), args.vocab_size)
+            except RuntimeError:  # sentencepiece's only complaint about its input
+                raise ValueError(f"{flags.data}: is too short a text for a vocabulary of {args.vocab_size}") from None
             encode = load_tokenizer(folder).encode
         ids, held_out = (tokenize(part, encode) for part in parts)
         for part, what in ((ids, "to train on"), (held_out, "held out")):
@@ -293,10 +311,15 @@ def run(flags: argparse.Namespace) -> None:
         count_load(model)
         optimizer, first, saved = Optimizer(model), 0, time.monotonic()
         if flags.state and os.path.exists(flags.state):
-            state = torch.load(flags.state, map_location=flags.device)
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            first = state["step"]
+            try:
+                state = torch.load(flags.state, map_location=flags.device)
+                model.load_state_dict(state["model"])
+                optimizer.load_state_dict(state["optimizer"])
+                first = state["step"]
+            except Exception:  # a torn or foreign file fails in as many ways
+                raise ValueError(f"{flags.state}: is not the state of a run with this --config; remove it or name another") from None
+            if first >= flags.steps:
+                raise ValueError(f"{flags.state}: is already at step {first}; ask for more --steps")
             say(f"going on from step {first} of {flags.state}")
 
         def after(step):

@@ -136,14 +136,15 @@ def test_a_compiled_training_step_equals_an_eager_one(region):
 def test_training_loss_is_the_mean_over_valid_targets():
     """Against logits and F.cross_entropy: ignored targets, documents, the MTP block's shifted target."""
     model = build()
-    tokens, targets = tokens_of(2, 50), tokens_of(2, 51)[:, 1:].clone()
+    tokens = tokens_of(2, 50)
+    targets = torch.cat([tokens[:, 1:], tokens_of(2, 1)], 1)
     targets[0, 10:14] = -1
     docs = (torch.arange(50) >= torch.tensor([[20], [33]])).long()
     total, main, mtp = training_loss(model, tokens, targets, docs, mtp_weight=0.5)
     logits, hidden = model(tokens, doc_ids=docs, return_hidden=True)
     nll = torch.nn.functional.cross_entropy
     assert abs(float(nll(logits.flatten(0, 1), targets.flatten(), ignore_index=-1) - main)) < 1e-5
-    ahead, _ = model.mtp(hidden, targets.clamp(min=0), doc_ids=docs)
+    ahead, _ = model.mtp(hidden, torch.cat([tokens[:, 1:], targets[:, -1:]], 1), doc_ids=docs)
     after = torch.full_like(targets, -1)
     for row in range(2):
         for i in range(49):

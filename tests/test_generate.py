@@ -243,11 +243,60 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, folder, argv, says):
     assert says in run(capsys, *argv, code=2)
 
 
-def test_unknown_flags_and_values_exit_with_2(capsys):
-    for argv in (["--no-such-flag"], ["--compile", "fastest"], ["--device", "tpu"], ["--max-new-tokens", "many"]):
-        with pytest.raises(SystemExit) as exit:
-            G.main(argv)
-        assert exit.value.code == 2
+@pytest.mark.parametrize("argv", (["--no-such-flag"], ["--compile", "fastest"], ["--device", "tpu"], ["--max-new-tokens", "many"]))
+def test_unknown_flags_and_values_are_one_line_and_exit_code_2(capsys, argv):
+    assert argv[0] in run(capsys, *argv, code=2)
+
+
+def test_rewinding_again_and_again_stays_within_what_the_caches_hold(model):
+    """Each step back is small, all together are deep: the rings count from the furthest position that was fed."""
+    generator, ids = eager(model), ids_of(300)
+    for length in (300, 294, 288, 282, 276, 270):
+        assert collect(generator, [ids[:length]], 3) == collect(eager(model), [ids[:length]], 3)
+
+
+def test_steps_run_ahead_of_the_host_are_rewound(model):
+    """With a burst of decode steps between reads, a row may be fed more than was wanted."""
+    generator, ids = eager(model), ids_of(300)
+    generator.burst = 8
+    assert collect(generator, [ids], 2) == collect(eager(model), [ids], 2)
+    for length in (294, 299, 301):
+        again = (ids + ids_of(9, 3))[:length]
+        assert collect(generator, [again], 10) == collect(eager(model), [again], 10)
+
+
+def test_a_generator_wants_one_prompt_a_row(model):
+    for prompts in ([[1]], [[1], []], [[1], [2], [3]]):
+        with pytest.raises(ValueError, match="2 rows"):
+            collect(eager(model, batch=2), prompts, 1)
+
+
+def test_reasoning_of_earlier_turns_is_left_out():
+    flags, tokenizer = G.parse(["--chat", "--thinking", "--interactive"]), G.load_tokenizer(TINY)
+    ids = G.encode(flags, tokenizer, ["hi", "because</think>A", "more"])
+    assert "because" not in (text := tokenizer.decode(ids)) and "A" in text
+
+
+def test_an_interrupt_keeps_what_was_written(capsys, monkeypatch, tmp_path):
+    """Every row's text so far is printed, and the exit code is 130."""
+    file, decode, calls = tmp_path / "prompts.txt", G.compile_decode, []
+    file.write_text("HAMLET.\nO\n\nKING.\nWho\n")
+
+    def interrupted(*args):
+        phase = decode(*args)
+
+        def call(*args):
+            calls.append(args)
+            if len(calls) > 30:
+                raise KeyboardInterrupt
+            return phase(*args)
+        call.name = "decode"
+        return call
+
+    monkeypatch.setattr(G, "compile_decode", interrupted)
+    assert G.main(["--checkpoint", str(TINY), "--no-compile", "--prompts", str(file), "--ignore-eos"]) == 130
+    texts = capsys.readouterr().out
+    assert len(texts) > 4 * 30  # four rows of 30 tokens; one row would be far less
 
 
 def test_prompt_files_that_hold_nothing_are_refused(capsys, tmp_path):

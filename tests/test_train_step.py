@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import train_step as S
-from compile_config import PRESETS, compile_train_step
+from compile_config import PRESETS, CompileConfig, CompileCount, compile_train_step
 from model import ModelArgs, Transformer
 from oracle import randomize, small
 from tokenizer import load_tokenizer
@@ -163,6 +163,16 @@ def test_held_out_loss_scores_every_token_of_whole_rows():
     assert abs(got - expected.item()) < 1e-5 and model.training
 
 
+def test_layers_compiled_for_training_do_not_meet_the_evaluation(capsys, monkeypatch, tmp_path):
+    """With layers compiled, the run ends with an evaluation whose last batch is smaller: nothing is recompiled for it."""
+    monkeypatch.setitem(S.PRESETS, "regional", CompileConfig(backend="eager", region="layer"))
+    torch._dynamo.reset()
+    count = CompileCount()
+    assert S.main(["--steps", "3", "--batch", "4", "--seq-len", "32", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["held_out_loss"] > 0
+    assert count.graphs == 5  # four kinds of layers and the MTP block
+
+
 def test_the_command_line_trains_saves_and_reports(capsys, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(TEXT[:60_000])
@@ -185,11 +195,17 @@ def test_the_command_line_trains_saves_and_reports(capsys, tmp_path):
     (["--lr", "-1"], "--lr"),
     (["--config", "/nowhere.json"], "/nowhere.json"),
     (["--compile", "cudagraphs"], "cudagraphs"),
+    (["--steps", "many"], "--steps"),
+    (["--seed", "-1"], "--seed"),
+    (["--out", "/nowhere/at/all"], "--out"),
+    (["--state", "SHORT", "--steps", "1"], "not the state"),
+    (["--config", "tiny", "--data", "SMALL"], "vocabulary"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(capsys, tmp_path, argv, says):
     (tmp_path / "EMPTY").write_text(" \n")
     (tmp_path / "SHORT").write_text("Too short.\n")
-    argv = [str(tmp_path / a) if a in ("EMPTY", "SHORT") else a for a in argv]
+    (tmp_path / "SMALL").write_text("So few words. " * 300)
+    argv = [str(tmp_path / a) if a in ("EMPTY", "SHORT", "SMALL") else a for a in argv]
     assert S.main(argv) == 2
     captured = capsys.readouterr()
     assert len(captured.err.strip().splitlines()) == 1 and says in captured.err and not captured.out
