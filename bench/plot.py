@@ -7,7 +7,7 @@ from html import escape
 def bars(title: str, values: dict[str, float], width: int = 640) -> str:
     """Horizontal bars, one per value, with a line at 1."""
     left, step, top = 240, 28, 48
-    scale = (width - left - 70) / max(*values.values(), 1.0)
+    scale = (width - left - 70) / max([1.0, *values.values()])
     lines = [f'<text x="12" y="26" font-weight="bold">{escape(title)}</text>']
     for i, (name, value) in enumerate(values.items()):
         y = top + i * step

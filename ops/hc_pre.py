@@ -58,11 +58,6 @@ def reference(x: torch.Tensor, fn: torch.Tensor, base: torch.Tensor, scale: torc
     return _forward(x, fn, base, scale, norm_eps, hc_eps, iters, sinkhorn.reference)
 
 
-def _on_cpu(*args):
-    """Compiled for CPU, Sinkhorn is one node and the rest is traced; see sinkhorn.py."""
-    return _forward(*args, sinkhorn.opaque if torch.compiler.is_compiling() else sinkhorn.reference)
-
-
 def backward_reference(g_y: torch.Tensor, g_post: torch.Tensor, g_comb: torch.Tensor, x: torch.Tensor, fn: torch.Tensor,
                        base: torch.Tensor, scale: torch.Tensor, norm_eps: float, hc_eps: float, iters: int):
     """Gradients of x, fn, base and scale."""
@@ -112,5 +107,13 @@ def _backward(ctx, g_y, g_post, g_comb):
 _opaque = register("hc_pre(Tensor x, Tensor fn, Tensor base, Tensor scale, float norm_eps, float hc_eps, int iters) "
                    "-> (Tensor, Tensor, Tensor)", impl=reference, fake=_fake, flops=_flops, setup_context=_setup,
                    backward=_backward)
+
+
+def _on_cpu(*args):
+    """Compiled, a traced Sinkhorn would take half of the compile time: it is one node, or with gradients all of hc_pre is."""
+    if not torch.compiler.is_compiling():
+        return reference(*args)
+    return _opaque(*args) if torch.is_grad_enabled() else _forward(*args, sinkhorn.opaque)
+
 
 hc_pre = Op("hc_pre", reference, _opaque, check, on_cpu=_on_cpu)

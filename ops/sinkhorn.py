@@ -5,8 +5,9 @@
     logits [..., n, n] fp32   c likewise
 
 Traced, these are 2 iters small loops, half of what a compiler sees of a whole model. hc_pre therefore makes it one node
-when it is compiled for CPU, with a C++ kernel that keeps a matrix in registers; without a C++ compiler the node runs the
-reference. The backward walks the steps in reverse. Errors: the last two dims differ.
+when it is compiled for CPU without gradients, with a C++ kernel that keeps a matrix in registers; without a C++ compiler
+the node runs the reference. The node has no gradient (looking for one would cost more than the kernel); hc_pre's backward
+walks the steps in reverse by `backward_reference`. Errors: the last two dims differ.
 """
 from __future__ import annotations
 
@@ -69,7 +70,7 @@ def backward_reference(g: torch.Tensor, logits: torch.Tensor, eps: float, iters:
         steps.append((c, total, axis))
     for c, total, axis in reversed(steps):
         g = (g - (g * c).sum(axis, keepdim=True)) / total
-    return logits.new_empty(logits.shape).copy_(soft * (g - (g * soft).sum(-1, keepdim=True)))
+    return soft * (g - (g * soft).sum(-1, keepdim=True))
 
 
 @functools.cache
@@ -94,17 +95,7 @@ def _impl(logits: torch.Tensor, eps: float, iters: int) -> torch.Tensor:
     return out
 
 
-_backward_op = register("sinkhorn_backward(Tensor g, Tensor logits, float eps, int iters) -> Tensor", impl=backward_reference,
-                        fake=lambda g, logits, *args: logits.new_empty(logits.shape), flops=lambda *shapes, out_shape=None, **kw: 0)
-
-
-def _setup(ctx, inputs, output):
-    ctx.save_for_backward(inputs[0])
-    ctx.constants = inputs[1:]
-
-
 _opaque = register("sinkhorn(Tensor logits, float eps, int iters) -> Tensor", impl=_impl,
-                   fake=lambda logits, *args: logits.new_empty(logits.shape), flops=lambda *shapes, out_shape=None, **kw: 0,
-                   setup_context=_setup, backward=lambda ctx, g: (_backward_op(g, *ctx.saved_tensors, *ctx.constants), None, None))
+                   fake=lambda logits, *args: logits.new_empty(logits.shape), flops=lambda *shapes, out_shape=None, **kw: 0)
 
 sinkhorn = Op("sinkhorn", reference, _opaque, check)
