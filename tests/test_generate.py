@@ -1,6 +1,7 @@
 """Contracts of generate.py: greedy equals Transformers, sampling equals softmax, no recompiles, clear errors, true reports."""
 from __future__ import annotations
 
+import copy
 import io
 import json
 import subprocess
@@ -12,7 +13,7 @@ import torch
 
 import checkpoint
 import generate as G
-from compile_config import PRESETS
+from compile_config import PRESETS, CompileConfig
 from model import ModelArgs, Transformer
 from oracle import Margins, hf_model, judged, randomize, rms, small
 
@@ -195,18 +196,30 @@ def test_compiled_generation_does_not_recompile(model):
     """Ragged batch of 4: prompts of 1 to 1500 tokens, 300 decoded tokens, two conversations, another temperature and seed."""
     torch._dynamo.reset()
     compiled = G.Generator(model, PRESETS["default"], 4, 2048, eos=None)
-    slow = eager(model, 4, 2048)
+    slow = eager(copy.deepcopy(model), 4, 2048)
     first = [ids_of(n) for n in (1, 40, 700, 1500)]
     rows = collect(compiled, first, 300)
     assert [row[:40] for row in rows] == collect(slow, first, 40)
     second = [prompt + row + ids_of(30, 5) for prompt, row in zip(first, rows)]
-    assert all(len(row) == 20 for row in collect(compiled, second, 20))  # choices on the way may have been ties
+    assert collect(compiled, second, 20) == collect(slow, second, 20)
     third = [ids_of(n, 9) for n in (3, 2, 260, 1)]
     how = G.Sampling.of(0.9, 256, 1.0, 11, "cpu")
     assert collect(compiled, third, 20, how) == collect(slow, third, 20, how)
     assert compiled.count.breaks == 0 and compiled.count.recompiles == 0
     kinds = 4  # layer kinds of the debug model; prefill runs one graph each, one before and one after, decode is one graph
     assert compiled.count.graphs == kinds + 2 + 1 and compiled.compile_s > 0
+
+
+def test_one_row_does_not_recompile_either(model):
+    """Prompts of 1 to 1500 tokens one after the other, 300 decoded tokens, then a second turn; AOT graphs without codegen."""
+    torch._dynamo.reset()
+    compiled, slow = G.Generator(model, CompileConfig(backend="aot_eager"), 1, 2048), eager(copy.deepcopy(model), 1, 2048)
+    for n in (1, 40, 700, 1500):
+        assert collect(compiled, [ids_of(n)], 3) == collect(slow, [ids_of(n)], 3)
+    row = collect(compiled, [ids_of(1500)], 300)[0]
+    assert row[:3] == collect(slow, [ids_of(1500)], 3)[0]
+    assert len(collect(compiled, [ids_of(1500) + row + ids_of(20, 7)], 5)[0]) == 5
+    assert compiled.count.breaks == 0 and compiled.count.recompiles == 0 and compiled.count.graphs == 4 + 2 + 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
