@@ -6,6 +6,7 @@ from .hc_pre import hc_pre
 from .indexer_topk import indexer_topk
 from .linear_cross_entropy import linear_cross_entropy
 from .moe import moe
+from .moe_few import moe_few
 from .quant_linear import quant_linear
 from .registry import NAMESPACE, OPS, Op, Table, register, use
 from .rope import rope

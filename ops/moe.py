@@ -12,15 +12,15 @@
 
 The traced reference has static shapes: few tokens gather their experts' weights, many go through all experts with
 zero weights. The opaque form groups tokens by expert instead, which needs the counts on the host: cheap on CPU, where
-it is the default for many tokens. Packed weights are frozen. Errors: shapes that do not fit together.
+it is the default for many tokens; for few, compiled without gradients, moe_few is. Packed weights are frozen. Errors:
+shapes that do not fit together.
 """
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
-from .act_quant import reference as fake_quant
 from .formats import dequantize_fp4, dequantize_fp8
+from .moe_few import gathered, moe_few, quantized, swiglu
 from .registry import Op, register, require
 
 CHUNK = 1 << 24  # intermediate values held at a time
@@ -64,39 +64,21 @@ def _dequantize13(w13, s13, dtype):
     return _dequantize(w13.unflatten(-2, (2, -1)), s13.unflatten(-2, (2, -1)), dtype).flatten(-3, -2)
 
 
-def _quant(x, act_quant):
-    return fake_quant(x, 128, "fp8") if act_quant else x
-
-
-def _kept(x):
-    """x itself; a strided view, which Inductor computes once into a buffer instead of anew for every row that uses it."""
-    x = x.contiguous()
-    return x.as_strided(x.shape, x.stride())
-
-
-def _swiglu(h13, weight, limit):
-    """[..., 2I] and weights [..., 1] -> [..., I] fp32"""
-    gate, up = h13.float().chunk(2, -1)
-    return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit) * weight
-
-
 def reference(x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, idx: torch.Tensor, weight: torch.Tensor,
               s13: torch.Tensor | None, s2: torch.Tensor | None, limit: float, act_quant: bool) -> torch.Tensor:
-    N, E, dtype, x = x.shape[0], w13.shape[0], x.dtype, _quant(x, act_quant)
+    N, E, dtype = x.shape[0], w13.shape[0], x.dtype
     pick = lambda scale: None if scale is None else scale[idx]
-    if _few(idx, w13):  # products and sums, not a batched matmul: Inductor reads the gathered weights in place
-        w = _dequantize13(w13[idx], pick(s13), dtype)  # [N, K, 2I, d]
-        h13 = (w.float() * _kept(x).float()[:, None, None]).sum(-1).to(dtype)
-        h = _kept(_quant(_swiglu(h13, weight[..., None], limit).to(dtype), act_quant))
-        w = _dequantize(w2[idx], pick(s2), dtype)  # [N, K, d, I]
-        return (w.float() * h.float()[:, :, None]).sum(-1).to(dtype).float().sum(1)
+    if _few(idx, w13):
+        w13, w2 = _dequantize13(w13[idx], pick(s13), dtype), _dequantize(w2[idx], pick(s2), dtype)
+        return gathered(x, w13, w2, weight, limit, act_quant)
+    x = quantized(x, act_quant)
     w13, w2 = _dequantize13(w13, s13, dtype), _dequantize(w2, s2, dtype)
     route = weight.new_zeros(N, E).scatter_add(1, idx, weight)
     step, out = max(1, CHUNK // (E * (w13.shape[1] + w2.shape[1]))), []
     for c in range(0, N, step):
         h13 = x[c : c + step] @ w13.transpose(1, 2)  # [E, n, 2I]
-        h = _swiglu(h13, route[c : c + step].T[..., None], limit).to(dtype)
-        out.append((_quant(h, act_quant) @ w2.transpose(1, 2)).float().sum(0))
+        h = swiglu(h13, route[c : c + step].T[..., None], limit).to(dtype)
+        out.append((quantized(h, act_quant) @ w2.transpose(1, 2)).float().sum(0))
     return torch.cat(out)
 
 
@@ -112,11 +94,11 @@ def grouped(x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, idx: torch.Ten
             s13: torch.Tensor | None, s2: torch.Tensor | None, limit: float, act_quant: bool) -> torch.Tensor:
     """The reference's mathematics, expert by expert."""
     one = lambda scale, e: None if scale is None else scale[e]
-    y, xq, flat = torch.zeros(x.shape, dtype=torch.float32, device=x.device), _quant(x, act_quant), weight.flatten()
+    y, xq, flat = torch.zeros(x.shape, dtype=torch.float32, device=x.device), quantized(x, act_quant), weight.flatten()
     for e, rows in _groups(idx, w13.shape[0]):
         token = rows // idx.shape[1]
         h13 = xq[token] @ _dequantize13(w13[e], one(s13, e), x.dtype).T
-        h = _quant(_swiglu(h13, flat[rows, None], limit).to(x.dtype), act_quant)
+        h = quantized(swiglu(h13, flat[rows, None], limit).to(x.dtype), act_quant)
         y.index_add_(0, token, (h @ _dequantize(w2[e], one(s2, e), x.dtype).T).float())
     return y
 
@@ -125,7 +107,7 @@ def backward_reference(g: torch.Tensor, x: torch.Tensor, w13: torch.Tensor, w2: 
                        weight: torch.Tensor, s13: torch.Tensor | None, s2: torch.Tensor | None, limit: float, act_quant: bool):
     """Gradients of x, w13, w2 (empty where they are packed) and weight, expert by expert."""
     one = lambda scale, e: None if scale is None else scale[e]
-    frozen, dtype, xq, flat = s13 is not None, x.dtype, _quant(x, act_quant), weight.flatten()
+    frozen, dtype, xq, flat = s13 is not None, x.dtype, quantized(x, act_quant), weight.flatten()
     g_x, g_weight = torch.zeros(x.shape, dtype=torch.float32, device=x.device), torch.zeros_like(flat)
     g_w13, g_w2 = (x.new_zeros(0 if frozen else w.shape) for w in (w13, w2))
     for e, rows in _groups(idx, w13.shape[0]):
@@ -136,7 +118,7 @@ def backward_reference(g: torch.Tensor, x: torch.Tensor, w13: torch.Tensor, w2: 
         gate_c, up_c = gate.clamp(max=limit), up.clamp(-limit, limit)
         sig = torch.sigmoid(gate_c)
         silu = gate_c * sig
-        h = _quant((silu * up_c * w).to(dtype), act_quant)
+        h = quantized((silu * up_c * w).to(dtype), act_quant)
         g_h = (ge @ w2e).float()
         g_weight[rows] = (g_h * silu * up_c).sum(-1)
         g_gate = g_h * w * up_c * sig * (1 + gate_c - silu) * (gate <= limit)
@@ -183,4 +165,12 @@ _opaque = register("moe(Tensor x, Tensor w13, Tensor w2, Tensor idx, Tensor weig
                    fake=lambda x, *rest: x.new_empty(x.shape, dtype=torch.float32),
                    flops=_flops, setup_context=_setup, backward=_backward)
 
-moe = Op("moe", reference, _opaque, check, on_cpu=lambda *args: (_opaque if _many(*args) else reference)(*args))
+
+def _on_cpu(x, w13, w2, idx, weight, s13, s2, limit, act_quant):
+    decoding = torch.compiler.is_compiling() and not torch.is_grad_enabled() and idx.numel() <= 256
+    if decoding and s13 is None and x.dtype == w13.dtype == torch.float32:
+        return moe_few.opaque(x, w13, w2, idx, weight, limit, act_quant)
+    return (_opaque if _many(x, w13, w2, idx) else reference)(x, w13, w2, idx, weight, s13, s2, limit, act_quant)
+
+
+moe = Op("moe", reference, _opaque, check, on_cpu=_on_cpu)

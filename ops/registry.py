@@ -17,6 +17,8 @@ from typing import Callable
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from .cpp import CppKernel
+
 NAMESPACE = "dsv4"
 OPS: dict[str, "Op"] = {}
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -24,7 +26,7 @@ _modes: dict[str, str] = {}  # the choices of `use`; a plain dict, so that compi
 
 
 def register(schema: str, impl: Callable, fake: Callable, flops: Callable | None = None,
-             setup_context: Callable | None = None, backward: Callable | None = None):
+             setup_context: Callable | None = None, backward: Callable | None = None, cpp: str | None = None):
     """Define `torch.ops.dsv4.<name>` and return its overload.
 
     schema          "name(Tensor x, ...) -> Tensor"
@@ -32,11 +34,20 @@ def register(schema: str, impl: Callable, fake: Callable, flops: Callable | None
     fake            output shapes from input shapes
     flops           FLOPs from argument shapes, as torch.utils.flop_counter passes them
     setup_context, backward   as in torch.library.register_autograd; backward calls an op of its own
+    cpp             C++ source of a CPU kernel, see cpp.py
     """
     name = schema.split("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for device in ("CPU", "CUDA"):
-        _library.impl(name, impl, device)
+    _library.impl(name, impl, "CUDA")
+    if cpp is None:
+        _library.impl(name, impl, "CPU")
+    else:
+        kernel, shapes = CppKernel(NAMESPACE, name, impl, cpp), fake
+
+        def fake(x, *args):
+            if x.device.type == "cpu":
+                kernel.build()
+            return shapes(x, *args)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     if backward is not None:
         torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library)

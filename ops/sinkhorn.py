@@ -5,27 +5,23 @@
     logits [..., n, n] fp32   c likewise
 
 Traced, these are 2 iters small loops, half of what a compiler sees of a whole model. hc_pre therefore makes it one node
-when it is compiled for CPU without gradients, with a C++ kernel that keeps a matrix in registers; without a C++ compiler
-the node runs the reference. The node has no gradient (looking for one would cost more than the kernel); hc_pre's backward
-walks the steps in reverse by `backward_reference`. Errors: the last two dims differ.
+when it is compiled for CPU without gradients, with a C++ kernel (see cpp.py) that keeps a matrix in registers. The node
+has no gradient (looking for one would cost more than the kernel); hc_pre's backward walks the steps in reverse by
+`backward_reference`. Errors: the last two dims differ, or exceed 16.
 """
 from __future__ import annotations
-
-import ctypes
-import functools
 
 import torch
 
 from .registry import Op, register, require
 
+MOST = 16  # streams
+
 SOURCE = """
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-extern "C" void sinkhorn(const float* in, float* out, int64_t matrices, int64_t iters, float eps) {
-  constexpr int n = %d;
+template <int N> void run(const float* in, float* out, int64_t matrices, int64_t iters, float eps, int64_t given) {
+  const int64_t n = N ? N : given;  // N = 0: not known at compile time
   for (int64_t m = 0; m < matrices; m++, in += n * n, out += n * n) {
-    float c[n][n], sum[n];
+    float c[N ? N : 16][N ? N : 16], sum[N ? N : 16];
     for (int i = 0; i < n; i++) {
       float top = in[i * n], total = 0;
       for (int j = 1; j < n; j++) top = std::max(top, in[i * n + j]);
@@ -33,7 +29,7 @@ extern "C" void sinkhorn(const float* in, float* out, int64_t matrices, int64_t 
       for (int j = 0; j < n; j++) c[i][j] = c[i][j] / total + eps;
     }
     for (int64_t step = 0; step < 2 * iters - 1; step++) {
-      const bool columns = step %% 2 == 0;
+      const bool columns = step % 2 == 0;
       for (int i = 0; i < n; i++) sum[i] = eps;
       for (int i = 0; i < n; i++) for (int j = 0; j < n; j++) sum[columns ? j : i] += c[i][j];
       for (int i = 0; i < n; i++) sum[i] = 1 / sum[i];
@@ -42,11 +38,19 @@ extern "C" void sinkhorn(const float* in, float* out, int64_t matrices, int64_t 
     for (int i = 0; i < n; i++) for (int j = 0; j < n; j++) out[i * n + j] = c[i][j];
   }
 }
+
+Tensor sinkhorn(const Tensor& logits, double eps, int64_t iters) {
+  const Tensor in = floats(logits), out = torch::stable::empty_like(in);
+  const int64_t n = in.size(-1);
+  (n == 4 ? run<4> : run<0>)((const float*)in.data_ptr(), (float*)out.data_ptr(), in.numel() / (n * n), iters, eps, n);
+  return out;
+}
 """
 
 
 def check(logits, eps, iters):
-    require(logits.dim() >= 2 and logits.shape[-1] == logits.shape[-2], f"sinkhorn: logits {tuple(logits.shape)} are not [..., n, n]")
+    require(logits.dim() >= 2 and logits.shape[-1] == logits.shape[-2] <= MOST,
+            f"sinkhorn: logits {tuple(logits.shape)} are not [..., n, n] with n up to {MOST}")
 
 
 def _axes(iters):
@@ -73,29 +77,8 @@ def backward_reference(g: torch.Tensor, logits: torch.Tensor, eps: float, iters:
     return soft * (g - (g * soft).sum(-1, keepdim=True))
 
 
-@functools.cache
-def _kernel(n: int):
-    """The C++ kernel for n x n matrices, built once a machine; None where that is impossible."""
-    try:
-        from torch._inductor.codecache import CppCodeCache
-        kernel = CppCodeCache.load(SOURCE % n).sinkhorn
-    except Exception:  # no compiler: many classes, all of them mean the reference
-        return None
-    kernel.restype, kernel.argtypes = None, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_float)
-    return kernel
-
-
-def _impl(logits: torch.Tensor, eps: float, iters: int) -> torch.Tensor:
-    n = logits.shape[-1]
-    kernel = _kernel(n) if logits.device.type == "cpu" and logits.dtype == torch.float32 else None
-    logits, out = logits.contiguous(), logits.new_empty(logits.shape)
-    if kernel is None:
-        return out.copy_(reference(logits, eps, iters))
-    kernel(logits.data_ptr(), out.data_ptr(), logits.numel() // (n * n), iters, eps)
-    return out
-
-
-_opaque = register("sinkhorn(Tensor logits, float eps, int iters) -> Tensor", impl=_impl,
-                   fake=lambda logits, *args: logits.new_empty(logits.shape), flops=lambda *shapes, out_shape=None, **kw: 0)
+_opaque = register("sinkhorn(Tensor logits, float eps, int iters) -> Tensor",
+                   impl=lambda *args: reference(*args).contiguous(), fake=lambda logits, *args: logits.new_empty(logits.shape),
+                   flops=lambda *shapes, out_shape=None, **kw: 0, cpp=SOURCE)
 
 sinkhorn = Op("sinkhorn", reference, _opaque, check)

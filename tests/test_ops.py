@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 import ops
+from ops.cpp import KERNELS
 from ops.formats import dequantize_fp4, dequantize_fp8, fake_quant, quantize_fp4, quantize_fp8, scale_to_float
 from oracle import rms
 
@@ -155,6 +156,10 @@ def spec_moe(x, w13, w2, idx, weight, s13, s2, limit, act_quant):
     return torch.stack(y)
 
 
+def spec_moe_few(x, w13, w2, idx, weight, limit, act_quant):
+    return spec_moe(x, w13, w2, idx, weight, None, None, limit, act_quant)
+
+
 class Contract(NamedTuple):
     spec: Callable
     grad: tuple[int, ...]  # arguments that have a gradient
@@ -175,6 +180,7 @@ CONTRACTS = {
     "linear_cross_entropy": Contract(spec_linear_cross_entropy, (0, 1), (0, 1), (True,)),
     "quant_linear": Contract(spec_quant_linear, (0,), (0,), rounding=3),
     "moe": Contract(spec_moe, (0, 1, 2, 4), (0, 1, 2), (True,)),
+    "moe_few": Contract(spec_moe_few, (), (), (True,)),
 }
 
 
@@ -267,6 +273,11 @@ def moe(N, E, K, d, I, fmt, quantized, routing="random"):
     return x, w13, w2, idx, torch.rand(N, K) + 0.1, s13, s2, 0.8, quantized
 
 
+def moe_few(N, E, K, d, I, quantized, routing="random"):
+    x, w13, w2, idx, weight, _, _, limit, quantized = moe(N, E, K, d, I, "float", quantized, routing)
+    return x, w13, w2, idx, weight, limit, quantized
+
+
 class Case(NamedTuple):
     op: str
     build: Callable
@@ -308,6 +319,8 @@ CASES = [  # the first three of each op use every optional argument
            (9, 7, 2, 6, 4, "float", False, "one"), (5, 3, 3, 6, 4, "float", False, "twice"),
            (2, 6, 3, 6, 4, "float", True, "twice"), (3, 9, 1, 6, 4, "float", False), (1, 3, 2, 72, 130, "fp8f", False),
            (9, 3, 2, 140, 10, "fp8f", False), (5, 3, 2, 70, 34, "fp4", False), (3, 3, 1, 200, 150, "fp8", True)),
+    *cases(moe_few, (5, 4, 2, 150, 131, True), (1, 16, 4, 33, 16, False), (9, 7, 2, 6, 5, False, "one"), (5, 3, 3, 6, 4, True, "twice"),
+           (64, 3, 1, 16, 7, False), (4, 5, 2, 32, 17, False), (2, 3, 2, 15, 2, True)),
 ]
 FEW = [case for op in CONTRACTS for case in [case for case in CASES if case.op == op][:3]]
 by_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -553,9 +566,9 @@ def expected_flops(case: Case, args: tuple) -> tuple[int, int]:
         return 2 * args[0].numel() * size[1][0], 6 * args[0].numel() * size[1][0]
     if case.op == "quant_linear":
         return (2 * args[0].numel() * size[1][0] // args[3],) * 2
-    if case.op == "moe":
+    if case.op in ("moe", "moe_few"):
         product = 2 * args[3].numel() * size[0][1] * (size[1][1] // 2)
-        return 3 * product, (8 if size[5] is None else 5) * product
+        return 3 * product, 0 if case.op == "moe_few" else (8 if size[5] is None else 5) * product
     return 0, 0
 
 
@@ -818,31 +831,84 @@ def test_moe_is_opaque_on_cpu_by_default_for_many_tokens_only(case, opaque):
     assert called(getattr(ops, case.op), *case.args()) == [case.op] * opaque
 
 
+def compiled(form: Callable, args: tuple, grad: bool) -> tuple[list[str], object]:
+    """Our nodes in the graph of form(*args), and its result."""
+    torch._dynamo.reset()
+    names = []
+
+    def backend(graph, inputs):
+        names.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    with torch.set_grad_enabled(grad):
+        got = torch.compile(lambda *args: form(*args), backend=backend, fullgraph=True)(*args)
+    return [name.split(".")[1] for name in names if name.startswith("dsv4.")], got
+
+
 def test_sinkhorn_is_one_node_of_hc_pre_when_compiled_for_cpu():
     """By default, without gradients; with them all of hc_pre is a node. Eager calls build no C++ kernel."""
     args = Case("hc_pre", hc_pre, (2, 3, 4, 5, 20)).args()
     for form, grad, expected in ((ops.hc_pre, False, ["sinkhorn"]), (ops.hc_pre, True, ["hc_pre"]), (ops.hc_pre.reference, False, [])):
-        torch._dynamo.reset()
-        names = []
-
-        def backend(graph, inputs):
-            names.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
-            return graph.forward
-
-        with torch.set_grad_enabled(grad):
-            got = torch.compile(lambda *args: form(*args), backend=backend, fullgraph=True)(*args)
-        assert [name.split(".")[1] for name in names if name.startswith("dsv4.")] == expected
+        names, got = compiled(form, args, grad)
+        assert names == expected
         for a, b in zip(got, ops.hc_pre.reference(*args)):
             assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
     assert called(ops.hc_pre, *args) == []
 
 
-def test_sinkhorn_without_a_compiler_runs_its_reference(monkeypatch):
-    module = sys.modules["ops.sinkhorn"]
-    args = Case("sinkhorn", sinkhorn, (2, 5, 4, 4, 20)).args()
-    assert module._kernel(4) is not None and (ops.sinkhorn.opaque(*args) - ops.sinkhorn.reference(*args)).abs().max() < 1e-6
-    monkeypatch.setattr(module, "_kernel", lambda n: None)
-    assert torch.equal(ops.sinkhorn.opaque(*args), ops.sinkhorn.reference(*args))
+@pytest.mark.parametrize("options, dtype, grad, node", [
+    ((5, 4, 2, 10, 6, "float", True), torch.float32, False, "moe_few"),
+    ((64, 8, 4, 10, 6, "float", False), torch.float32, False, "moe_few"),
+    ((65, 8, 4, 10, 6, "float", False), torch.float32, False, "moe"),  # many tokens: matrix products
+    ((5, 4, 2, 10, 6, "float", True), torch.float32, True, None),
+    ((5, 4, 2, 10, 6, "float", True), torch.bfloat16, False, None),
+    ((3, 2, 2, 72, 130, "fp8", False), torch.float32, False, None),
+], ids=str)
+def test_moe_decodes_by_moe_few_when_compiled_for_cpu(options, dtype, grad, node):
+    x, w13, w2, *rest = Case("moe", moe, options).args()
+    args = (x.to(dtype), *((w.to(dtype) if w.dtype == torch.float32 else w) for w in (w13, w2)), *rest)
+    names, got = compiled(ops.moe, args, grad)
+    assert names == [node] * (node is not None)
+    close(got, ops.moe.reference(*args), 5e-6)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.op in KERNELS], ids=str)
+def test_cpp_kernels_equal_their_references(case):
+    args, op = case.args(), ops.OPS[case.op]
+    assert KERNELS[case.op].build()
+    close(op.opaque(*args), op.reference(*args), 1e-6)
+    if args[0].numel() > 1:
+        strided = tuple(a.mT.contiguous().mT if isinstance(a, torch.Tensor) and a.dim() > 1 else a for a in args)
+        assert torch.equal(op.opaque(*strided), op.opaque(*args))
+
+
+def test_cpp_kernels_refuse_other_dtypes_in_one_line():
+    x, *rest = Case("moe_few", moe_few, (5, 4, 2, 10, 6, False)).args()
+    assert KERNELS["moe_few"].build() and KERNELS["sinkhorn"].build()
+    for call in (lambda: torch.ops.dsv4.moe_few(x.double(), *rest), lambda: torch.ops.dsv4.sinkhorn(x[:4, :4].double(), 1e-6, 2)):
+        with pytest.raises(RuntimeError, match="takes float32 values and int64 indices"):
+            call()
+
+
+def test_cpp_kernels_use_every_thread_they_are_given():
+    args, before = Case("moe_few", moe_few, (3, 2, 2, 1030, 514, False)).args(), torch.get_num_threads()
+    assert KERNELS["moe_few"].build()
+    one = ops.moe_few.opaque(*args)
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(ops.moe_few.opaque(*args), one)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_an_op_whose_cpp_does_not_compile_keeps_its_python():
+    registry = sys.modules["ops.registry"]
+    double = registry.register("test_double(Tensor x) -> Tensor", impl=lambda x: 2 * x, fake=torch.empty_like, cpp="no such language")
+    for built in (None, False):
+        assert KERNELS["test_double"].built is built and double(torch.ones(1)) == 2
+        with FakeTensorMode() as mode:
+            assert double(mode.from_tensor(torch.ones(3))).shape == (3,)  # tracing tries to build
+    del KERNELS["test_double"]
 
 
 @by_op
@@ -914,6 +980,8 @@ MISFITS = {  # which of the op's cases in FEW, which argument, and what is wrong
             (0, 3, shorter(0)), (0, 3, flat), (0, 4, shorter(1)), (0, 5, becomes(torch.ones(4, 2, 1))), (1, 5, becomes(None)),
             (1, 6, becomes(None)), (1, 5, shorter(1)), (1, 6, shorter(2)), (2, 5, shorter(2)), (2, 6, shorter(1)),
             (2, 0, shorter(1))],
+    "moe_few": [(0, 0, shorter(1)), (0, 0, first), (0, 1, shorter(1)), (0, 2, shorter(2)), (0, 3, shorter(0)), (0, 4, shorter(1)),
+                (0, 0, torch.Tensor.double), (0, 4, torch.Tensor.double)],
 }
 
 

@@ -1,0 +1,160 @@
+"""moe_few: the routed experts for few tokens on CPU; how moe decodes a batch there when compiled without gradients.
+
+The mathematics, shapes and act_quant of moe (see ops/moe.py), for fp32 weights that are not packed.
+
+Each chosen expert is read once, four rows at a time, for up to four of its tokens: decoding is bound by memory, and a few
+streams of weights reach its bandwidth. The C++ kernel is built as cpp.py says. The node has no gradient (looking for one
+would cost as much as a small expert). Errors: as moe; also another dtype than fp32.
+"""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .act_quant import reference as fake_quant
+from .registry import Op, register, require
+
+SOURCE = r"""
+typedef float Vec __attribute__((vector_size(64), aligned(4), may_alias));
+constexpr int TOKENS = 4;
+
+// out[r][t] = <row r of w, x[t]>, for R rows and T tokens
+template <int R, int T> void dot(const float* w, int64_t n, const float* const* x, float (*out)[TOKENS]) {
+  Vec sum[R][T] = {};
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16)
+    for (int r = 0; r < R; r++) {
+      __builtin_prefetch(w + (r + 4 * R) * n + i, 0, 1);  // four blocks of rows ahead: the hardware expects one stream
+      const Vec a = *(const Vec*)(w + r * n + i);
+      for (int t = 0; t < T; t++) sum[r][t] += a * *(const Vec*)(x[t] + i);
+    }
+  for (int r = 0; r < R; r++)
+    for (int t = 0; t < T; t++) {
+      float total = 0;
+      for (int j = 0; j < 16; j++) total += sum[r][t][j];
+      for (int64_t j = i; j < n; j++) total += w[r * n + j] * x[t][j];
+      out[r][t] = total;
+    }
+}
+
+template <int R> void dot(const float* w, int64_t n, const float* const* x, int T, float (*out)[TOKENS]) {
+  if (T == 1) dot<R, 1>(w, n, x, out);
+  else if (T == 2) dot<R, 2>(w, n, x, out);
+  else if (T == 3) dot<R, 3>(w, n, x, out);
+  else dot<R, 4>(w, n, x, out);
+}
+
+// store(row, t, <row of w [rows, n], x[t]>) for every row and token
+template <class Store> void product(const float* w, int64_t rows, int64_t n, const float* const* x, int T, Store store) {
+  torch::stable::parallel_for(0, (rows + 3) / 4, (1 << 18) / n + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t first = 4 * begin; first < 4 * end && first < rows; first += 4) {
+      float out[4][TOKENS];
+      const int64_t count = std::min<int64_t>(4, rows - first);
+      if (count == 4) dot<4>(w + first * n, n, x, T, out);
+      else for (int64_t r = 0; r < count; r++) dot<1>(w + (first + r) * n, n, x, T, out + r);
+      for (int64_t r = 0; r < count; r++) for (int t = 0; t < T; t++) store(first + r, t, out[r][t]);
+    }
+  });
+}
+
+float with_exponent(uint32_t bits) { float f; std::memcpy(&f, &bits, 4); return f; }
+uint32_t exponent(float f) { uint32_t bits; std::memcpy(&bits, &f, 4); return bits & 0x7f800000u; }
+
+// x [n] through e4m3 and back, in blocks of 128 (act_quant)
+void fp8(float* x, int64_t n) {
+  for (int64_t at = 0; at < n; at += 128) {
+    const int64_t end = std::min(at + 128, n);
+    float amax = 1e-4f;
+    for (int64_t i = at; i < end; i++) amax = std::max(amax, std::fabs(x[i]));
+    amax *= 1 / 448.f;
+    float scale = with_exponent(exponent(amax));
+    if (scale < amax) scale *= 2;
+    for (int64_t i = at; i < end; i++) {
+      const float v = x[i] / scale;  // its last bit is worth 2^-3 of its power of two, at least 2^-9
+      const float bit = with_exponent(std::max(exponent(v), 121u << 23) - (3u << 23));
+      x[i] = std::nearbyint(v / bit) * bit * scale;
+    }
+  }
+}
+
+static void run(const float* x, const float* w13, const float* w2, const int64_t* idx, const float* weight, float* y, int64_t N,
+                int64_t K, int64_t E, int64_t I, int64_t d, float limit, bool act_quant) {
+  std::vector<float> xs(x, x + N * d), h13(TOKENS * 2 * I), h(TOKENS * I);
+  std::vector<int64_t> pairs;  // of token and expert
+  if (act_quant) for (int64_t n = 0; n < N; n++) fp8(xs.data() + n * d, d);
+  std::fill(y, y + N * d, 0.f);
+  for (int64_t e = 0; e < E; e++) {
+    pairs.clear();
+    for (int64_t p = 0; p < N * K; p++) if (idx[p] == e) pairs.push_back(p);
+    for (size_t at = 0; at < pairs.size(); at += TOKENS) {
+      const int64_t* pair = pairs.data() + at;
+      const int T = std::min<size_t>(TOKENS, pairs.size() - at);
+      const float *in[TOKENS], *hs[TOKENS];
+      for (int t = 0; t < T; t++) in[t] = xs.data() + pair[t] / K * d, hs[t] = h.data() + t * I;
+      product(w13 + e * 2 * I * d, 2 * I, d, in, T, [&](int64_t row, int t, float dot) { h13[t * 2 * I + row] = dot; });
+      for (int t = 0; t < T; t++) {
+        for (int64_t i = 0; i < I; i++) {
+          const float gate = std::min(h13[t * 2 * I + i], limit), up = std::min(std::max(h13[t * 2 * I + I + i], -limit), limit);
+          h[t * I + i] = gate / (1 + std::exp(-gate)) * up * weight[pair[t]];
+        }
+        if (act_quant) fp8(h.data() + t * I, I);
+      }
+      product(w2 + e * d * I, d, I, hs, T, [&](int64_t row, int t, float dot) { y[pair[t] / K * d + row] += dot; });
+    }
+  }
+}
+
+Tensor moe_few(const Tensor& x, const Tensor& w13, const Tensor& w2, const Tensor& idx, const Tensor& weight, double limit, bool act_quant) {
+  const Tensor in[] = {floats(x), floats(w13), floats(w2), packed(idx, ScalarType::Long), floats(weight)};
+  const Tensor y = torch::stable::empty_like(in[0]);
+  run((const float*)in[0].data_ptr(), (const float*)in[1].data_ptr(), (const float*)in[2].data_ptr(), (const int64_t*)in[3].data_ptr(),
+      (const float*)in[4].data_ptr(), (float*)y.data_ptr(), idx.size(0), idx.size(1), w13.size(0), w13.size(1) / 2, w13.size(2), limit,
+      act_quant);
+  return y;
+}
+"""
+
+
+def check(x, w13, w2, idx, weight, limit, act_quant):
+    E, d, I = w13.shape[0], x.shape[-1], w13.shape[-2] // 2
+    require(x.dim() == idx.dim() == 2 and w13.shape == (E, 2 * I, d) and w2.shape == (E, d, I) and len(idx) == len(x)
+            and weight.shape == idx.shape, f"moe_few: x {tuple(x.shape)}, w13 {tuple(w13.shape)}, w2 {tuple(w2.shape)}, "
+            f"idx {tuple(idx.shape)}, weight {tuple(weight.shape)} do not fit")
+    require(all(t.dtype == torch.float32 for t in (x, w13, w2, weight)) and idx.dtype == torch.int64,
+            f"moe_few: takes float32 and int64 idx, not {x.dtype}, {w13.dtype}, {weight.dtype}, {idx.dtype}")
+
+
+def quantized(x, act_quant):
+    return fake_quant(x, 128, "fp8") if act_quant else x
+
+
+def swiglu(h13, weight, limit):
+    """[..., 2I] and weights [..., 1] -> [..., I] fp32"""
+    gate, up = h13.float().chunk(2, -1)
+    return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit) * weight
+
+
+def _kept(x):
+    """x itself; a strided view, which Inductor computes once into a buffer instead of anew for every row that uses it."""
+    x = x.contiguous()
+    return x.as_strided(x.shape, x.stride())
+
+
+def gathered(x, w13, w2, weight, limit, act_quant):
+    """moe with weights [N, K, 2I, d] and [N, K, d, I]: products and sums, so that Inductor reads gathered weights in place."""
+    x, dtype = quantized(x, act_quant), x.dtype
+    h13 = (w13.float() * _kept(x).float()[:, None, None]).sum(-1).to(dtype)
+    h = _kept(quantized(swiglu(h13, weight[..., None], limit).to(dtype), act_quant))
+    return (w2.float() * h.float()[:, :, None]).sum(-1).to(dtype).float().sum(1)
+
+
+def reference(x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, idx: torch.Tensor, weight: torch.Tensor,
+              limit: float, act_quant: bool) -> torch.Tensor:
+    return gathered(x, w13[idx], w2[idx], weight, limit, act_quant)
+
+
+_opaque = register("moe_few(Tensor x, Tensor w13, Tensor w2, Tensor idx, Tensor weight, float limit, bool act_quant) -> Tensor",
+                   impl=lambda *args: reference(*args).contiguous(), fake=lambda x, *rest: x.new_empty(x.shape),
+                   flops=lambda x, w13, w2, idx, *args, out_shape=None, **kw: 3 * idx[0] * idx[1] * x[1] * w13[1], cpp=SOURCE)
+
+moe_few = Op("moe_few", reference, _opaque, check)
