@@ -18,7 +18,6 @@ stacks the routed experts, which files hold one by one: `ffn.experts.{e}.w1.weig
 """
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
 import ctypes
@@ -35,6 +34,7 @@ from typing import Callable, Iterator, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
+import cli
 from model import Experts, Linear, ModelArgs, Transformer
 from ops.formats import dequantize_fp4, dequantize_fp8, quantize_fp4, quantize_fp8
 
@@ -520,9 +520,8 @@ def inspect(path) -> dict:
             "note": folder.note, "problems": problems(folder, released(empty_model(args)))}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit code 0; 2 with a line on stderr for bad input."""
-    parser = argparse.ArgumentParser(prog="checkpoint.py", description="Look at, cut and convert DeepSeek-V4 checkpoints.")
+def run(argv: list[str] | None) -> int:
+    parser = cli.Parser(prog="checkpoint.py", description="Look at, cut and convert DeepSeek-V4 checkpoints.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (("inspect", "list the tensors, and what is missing or unexpected; reads headers only"),
                        ("slice", "copy the first layers, a small valid checkpoint"),
@@ -537,23 +536,23 @@ def main(argv: list[str] | None = None) -> int:
     for kind, formats in FORMATS.items():
         convert_.add_argument(f"--{kind}", choices=formats)
     options = vars(parser.parse_args(argv))
-    try:
-        if options.pop("command") != "inspect":
-            convert(**options)
-            return 0
-        report = inspect(options["path"])
-        if options["json"]:
-            print(json.dumps(report))
-        else:
-            for group in report["groups"]:
-                print("{count:7} {dtype:8} {shape!s:16} {bytes:15,}  {name}".format(**group))
-            print("{tensors} tensors, {bytes:,} bytes, {layers} layers, {mtp} MTP blocks".format(**report))
-            for line in filter(None, (report["note"], *report["problems"])):
-                print(line)
-        return 2 if report["problems"] else 0
-    except (CheckpointError, OSError) as error:
-        print(f"checkpoint.py: {error}", file=sys.stderr)
-        return 2
+    if options.pop("command") != "inspect":
+        convert(**options)
+        return 0
+    report = inspect(options["path"])
+    if options["json"]:
+        print(json.dumps(report))
+    else:
+        for group in report["groups"]:
+            print("{count:7} {dtype:8} {shape!s:16} {bytes:15,}  {name}".format(**group))
+        print("{tensors} tensors, {bytes:,} bytes, {layers} layers, {mtp} MTP blocks".format(**report))
+        for line in filter(None, (report["note"], *report["problems"])):
+            print(line)
+    return 2 if report["problems"] else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.main("checkpoint.py", run, argv)
 
 
 if __name__ == "__main__":

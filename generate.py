@@ -19,6 +19,7 @@ from typing import Callable, NamedTuple
 
 import torch
 
+import cli
 from checkpoint import load
 from compile_config import (PRESETS, CompileConfig, CompileCount, choose_threads, compile_decode, compile_prefill,
                             missing_for_cpu, peak_memory)
@@ -223,19 +224,8 @@ def read_bandwidth(nbytes: int, device: torch.device) -> float:
 # Command line
 
 
-class BadInput(ValueError):
-    """A mistake of the user's, in one line."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Mistaken flags are one-line errors like any other."""
-
-    def error(self, message: str):
-        raise BadInput(message)
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description="Generate text with DeepSeek-V4 from compiled graphs.", allow_abbrev=False)
+    parser = cli.Parser(description="Generate text with DeepSeek-V4 from compiled graphs.", allow_abbrev=False)
     add = parser.add_argument
     add("--checkpoint", default=str(ROOT / "assets" / "tiny"), metavar="DIR", help="a folder in the released layout (embedded model)")
     add("--prompt", metavar="TEXT")
@@ -264,7 +254,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     def refuse(wrong, message):
         if wrong:
-            raise BadInput(message)
+            raise ValueError(message)
 
     sources = [f for f in ("prompt", "prompts", "prompt_ids") if getattr(flags, f) is not None] + ["interactive"] * flags.interactive
     refuse(len(sources) > 1, "choose one of --prompt, --prompts, --prompt-ids and --interactive")
@@ -299,9 +289,9 @@ def check_folder(path: str) -> None:
     if os.path.isdir(path):
         return
     if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.startswith("."):
-        raise BadInput(f"{path}: no such folder; if you mean the model of that name, download it with: "
+        raise ValueError(f"{path}: no such folder; if you mean the model of that name, download it with: "
                        f"hf download {path} --local-dir {path.split('/')[1]}")
-    raise BadInput(f"{path}: no such folder; --checkpoint takes a folder with config.json and safetensors files")
+    raise ValueError(f"{path}: no such folder; --checkpoint takes a folder with config.json and safetensors files")
 
 
 def find_tokenizer(path: str) -> Tokenizer | None:
@@ -317,33 +307,33 @@ def read_prompts(flags: argparse.Namespace, args: ModelArgs, tokenizer: Tokenize
         try:
             ids = [int(x) for x in flags.prompt_ids.split(",")] if flags.prompt_ids.strip() else []
         except ValueError:
-            raise BadInput(f"--prompt-ids {flags.prompt_ids!r}: give integers separated by commas") from None
+            raise ValueError(f"--prompt-ids {flags.prompt_ids!r}: give integers separated by commas") from None
         prompts = [ids]
     else:
         if tokenizer is None:
-            raise BadInput(f"{flags.checkpoint}: has neither tokenizer.json nor tokenizer.model; give --prompt-ids")
+            raise ValueError(f"{flags.checkpoint}: has neither tokenizer.json nor tokenizer.model; give --prompt-ids")
         texts = [PROMPT if flags.prompt is None else flags.prompt]
         if flags.prompts is not None:
             try:
                 texts = [line for line in Path(flags.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
             except (OSError, UnicodeDecodeError) as error:
-                raise BadInput(f"{flags.prompts}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from None
+                raise ValueError(f"{flags.prompts}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from None
             if not texts:
-                raise BadInput(f"{flags.prompts}: holds no prompt; write one a line")
+                raise ValueError(f"{flags.prompts}: holds no prompt; write one a line")
         prompts = [encode(flags, tokenizer, [text]) if text else [] for text in texts]
     for ids in prompts:
         if not ids:
-            raise BadInput("the prompt is empty")
+            raise ValueError("the prompt is empty")
         wrong = next((i for i in ids if not 0 <= i < args.vocab_size), None)
         if wrong is not None:
-            raise BadInput(f"token id {wrong} is outside the model's vocabulary of {args.vocab_size}")
+            raise ValueError(f"token id {wrong} is outside the model's vocabulary of {args.vocab_size}")
         check_room(ids, flags.max_seq_len)
     return prompts
 
 
 def check_room(ids: list[int], max_seq_len: int) -> None:
     if len(ids) >= max_seq_len:
-        raise BadInput(f"the prompt has {len(ids)} tokens, the context holds {max_seq_len}: shorten it or raise --max-seq-len")
+        raise ValueError(f"the prompt has {len(ids)} tokens, the context holds {max_seq_len}: shorten it or raise --max-seq-len")
 
 
 def encode(flags: argparse.Namespace, tokenizer: Tokenizer, turns: list[str]) -> list[int]:
@@ -492,16 +482,16 @@ def profile_decode(generator: Generator, prompts: list[list[int]], how: Sampling
                                        max_name_column_width=70), file=sys.stderr)
 
 
-def run(flags: argparse.Namespace) -> None:
-    started, progress = process_start(), Progress()
+def run(argv: list[str] | None) -> None:
+    flags, started, progress = parse(argv), process_start(), Progress()
     check_folder(flags.checkpoint)
     args = ModelArgs.from_json(flags.checkpoint)
     tokenizer = find_tokenizer(flags.checkpoint)
     flags.max_seq_len = flags.max_seq_len or min(args.max_seq_len, LONGEST)
     if flags.max_seq_len > args.max_seq_len:
-        raise BadInput(f"--max-seq-len {flags.max_seq_len}: the model's context is {args.max_seq_len}")
+        raise ValueError(f"--max-seq-len {flags.max_seq_len}: the model's context is {args.max_seq_len}")
     if tokenizer is None and (flags.stop or flags.interactive):
-        raise BadInput(f"{flags.checkpoint}: has no tokenizer, which {'--stop' if flags.stop else '--interactive'} needs")
+        raise ValueError(f"{flags.checkpoint}: has no tokenizer, which {'--stop' if flags.stop else '--interactive'} needs")
     prompts = [] if flags.interactive else read_prompts(flags, args, tokenizer)
     model = load(flags.checkpoint, device=flags.device, dtype=getattr(torch, flags.dtype), weights=flags.weights)
     batch = max(1, len(prompts))
@@ -551,7 +541,7 @@ def run(flags: argparse.Namespace) -> None:
             turns.append(once([ids], None if turns else started))
             texts.append(runner.text[0])
         if not turns:
-            raise BadInput("the prompt is empty: standard input held no turn")
+            raise ValueError("the prompt is empty: standard input held no turn")
         final = turns[-1] | {key: [turn[key] for turn in turns] for key in ("prompt_tokens", "tokens", "text", "stop_reason")}
         final["ttft_s"] = turns[0]["ttft_s"]
     else:
@@ -564,19 +554,7 @@ def run(flags: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line. -> 0; 2 after a one-line message on bad input; 130 when interrupted."""
-    try:
-        run(parse(argv))
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (ValueError, OSError) as error:  # BadInput, CheckpointError, TokenizerError and unreadable files
-        print(f"generate.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return cli.main("generate.py", run, argv)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import cli
 from checkpoint import save
 from compile_config import PRESETS, choose_threads, compile_train_step, peak_memory
 from model import Gate, Linear, ModelArgs, Transformer, training_loss
@@ -224,15 +225,8 @@ def train(model: torch.nn.Module, step, ids: np.ndarray, *, steps: int, batch: i
 # Command line
 
 
-class Parser(argparse.ArgumentParser):
-    """Mistaken flags are one-line errors like any other."""
-
-    def error(self, message: str):
-        raise ValueError(message)
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description="Train a DeepSeek-V4 on plain text.", allow_abbrev=False)
+    parser = cli.Parser(description="Train a DeepSeek-V4 on plain text.", allow_abbrev=False)
     add = parser.add_argument
     add("--config", default="debug", metavar="NAME|FILE", help="debug, tiny, or a config.json")
     add("--data", default=str(ROOT / "data" / "shakespeare.txt"), metavar="FILE", help="UTF-8 text")
@@ -279,7 +273,8 @@ def read_text(path: str) -> str:
     return text
 
 
-def run(flags: argparse.Namespace) -> None:
+def run(argv: list[str] | None) -> None:
+    flags = parse(argv)
     say = lambda message: print(message, file=sys.stderr if flags.json else sys.stdout, flush=True)
     named = {"debug": ModelArgs.debug, "tiny": ModelArgs.tiny}
     args = named[flags.config]() if flags.config in named else ModelArgs.from_json(flags.config)
@@ -356,16 +351,7 @@ def run(flags: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line. -> 0; 2 after a one-line message on bad input; 130 when interrupted."""
-    try:
-        run(parse(argv))
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"train_step.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return cli.main("train_step.py", run, argv)
 
 
 if __name__ == "__main__":

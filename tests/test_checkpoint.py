@@ -554,14 +554,14 @@ def test_inspect_reads_headers_and_reports(copy, folders, capsys, monkeypatch):
     assert "'norm.weight' is missing" in out and "'other' is unexpected" in out and "layers.*.attn.attn_sink" in out
 
 
-def test_command_line_exit_codes():
+def test_command_line_exit_codes(capsys):
     def run(*arguments):
         return subprocess.run([sys.executable, "checkpoint.py", *arguments], cwd=ROOT, capture_output=True, text=True)
     missing = run("inspect", "no/such/folder")
     assert missing.returncode == 2 and missing.stderr.count("\n") == 1 and "no/such/folder" in missing.stderr
-    with pytest.raises(SystemExit) as error:
-        main(["convert", "a", "b", "--linears", "fp4"])
-    assert error.value.code == 2
+    for mistake in (["convert", "a", "b", "--linears", "fp4"], ["slice", "a", "b"], []):
+        assert main(mistake) == 2
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

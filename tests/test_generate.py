@@ -53,6 +53,13 @@ def greedy_by_transformers(hf, prompt: list[int], count: int) -> tuple[list[int]
     return ids[len(prompt):], sure
 
 
+def clear(tokens: list[int], sure: list[bool]) -> tuple[list[int], int]:
+    """The tokens before the first one that a rounding could change, and how many they are: enough to tell."""
+    count = next((i for i, ok in enumerate(sure) if not ok), len(sure))
+    assert count >= 6
+    return tokens[:count], count
+
+
 def run(capsys, *argv, code: int = 0):
     """main(argv --json) -> its JSON object; with a code other than 0, the one line of its message."""
     capsys.readouterr()
@@ -66,7 +73,8 @@ def run(capsys, *argv, code: int = 0):
 
 
 def eager(model, batch=1, max_seq_len=512, **kw) -> G.Generator:
-    return G.Generator(model, PRESETS["eager"], batch, max_seq_len, **kw)
+    """On a model of its own: generators of one model would share its caches."""
+    return G.Generator(copy.deepcopy(model), PRESETS["eager"], batch, max_seq_len, **kw)
 
 
 GREEDY = G.Sampling.of(0.0, 256, 1.0, 0, "cpu")
@@ -94,8 +102,8 @@ def test_greedy_tokens_equal_transformers(capsys, model, folder, length):
     expected, sure = greedy_by_transformers(hf_model(model), prompt, 12)
     result = run(capsys, "--checkpoint", folder, "--prompt-ids", ",".join(map(str, prompt)), "--max-new-tokens", "12", "--no-compile",
                  "--ignore-eos", "--max-seq-len", "512")
-    count = next((i for i, ok in enumerate(sure) if not ok), len(sure))
-    assert count >= 6 and result["tokens"][:count] == expected[:count]
+    expected, count = clear(expected, sure)
+    assert result["tokens"][:count] == expected
     assert result["prompt_tokens"] == length and result["stop_reason"] == "length" and result["text"] is None
 
 
@@ -196,10 +204,13 @@ def test_compiled_generation_does_not_recompile(model):
     """Ragged batch of 4: prompts of 1 to 1500 tokens, 300 decoded tokens, two conversations, another temperature and seed."""
     torch._dynamo.reset()
     compiled = G.Generator(model, PRESETS["default"], 4, 2048, eos=None)
-    slow = eager(copy.deepcopy(model), 4, 2048)
+    slow, hf = eager(model, 4, 2048), hf_model(model)
     first = [ids_of(n) for n in (1, 40, 700, 1500)]
     rows = collect(compiled, first, 300)
     assert [row[:40] for row in rows] == collect(slow, first, 40)
+    for prompt, row in zip(first[:3], rows):
+        expected, count = clear(*greedy_by_transformers(hf, prompt, 12))
+        assert row[:count] == expected
     second = [prompt + row + ids_of(30, 5) for prompt, row in zip(first, rows)]
     assert collect(compiled, second, 20) == collect(slow, second, 20)
     third = [ids_of(n, 9) for n in (3, 2, 260, 1)]
@@ -213,7 +224,7 @@ def test_compiled_generation_does_not_recompile(model):
 def test_one_row_does_not_recompile_either(model):
     """Prompts of 1 to 1500 tokens one after the other, 300 decoded tokens, then a second turn; AOT graphs without codegen."""
     torch._dynamo.reset()
-    compiled, slow = G.Generator(model, CompileConfig(backend="aot_eager"), 1, 2048), eager(copy.deepcopy(model), 1, 2048)
+    compiled, slow = G.Generator(model, CompileConfig(backend="aot_eager"), 1, 2048), eager(model, 1, 2048)
     for n in (1, 40, 700, 1500):
         assert collect(compiled, [ids_of(n)], 3) == collect(slow, [ids_of(n)], 3)
     row = collect(compiled, [ids_of(1500)], 300)[0]
@@ -261,11 +272,18 @@ def test_unknown_flags_and_values_are_one_line_and_exit_code_2(capsys, argv):
     assert argv[0] in run(capsys, *argv, code=2)
 
 
-def test_rewinding_again_and_again_stays_within_what_the_caches_hold(model):
+def test_rewinding_again_and_again_stays_within_what_the_caches_hold(model, monkeypatch):
     """Each step back is small, all together are deep: the rings count from the furthest position that was fed."""
-    generator, ids = eager(model), ids_of(300)
-    for length in (300, 294, 288, 282, 276, 270):
-        assert collect(generator, [ids[:length]], 3) == collect(eager(model), [ids[:length]], 3)
+    logits, sample = [], G.sample
+    monkeypatch.setattr(G, "sample", lambda scores, *rest: logits.append(scores) or sample(scores, *rest))
+    generator, ids, fed = eager(model), ids_of(400), []
+    for length in (400, 393, 386, 379, 372, 371):
+        collect(generator, [ids[:length]], 1)
+        reused = logits[-1]
+        fed.append(generator.fed_tokens)
+        collect(eager(model), [ids[:length]], 1)
+        assert rms(reused, logits[-1]) < 1e-5
+    assert fed == [400, 1, 386, 1, 372, 1]  # every second step back is too deep
 
 
 def test_steps_run_ahead_of_the_host_are_rewound(model):

@@ -1,0 +1,29 @@
+"""What the command lines share: mistakes end in one line that says what to do, and in exit code 2."""
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import Callable
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistaken flags are ValueErrors like any other bad input."""
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+
+def main(program: str, run: Callable[[list[str] | None], int | None], argv: list[str] | None) -> int:
+    """run(argv) -> what it returns, or 0; 2 after a one-line message on bad input; 130 when interrupted."""
+    try:
+        return run(argv) or 0
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
