@@ -10,18 +10,29 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import io
+import json
 import os
+import platform
+import re
 import resource
+import shutil
 import sys
 import sysconfig
+import tarfile
 import types
+from pathlib import Path
 from typing import Callable
 
 import torch
 from torch._dynamo.utils import counters
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
+import cli
 from model import Transformer, training_loss
 
+ROOT = Path(__file__).parent
 DEEP = 12  # layers above which a preset without a region of its own compiles layer by layer
 
 
@@ -265,3 +276,125 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The compile cache, carried to another machine
+
+
+def cache_key() -> dict[str, str]:
+    """What compiled code depends on. Caches are only carried between places where all of it is equal."""
+    files = [*ROOT.glob("*.py"), *(ROOT / "ops").glob("*.py")]
+    source = hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in sorted(files))).hexdigest()[:16]
+    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M) if os.path.exists("/proc/cpuinfo") else None
+    cpu = hashlib.sha256(" ".join(sorted(flags[1].split())).encode()).hexdigest()[:16] if flags else platform.processor()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(), "CPU flags": cpu, "GPU": gpu,
+            "source": source}
+
+
+def save_cache(path: str) -> int:
+    """Pack Inductor's cache folder into a .tar.gz -> number of files. A ValueError if there is nothing to pack."""
+    folder = Path(cache_dir())
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and "locks" not in file.parts and not file.name.endswith((".lock", ".tmp"))]
+    if not files:
+        raise ValueError(f"{folder}: holds no compiled code yet; run generate.py first")
+    temporary = f"{path}.tmp"
+    try:
+        with tarfile.open(temporary, "w:gz", compresslevel=1) as tar:
+            key = json.dumps(cache_key()).encode()
+            head = tarfile.TarInfo("key.json")
+            head.size = len(key)
+            tar.addfile(head, io.BytesIO(key))
+            for file in files:
+                tar.add(file, f"cache/{file.relative_to(folder)}")
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+    return len(files)
+
+
+def load_cache(path: str) -> int:
+    """Unpack what `save_cache` packed into Inductor's cache folder -> number of files. A ValueError names what does not fit."""
+    folder, files = Path(cache_dir()), 0
+    try:
+        with tarfile.open(path, "r:gz") as tar:
+            first = tar.next()
+            if first is None or first.name != "key.json":
+                raise tarfile.TarError
+            saved, here = json.load(tar.extractfile(first)), cache_key()
+            for key, value in here.items():
+                if saved.get(key) != value:
+                    raise ValueError(f"{path}: was saved for {key} {saved.get(key)}, here it is {value}: compile anew and save that")
+            for entry in tar:
+                target = folder / entry.name.removeprefix("cache/")
+                if not entry.isfile() or ".." in target.parts or target.exists():
+                    continue
+                target.parent.mkdir(parents=True, exist_ok=True)
+                temporary = target.with_name(f"{target.name}.tmp")
+                with open(temporary, "wb") as out:
+                    shutil.copyfileobj(tar.extractfile(entry), out)
+                os.chmod(temporary, entry.mode)
+                os.replace(temporary, target)
+                files += 1
+    except (tarfile.TarError, EOFError, KeyError) as error:
+        raise ValueError(f"{path}: is not a cache that `compile_config.py cache save` wrote") from error
+    return files
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def run(argv: list[str] | None) -> int:
+    import report as R
+    parser = cli.Parser(prog="compile_config.py", description="What torch.compile makes of the model, and its cache.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("report", allow_abbrev=False, help="graphs, operators, kernels, memory, FLOPs and compile seconds").add_argument
+    add("--config", default="tiny", metavar="NAME|DIR", help=f"{', '.join(R.NAMED)}, or a checkpoint folder")
+    add("--phase", default=",".join(R.PHASES), metavar="A,B", help=",".join(R.PHASES))
+    add("--preset", default="default", choices=PRESETS)
+    add("--full", action="store_true", help="capture every layer of deep models, not one of each kind")
+    add("--no-run", action="store_true", help="capture only: compile and run nothing")
+    add("--trace", metavar="DIR", help="keep the captured graphs here, to read")
+    add("--compare", metavar="OLD.json", help="say what moved since an earlier --json; exit 1 on a regression")
+    add("--json", action="store_true", help="the last line of standard output is one JSON object")
+    cache = commands.add_parser("cache", help="carry compiled code to an equal machine")
+    cache.add_argument("action", choices=("save", "load"))
+    cache.add_argument("file")
+    flags = parser.parse_args(argv)
+    if flags.command == "cache":
+        count = (save_cache if flags.action == "save" else load_cache)(flags.file)
+        print(f"{'packed' if flags.action == 'save' else 'unpacked'} {count} files")
+        return 0
+    phases = flags.phase.split(",")
+    for phase in phases:
+        if phase not in R.PHASES:
+            raise ValueError(f"--phase {phase!r}: choose from {', '.join(R.PHASES)}")
+    old = None
+    if flags.compare:
+        try:
+            old = json.loads(Path(flags.compare).read_text().splitlines()[-1])
+            old["phases"]
+        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+            raise ValueError(f"--compare {flags.compare}: is not the JSON of an earlier report ({error})") from None
+    say = lambda message: print(message, file=sys.stderr, flush=True)
+    result = R.report(flags.config, phases, flags.preset, flags.full, flags.trace, not flags.no_run, say)
+    out = sys.stderr if flags.json else sys.stdout
+    print(R.table(result), file=out)
+    moved, worse = R.compare(old, result) if old else ([], [])
+    for line in moved:
+        print(("WORSE  " if line in worse else "moved  ") + line, file=out)
+    if flags.json:
+        print(json.dumps(result), flush=True)
+    return 1 if worse or any(phase["faults"] for phase in result["phases"].values()) else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line. -> 0; 1 on a regression; 2 after a one-line message on bad input."""
+    return cli.main("compile_config.py", run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,8 +1,9 @@
 """The embedded model judged on the text it was never trained on.
 
+    python train_step.py --config tiny --steps 850 --batch 4 --seq-len 1024 --lr 6e-3 --out assets/tiny --experts fp4 --linears fp8 --json
     python -m bench.embedded [REPORT.json]      records bench/results/embedded.json
 
-REPORT.json is what `train_step.py --json` printed; without it the training facts of the last record are kept.
+The first command makes the model; REPORT.json is what it printed. Without it the training facts of the last record are kept.
 """
 from __future__ import annotations
 
@@ -35,7 +36,12 @@ def draft_acceptance(model, ids, rows: int = 8) -> float:
 def main(argv: list[str]) -> int:
     choose_threads(1 << 28)
     old = RESULTS / "embedded.json"
-    training = json.loads(Path(argv[0]).read_text()) if argv else json.loads(old.read_text())["training"]
+    if argv:
+        printed = json.loads(Path(argv[0]).read_text().splitlines()[-1])
+        training = {"command": __doc__.splitlines()[2].strip(), "minutes": printed["seconds"] / 60,
+                    **{key: printed[key] for key in ("steps", "tokens", "threads", "memory_bytes", "held_out_nats_per_char")}}
+    else:
+        training = json.loads(old.read_text())["training"]
     held_out, tokenizer = split(read_text(ROOT / "data" / "shakespeare.txt"))[1], load_tokenizer(TINY)
     ids = tokenize(held_out, tokenizer.encode)
     result = {"training": training, "held_out_share": HELD_OUT, "held_out_chars": len(held_out), "held_out_tokens": len(ids),

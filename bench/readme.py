@@ -40,8 +40,7 @@ for the first three. A forward over 2048 tokens adds {memory['ours_bytes'] / 2**
 The embedded model ({size:.2f} MB, {embedded['parameters'] / 1e6:.1f} M parameters, {embedded['active_parameters'] / 1e6:.1f} M active) was trained for {train['tokens'] / 1e6:.2f} M tokens in {train['minutes']:.0f} minutes
 on {train['threads']} thread. On the held-out {100 * embedded['held_out_share']:.0f} % of the text it takes {embedded['act_quant_held_out_nats_per_char']:.3f} nats per character as stored; a plain dense
 transformer of equal active size, trained by the same loop for the same tokens, takes {dense['held_out_nats_per_char']:.3f}. Its MTP block proposes the
-backbone's own next choice {100 * embedded['draft_acceptance']:.0f} % of the time. {train['note']}
-{cpu.get('note', '')}
+backbone's own next choice {100 * embedded['draft_acceptance']:.0f} % of the time.
 """
 
 

@@ -1,0 +1,121 @@
+"""Flash and Pro at production shapes, on fake tensors: one graph, exactly our ops, bounded memory, the FLOPs of the roofline.
+
+Prefill and training of 8192 tokens and decode in a context of 1M. One layer of each kind stands for all of its kind; the
+full depth is traced for Flash's decode, and for everything else under `-m slow`.
+"""
+from __future__ import annotations
+
+import pytest
+
+from model import ModelArgs
+from report import MODEL_OPS, NAMED, capture_fake, flops_of, kinds, layer_of, name_of, one_of_each, report_phase, saved, shape_of
+
+pytestmark = pytest.mark.compile
+MODELS, PHASES = ("flash", "pro"), ("prefill", "decode", "train")
+CASES = [(model, phase) for model in MODELS for phase in PHASES]
+GFLOP_PER_TOKEN = {  # by hand, from the shapes of spec 1: no MTP block, nothing recomputed, causal averages
+    ("flash", "prefill"): 27.9, ("flash", "decode"): 141.4, ("flash", "train"): 86.8,
+    ("pro", "prefill"): 104.7, ("pro", "decode"): 304.8, ("pro", "train"): 319.8}
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict:
+    return {case: report_phase(NAMED[case[0]](), case[1]) for case in CASES}
+
+
+@pytest.mark.parametrize("model, phase", CASES)
+def test_production_shapes_are_one_graph_of_exactly_our_ops(reports, model, phase):
+    got, args = reports[model, phase], NAMED[model]()
+    assert (got["graphs"], got["breaks"], got["faults"]) == (1, 0, [])
+    ratios, train = args.compress_ratios, phase == "train"
+    blocks = args.n_layers + train  # the MTP block is trained
+    csa, compressed = ratios.count(4), sum(ratio > 0 for ratio in ratios)
+    expected = {"sparse_attn": blocks, "hc_pre": 2 * blocks, "hc_post": 2 * blocks, "moe": blocks, "compress": compressed + csa,
+                "indexer_topk": csa, "rope": blocks + csa}
+    if train:
+        backward = {f"{name}_backward": expected[name] for name in ("sparse_attn", "hc_pre", "hc_post", "moe")}
+        # the language-model loss does not reach the indexer; rope is its own backward
+        expected |= backward | {"compress_backward": compressed, "linear_cross_entropy": 2, "linear_cross_entropy_backward": 2,
+                                "rope": 2 * blocks + csa}
+    assert got["opaque"] == {f"dsv4.{name}": n for name, n in sorted(expected.items())}
+
+
+@pytest.mark.parametrize("model, phase", CASES)
+def test_the_largest_value_is_bounded(reports, model, phase):
+    """No query x key x dim, no scores of all heads: DESIGN section 3."""
+    got, args = reports[model, phase], NAMED[model]()
+    bound = args.index_n_heads * args.max_seq_len // 4 * 4 if phase == "decode" else 1.1 * 8192 * args.n_heads * args.head_dim * 2
+    assert 0 < got["largest_bytes"] <= bound, got["largest"]
+
+
+def recomputed(name: str, flops: int) -> float:
+    """Of an op's backward, what repeats its forward: h13 of the experts, the scores, the logits."""
+    return flops * {"dsv4.moe_backward": 2 / 8, "dsv4.sparse_attn_backward": 1 / 5, "dsv4.linear_cross_entropy_backward": 1 / 3}.get(name, 0)
+
+
+@pytest.mark.parametrize("model, phase", CASES)
+def test_flops_are_those_of_the_roofline(model, phase):
+    args = NAMED[model]()
+    captured, small = capture_fake(one_of_each(args), phase)
+    total, own = 0.0, kinds(small.args)
+    for node in captured.calls():
+        kind, flops, name = layer_of(node, small.args), flops_of(node), name_of(node.target)
+        share = 0 if kind == "MTP" else 0.5 if name.startswith("dsv4.linear_cross_entropy") else 1  # the MTP block has a head of its own
+        total += share * (flops - recomputed(name, flops)) * kinds(args).get(kind, 1) / own.get(kind, 1)
+    per_token = total / shape_of(args, phase).length / 1e9
+    assert abs(per_token / GFLOP_PER_TOKEN[model, phase] - 1) < 0.05, per_token
+
+
+@pytest.mark.parametrize("phase", ("prefill", "decode", "train"))
+def test_flops_of_opaque_ops_equal_those_of_their_traced_references(phase):
+    """Where the references waste none: one token per row sees everything, every expert has work to do.
+
+    Training differs by the entries and keys outside a chunk's reach, and by what backward recomputes: bounded, not equal.
+    """
+    args, count = ModelArgs.debug(), {}
+    for form in ("opaque", "reference"):
+        forms = {name: form for name in MODEL_OPS} | {"moe": "opaque"}
+        captured, _ = capture_fake(args, phase, shape_of(args, phase)._replace(batch=1, context=256, length=1 if phase == "decode" else 64), forms)
+        count[form] = sum(flops_of(node) for node in captured.calls())
+    if phase == "decode":
+        assert abs(count["opaque"] / count["reference"] - 1) < 0.02, count
+    else:
+        assert 0.5 < count["opaque"] / count["reference"] < 1.5, count
+
+
+def test_one_layer_of_each_kind_stands_for_all():
+    """The embedded depth, traced in full and extrapolated, has the same operators and FLOPs."""
+    args = ModelArgs.tiny()
+    args.n_layers, args.compress_ratios = 14, (0, 0, *(4, 128) * 6, 0)
+    args.__post_init__()
+    full, part = (report_phase(args, "decode", full=full) for full in (True, False))
+    assert part["captured_layers"] == 3 and full["captured_layers"] == 14
+    for key in ("opaque", "flops", "largest_bytes"):
+        assert part[key] == full[key], key
+    assert abs(part["operators"] / full["operators"] - 1) < 0.03  # what layers share is counted once
+
+
+def test_training_saves_no_more_than_it_must(reports):
+    """Activations kept by one layer of each kind, 8192 tokens: bounded by the streams, queries and expert inputs of Flash."""
+    args = one_of_each(ModelArgs.flash())
+    captured, model = capture_fake(args, "train")
+    blocks, S = args.n_layers + 1, 8192
+    streams, queries = S * args.hc_mult * args.dim * 2, S * args.n_heads * args.head_dim * 2
+    assert 0 < saved(captured) <= blocks * (8 * streams + 3 * queries), saved(captured) / 1e9
+
+
+def full_depth(model: str, phase: str) -> None:
+    args = NAMED[model]()
+    got, part = report_phase(args, phase, full=True), report_phase(args, phase)
+    assert (got["graphs"], got["breaks"], got["faults"], got["captured_layers"]) == (1, 0, [], args.n_layers)
+    assert got["opaque"] == part["opaque"] and abs(got["flops"] / part["flops"] - 1) < 1e-3
+
+
+def test_flash_decode_at_full_depth_is_one_graph():
+    full_depth("flash", "decode")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model, phase", [case for case in CASES if case != ("flash", "decode")])
+def test_full_depth_is_one_graph(model, phase):
+    full_depth(model, phase)
