@@ -329,7 +329,7 @@ def load_cache(path: str) -> int:
                     raise ValueError(f"{path}: was saved for {key} {saved.get(key)}, here it is {value}: compile anew and save that")
             for entry in tar:
                 target = folder / entry.name.removeprefix("cache/")
-                if not entry.isfile() or ".." in target.parts or target.exists():
+                if not entry.isfile() or not target.resolve().is_relative_to(folder.resolve()) or target.exists():
                     continue
                 target.parent.mkdir(parents=True, exist_ok=True)
                 temporary = target.with_name(f"{target.name}.tmp")

@@ -8,7 +8,6 @@ processes, the second of which finds the first one's cache, and run through a se
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import json
 import os
@@ -30,9 +29,10 @@ from torch.utils.flop_counter import flop_registry
 import ops
 from checkpoint import load
 from model import ModelArgs, Transformer, training_loss
+from ops.registry import require
 
 PHASES = ("prefill", "decode", "verify", "train")
-NAMED = {"tiny": ModelArgs.tiny, "debug": ModelArgs.debug, "flash": ModelArgs.flash, "pro": ModelArgs.pro}
+NAMED: dict[str, Callable[[], ModelArgs]] = {"tiny": ModelArgs.tiny, "debug": ModelArgs.debug, "flash": ModelArgs.flash, "pro": ModelArgs.pro}
 DRAFTED = 3  # tokens that verify checks beside the one it is sure of
 
 # What makes a host wait for a GPU. fullgraph=True captures these silently.
@@ -269,14 +269,28 @@ def session(model: Transformer, phase: str, preset: str) -> Iterator[Callable]:
             yield lambda: run(draw(), full, torch.full_like(full, lengths))
 
 
-def build(config: str, preset: str) -> Transformer:
+def args_of(config: str) -> ModelArgs:
+    """The architecture of a name, of a name with another depth ("tiny:43"), or of a checkpoint folder."""
+    name, _, depth = config.partition(":")
+    if name not in NAMED:
+        return ModelArgs.from_json(config)
+    args = NAMED[name]()
+    if not depth:
+        return args
+    require(depth.isdigit() and int(depth) >= args.n_hash_layers, f"{config}: {depth!r} is no number of layers from {args.n_hash_layers} on")
+    ratios, n = args.compress_ratios[: args.n_layers], int(depth)
+    ratios = (ratios + ratios[-2:] * n)[:n]  # goes on as the last two layers alternate
+    return dataclasses.replace(args, n_layers=n, compress_ratios=ratios + args.compress_ratios[args.n_layers:])
+
+
+def build(config: str) -> Transformer:
     """A model to run: random weights for a name, the weights of a folder."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if config not in NAMED:
+    if config.partition(":")[0] not in NAMED:
         return load(config, device=device, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
     torch.manual_seed(0)
     with torch.device(device):
-        return Transformer(NAMED[config]())
+        return Transformer(args_of(config))
 
 
 def measure(config: str, phase: str, preset: str) -> dict:
@@ -284,7 +298,7 @@ def measure(config: str, phase: str, preset: str) -> dict:
     from torch._inductor import metrics
     import compile_config as C
     C.choose_threads(0)
-    model, count, begun = build(config, preset), None, 0.0
+    model, count, begun = build(config), None, 0.0
     result: dict = {}
     for i, call in enumerate(session(model, phase, preset)):
         if i == 0:
@@ -350,9 +364,9 @@ def report_phase(args: ModelArgs, phase: str, full: bool = False, trace: Path | 
 
 def report(config: str, phases=PHASES, preset: str = "default", full: bool = False, trace: str | None = None, compiled: bool = True,
            say: Callable[[str], None] = lambda message: None) -> dict:
-    """config: a name of NAMED or a checkpoint folder -> {"config", "preset", "phases": {phase: ...}, "versions"}."""
+    """config: see args_of -> {"config", "preset", "phases": {phase: ...}, "versions"}."""
     from generate import versions
-    args = NAMED[config]() if config in NAMED else ModelArgs.from_json(config)
+    args = args_of(config)
     result = {"config": config, "preset": preset, "versions": versions(), "layers": dict(kinds(args)), "phases": {}}
     for phase in phases:
         say(f"capturing {phase} ...")

@@ -125,3 +125,9 @@ def small(**changes) -> ModelArgs:
         setattr(args, name, value)
     args.__post_init__()
     return args
+
+
+def whole_caches(module) -> set[tuple[int, ...]]:
+    """Shapes of the caches of a module, with and without the bin that is their last row: no graph should copy one."""
+    shapes = [tuple(b.shape) for name, b in module.named_buffers() if name.endswith(("ring.rows", "entries"))]
+    return {(batch, rows - less, dim) for batch, rows, dim in shapes for less in (0, 1)}

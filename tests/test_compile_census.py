@@ -16,7 +16,7 @@ from torch._inductor import metrics
 from compile_config import CompileConfig, compile_function, kind
 from fake_cuda import lower
 from model import ModelArgs, Transformer
-from oracle import randomize
+from oracle import randomize, whole_caches
 from report import PHASES, capture, capture_fake, census, faults, kind_of, shape_of
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
@@ -174,7 +174,7 @@ def cuda_code() -> dict[str, str]:
     from report import MODEL_OPS
     args, found = ARGS(), {}
     model = randomize(Transformer(args, ops={name: "opaque" for name in MODEL_OPS}), seed=1).eval()
-    model.setup_caches(1, 512)
+    model.setup_caches(1, 600)  # entries of other sizes than the window
     try:
         with torch.no_grad():
             tokens, plan, X = model.start(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
@@ -206,8 +206,8 @@ def test_launches_on_cuda_stay_under_their_ceiling(cuda_code, request):
 def test_no_cache_is_copied_whole_on_cuda(cuda_code):
     args = ARGS()
     model = Transformer(args)
-    model.setup_caches(1, 512)
+    model.setup_caches(1, 600)
     for i, block in enumerate(model.layers):
-        caches = [tuple(b.shape) for name, b in block.named_buffers() if name.endswith(("ring.rows", "entries"))]
+        caches = whole_caches(block)
         copies = [shape for shape in caches if f"empty_strided_cuda({shape}" in cuda_code[kind_of(args, i)]]
         assert caches and not copies, f"{kind_of(args, i)}: decode copies a whole cache of shape {copies}"

@@ -1,0 +1,87 @@
+"""The suite catches what it is for: each fault, seeded into a copy of the project, makes a named test fail and say why."""
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.compile
+
+
+class Fault(NamedTuple):
+    """In `file`, `old` becomes `new`; then `test` fails, and its output matches `says`."""
+
+    file: str
+    old: str
+    new: str
+    test: str
+    says: str
+
+
+CAPTURE, CENSUS, SESSIONS = (f"tests/test_compile_{name}.py::" for name in ("capture", "census", "sessions"))
+FAULTS = {
+    "an item() in the compressor": Fault(
+        "model.py", "        score = linear_fp32(x, self.wgate.weight)", "        x = x[:, : int(win.phase.max().item()) + x.shape[1]]\n"
+        "        score = linear_fp32(x, self.wgate.weight)",
+        CAPTURE + "test_inference_is_one_graph[decode-opaque-False]", r"host sync aten\._local_scalar_dense.*model\.py.*in forward"),
+    "a Python-int position in the cache": Fault(
+        "model.py", "        size, pos = self.rows.shape[1] - 1, plan.input_pos[:, None]",
+        "        self.at = getattr(self, 'at', -1) + 1\n        size, pos = self.rows.shape[1] - 1, plan.input_pos[:, None] + 0 * self.at",
+        SESSIONS + "test_a_session_compiles_once[every boundary]", r"RecompileError: Recompiling[\s\S]*'at'[\s\S]*model\.py"),
+    "a branch on data in the router": Fault(
+        "model.py", "        weight = score.gather(1, chosen)", "        if score.max() > 1e9:\n            score = score / score.max()\n"
+        "        weight = score.gather(1, chosen)", CAPTURE + "test_inference_is_one_graph[decode-opaque-False]",
+        r"[Dd]ata-dependent[\s\S]*model\.py"),
+    "expand and gather in sparse attention": Fault(
+        "ops/sparse_attn.py", "def forward_reference(", "def forward_reference(*args):\n"
+        "    entries, idx = args[6], args[9]\n    if idx is not None:\n"
+        "        B, T, K = idx.shape\n        args[6][:, None].expand(B, T, -1, -1).gather(2, idx.clamp(min=0)[..., None].expand(B, T, K, entries.shape[-1]))\n"
+        "    return _forward_reference(*args)\n\n\ndef _forward_reference(",
+        "tests/test_model_memory.py::test_no_intermediate_exceeds_the_bound[prefill-4-reference]", r"MB: aten\.gather"),
+    "a dropped fake kernel": Fault(
+        "ops/registry.py", '    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)',
+        '    if name != "rope":\n        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)',
+        CAPTURE + "test_inference_is_one_graph[decode-opaque-False]", r"dsv4.rope[\s\S]*(fake|[Mm]eta)"),
+    "a wrong fake shape": Fault(
+        "ops/compress.py", "*end.shape, weight.shape[0], dtype=dtype)", "*end.shape, weight.shape[0] + 1, dtype=dtype)",
+        "tests/test_ops.py::test_ops_pass_opcheck[compress-3-5-4-6-4-contiguous]", r"compress[\s\S]*(shape|size)"),
+    "a whole cache copied in decode": Fault(
+        "model.py", "        return self.entries[: x.shape[0], :-1]", "        return self.entries[: x.shape[0], :-1].clone() * 1.0000001",
+        CENSUS + "test_no_cache_is_copied_whole_on_cuda", r"copies a whole cache"),
+    "an op that falls back to its traced form": Fault(
+        "model.py", "        o = self.ops.sparse_attn(", "        import ops\n        o = ops.sparse_attn.reference(",
+        CAPTURE + "test_each_opaque_op_is_one_node", r"'sparse_attn': 4"),
+}
+
+
+def copy_of_the_project(folder: Path) -> Path:
+    """Without what tests of the compiler do not need."""
+    leave = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".pytest_cache", "assets", "results")
+    return Path(shutil.copytree(ROOT, folder / "project", ignore=leave))
+
+
+def seeded(folder: Path, fault: Fault) -> subprocess.CompletedProcess:
+    """The fault's test, run in a copy of the project that has the fault."""
+    project = copy_of_the_project(folder)
+    file = project / fault.file
+    text = file.read_text()
+    assert text.count(fault.old) == 1, f"{fault.file} has changed: {fault.old!r} stands in it {text.count(fault.old)} times"
+    file.write_text(text.replace(fault.old, fault.new))
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    return subprocess.run([sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "--show-capture=no", fault.test], cwd=project,
+                          env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_seeded_fault_fails_a_named_test_that_says_why(name, tmp_path):
+    fault = FAULTS[name]
+    done = seeded(tmp_path, fault)
+    assert done.returncode == 1 and "1 failed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
+    assert re.search(fault.says, done.stdout), done.stdout[-6000:]
