@@ -7,7 +7,9 @@ from __future__ import annotations
 import json
 import sys
 
+from bench.compile import DEPTHS, PHASES
 from bench.record import RESULTS
+from report import table
 
 README = RESULTS.parent.parent / "README.md"
 BEGIN, END = "<!-- numbers: python -m bench.readme -->\n", "<!-- end of numbers -->\n"
@@ -25,6 +27,9 @@ def numbers() -> str:
     cold, warm, cache = cpu["start cold"], cpu["start warm"], cpu["cache at 128k, Flash"]
     memory = next(case for key, case in cpu.items() if key.startswith("memory"))
     train, size = embedded["training"], embedded["bytes"] / 1e6
+    deep, flash = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("compile", "report_flash"))
+    depths = "\n".join(f"| {phase} | " + " | ".join(f"{deep[f'{phase}, {n} layers']['compile_cold_s']:.0f} s, {deep[f'{phase}, {n} layers']['compile_warm_s']:.1f} s"
+                                                   for n in DEPTHS) + f" | {deep[f'{phase}, 43 to 12 layers']:.2f} |" for phase in PHASES)
     return "\n".join(lines) + f"""
 
 Least CPU time of {5} alternating rounds on {cpu['threads']} thread, {env['cpu']}, torch {env['torch']}, transformers {env['transformers']},
@@ -41,6 +46,18 @@ The embedded model ({size:.2f} MB, {embedded['parameters'] / 1e6:.1f} M paramete
 on {train['threads']} thread. On the held-out {100 * embedded['held_out_share']:.0f} % of the text it takes {embedded['act_quant_held_out_nats_per_char']:.3f} nats per character as stored; a plain dense
 transformer of equal active size, trained by the same loop for the same tokens, takes {dense['held_out_nats_per_char']:.3f}. Its MTP block proposes the
 backbone's own next choice {100 * embedded['draft_acceptance']:.0f} % of the time.
+
+Compile seconds by depth, embedded width, preset regional, cold and warm; the last column is cold, 43 layers to 12:
+
+| phase | {' | '.join(f'{n} layers' for n in DEPTHS)} | ratio |
+|---|---|---|---|---|
+{depths}
+
+`python compile_config.py report --config flash --full`, every layer traced on fake tensors on this machine:
+
+```
+{table(flash)}
+```
 """
 
 
