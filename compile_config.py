@@ -357,7 +357,7 @@ def run(argv: list[str] | None) -> int:
     add("--preset", default="default", choices=PRESETS)
     add("--full", action="store_true", help="capture every layer of deep models, not one of each kind")
     add("--no-run", action="store_true", help="capture only: compile and run nothing")
-    add("--trace", metavar="DIR", help="keep the captured graphs here, to read")
+    add("--trace", metavar="DIR", help="keep the captured graphs and the generated code here, to read")
     add("--compare", metavar="OLD.json", help="say what moved since an earlier --json; exit 1 on a regression")
     add("--json", action="store_true", help="the last line of standard output is one JSON object")
     cache = commands.add_parser("cache", help="carry compiled code to an equal machine")

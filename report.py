@@ -11,6 +11,7 @@ import collections
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -312,8 +313,8 @@ def measure(config: str, phase: str, preset: str) -> dict:
                      "kernels": metrics.generated_kernel_count, "cache_misses": counters["inductor"]["fxgraph_cache_miss"]}
 
 
-def measured(config: str, phase: str, preset: str, say: Callable[[str], None]) -> dict:
-    """`measure` in two processes that share a new cache: what it costs cold, then warm."""
+def measured(config: str, phase: str, preset: str, say: Callable[[str], None], trace: Path | None = None) -> dict:
+    """`measure` in two processes that share a new cache: what it costs cold, then warm. trace: a folder for generated code."""
     script = "import json, sys, report; print(json.dumps(report.measure(*sys.argv[1:])))"
     with tempfile.TemporaryDirectory() as folder:
         env, runs = os.environ | {"TORCHINDUCTOR_CACHE_DIR": folder}, []
@@ -324,6 +325,10 @@ def measured(config: str, phase: str, preset: str, say: Callable[[str], None]) -
             if done.returncode:
                 raise RuntimeError(f"compiling {phase} of {config} failed: {done.stderr.strip().splitlines()[-1]}")
             runs.append(json.loads(done.stdout.splitlines()[-1]))
+        if trace:
+            (trace / f"{phase}_code").mkdir(parents=True, exist_ok=True)
+            for file in (*Path(folder).glob("??/*.main.cpp"), *Path(folder).glob("??/*.py")):
+                shutil.copy(file, trace / f"{phase}_code")
     cold, warm = runs
     return {key: cold[key] for key in ("run_graphs", "run_breaks", "recompiles", "kernels")} | {
         "compile_cold_s": cold["compile_s"], "compile_warm_s": warm["compile_s"], "warm_cache_misses": warm["cache_misses"]}
@@ -372,7 +377,7 @@ def report(config: str, phases=PHASES, preset: str = "default", full: bool = Fal
         say(f"capturing {phase} ...")
         result["phases"][phase] = report_phase(args, phase, full, Path(trace) if trace else None)
         if compiled and args.dim < 4096:
-            result["phases"][phase] |= measured(config, phase, preset, say)
+            result["phases"][phase] |= measured(config, phase, preset, say, Path(trace) if trace else None)
     return result
 
 

@@ -3,6 +3,11 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
+TOLD = pytest.StashKey[list[str]]()
+QUICK = {f"test_{name}.py" for name in ("assets", "bench", "formats", "model_config", "model_mtp", "model_parity", "tokenizer")}
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -13,8 +18,22 @@ def pytest_addoption(parser):
     parser.addoption("--update-snapshots", action="store_true", help="rewrite tests/snapshots from what is measured now")
 
 
-def pytest_terminal_summary(terminalreporter):
-    """Seconds per file: what to look at when the suite grows slow."""
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.name in QUICK:
+            item.add_marker(pytest.mark.quick)
+
+
+@pytest.fixture(scope="session")
+def tell(request):
+    """tell(line) shows a line when all tests are done: tables that people read."""
+    return request.config.stash.setdefault(TOLD, []).append
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """What tests had to tell, and seconds per file: what to look at when the suite grows slow."""
+    for line in config.stash.get(TOLD, []):
+        terminalreporter.write_line(line)
     seconds = {}
     for reports in terminalreporter.stats.values():
         for report in reports:
