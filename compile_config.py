@@ -275,6 +275,8 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: the most that was allocated on a GPU, else the most that the process held."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if os.path.exists("/proc/self/status"):  # rusage would count what the parent held when it forked
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

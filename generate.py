@@ -288,9 +288,10 @@ def check_folder(path: str) -> None:
     """Say how to get a released checkpoint when its hub name is given instead of a folder."""
     if os.path.isdir(path):
         return
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.startswith("."):
+    name = path.removeprefix("https://huggingface.co/").rstrip("/")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
         raise ValueError(f"{path}: no such folder; if you mean the model of that name, download it with: "
-                       f"hf download {path} --local-dir {path.split('/')[1]}")
+                         f"hf download {name} --local-dir {name.split('/')[1]}")
     raise ValueError(f"{path}: no such folder; --checkpoint takes a folder with config.json and safetensors files")
 
 
@@ -320,7 +321,7 @@ def read_prompts(flags: argparse.Namespace, args: ModelArgs, tokenizer: Tokenize
                 raise ValueError(f"{flags.prompts}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from None
             if not texts:
                 raise ValueError(f"{flags.prompts}: holds no prompt; write one a line")
-        prompts = [encode(flags, tokenizer, [text]) if text else [] for text in texts]
+        prompts = [encode(flags, tokenizer, render(flags, [text])) if text else [] for text in texts]
     for ids in prompts:
         if not ids:
             raise ValueError("the prompt is empty")
@@ -336,15 +337,20 @@ def check_room(ids: list[int], max_seq_len: int) -> None:
         raise ValueError(f"the prompt has {len(ids)} tokens, the context holds {max_seq_len}: shorten it or raise --max-seq-len")
 
 
-def encode(flags: argparse.Namespace, tokenizer: Tokenizer, turns: list[str]) -> list[int]:
-    """Token ids of a conversation: user and assistant texts in turn with --chat, else one text."""
+def render(flags: argparse.Namespace, turns: list[str]) -> str:
+    """The text of a conversation: user and assistant texts in turn with --chat, else one text."""
     if not flags.chat:
-        return tokenizer.encode("".join(turns), bos=True)
+        return "".join(turns)
     messages = [{"role": "assistant", **parse_response(turn, flags.thinking)} if i % 2 else {"role": "user", "content": turn}
                 for i, turn in enumerate(turns)]
     if flags.system is not None:
         messages.insert(0, {"role": "system", "content": flags.system})
-    return tokenizer.encode(encode_messages(messages, thinking=flags.thinking))
+    return encode_messages(messages, thinking=flags.thinking)
+
+
+def encode(flags: argparse.Namespace, tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of a text from `render`, which begins with BOS itself with --chat."""
+    return tokenizer.encode(text, bos=not flags.chat)
 
 
 class Printer:
@@ -525,14 +531,16 @@ def run(argv: list[str] | None) -> None:
         return report(runner(prompts, how, started))
 
     if flags.interactive:
-        texts: list[str] = []
-        print("type a turn and press return; end with control-D", file=sys.stderr)
+        texts, ids, said = [], [], ""  # the turns; the conversation so far as ids, and the text that they stand for
+        if sys.stdin and sys.stdin.isatty():
+            print("type a turn and press return; end with control-D", file=sys.stderr)
         for line in sys.stdin or ():
-            texts.append(line.rstrip("\n") if flags.chat else line)
-            ids = encode(flags, tokenizer, texts)
             if not line.strip():
-                texts.pop()
                 continue
+            texts.append(line.rstrip("\n") if flags.chat else line)
+            text = render(flags, texts)
+            # What was generated stays as it is: the tokenizer might split its text otherwise, and the cache would not fit.
+            ids = ids + tokenizer.encode(text[len(said):]) if ids and text.startswith(said) else encode(flags, tokenizer, text)
             if len(ids) >= flags.max_seq_len:
                 if not turns:
                     check_room(ids, flags.max_seq_len)
@@ -540,6 +548,11 @@ def run(argv: list[str] | None) -> None:
                 break
             turns.append(once([ids], None if turns else started))
             texts.append(runner.text[0])
+            ended = runner.stop[0] == "eos"
+            if runner.stop[0] == "stop":  # its tokens reach beyond its text
+                ids = []
+            else:
+                ids, said = ids + runner.tokens[0][: -1 if ended else None], text + runner.text[0]
         if not turns:
             raise ValueError("the prompt is empty: standard input held no turn")
         final = turns[-1] | {key: [turn[key] for turn in turns] for key in ("prompt_tokens", "tokens", "text", "stop_reason")}

@@ -107,6 +107,10 @@ static void run(const float* x, const float* w13, const float* w2, const int64_t
 Tensor moe_few(const Tensor& x, const Tensor& w13, const Tensor& w2, const Tensor& idx, const Tensor& weight, double limit, bool act_quant) {
   const Tensor in[] = {floats(x), floats(w13), floats(w2), packed(idx, ScalarType::Long), floats(weight)};
   const Tensor y = torch::stable::empty_like(in[0]);
+  for (int64_t p = 0; p < idx.numel(); p++) {
+    const int64_t e = ((const int64_t*)in[3].data_ptr())[p];
+    STD_TORCH_CHECK(0 <= e && e < w13.size(0), "moe_few: there is no expert ", e);
+  }
   run((const float*)in[0].data_ptr(), (const float*)in[1].data_ptr(), (const float*)in[2].data_ptr(), (const int64_t*)in[3].data_ptr(),
       (const float*)in[4].data_ptr(), (float*)y.data_ptr(), idx.size(0), idx.size(1), w13.size(0), w13.size(1) / 2, w13.size(2), limit,
       act_quant);
@@ -117,7 +121,7 @@ Tensor moe_few(const Tensor& x, const Tensor& w13, const Tensor& w2, const Tenso
 
 def check(x, w13, w2, idx, weight, limit, act_quant):
     E, d, I = w13.shape[0], x.shape[-1], w13.shape[-2] // 2
-    require(x.dim() == idx.dim() == 2 and w13.shape == (E, 2 * I, d) and w2.shape == (E, d, I) and len(idx) == len(x)
+    require(x.dim() == idx.dim() == 2 and d and I and w13.shape == (E, 2 * I, d) and w2.shape == (E, d, I) and len(idx) == len(x)
             and weight.shape == idx.shape, f"moe_few: x {tuple(x.shape)}, w13 {tuple(w13.shape)}, w2 {tuple(w2.shape)}, "
             f"idx {tuple(idx.shape)}, weight {tuple(weight.shape)} do not fit")
     require(all(t.dtype == torch.float32 for t in (x, w13, w2, weight)) and idx.dtype == torch.int64,

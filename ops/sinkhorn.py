@@ -49,8 +49,9 @@ Tensor sinkhorn(const Tensor& logits, double eps, int64_t iters) {
 
 
 def check(logits, eps, iters):
-    require(logits.dim() >= 2 and logits.shape[-1] == logits.shape[-2] <= MOST,
-            f"sinkhorn: logits {tuple(logits.shape)} are not [..., n, n] with n up to {MOST}")
+    require(logits.dim() >= 2 and 0 < logits.shape[-1] == logits.shape[-2] <= MOST,
+            f"sinkhorn: logits {tuple(logits.shape)} are not [..., n, n] with n from 1 to {MOST}")
+    require(iters > 0, f"sinkhorn: iters must be positive, not {iters}")
 
 
 def _axes(iters):

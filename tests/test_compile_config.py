@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -176,3 +178,11 @@ def test_what_compiling_for_cpu_lacks_is_named(monkeypatch):
     import torch._inductor.cpp_builder as builder
     monkeypatch.setattr(builder, "get_cpp_compiler", lambda: (_ for _ in ()).throw(RuntimeError("none")))
     assert "g++" in C.missing_for_cpu()
+
+
+def test_peak_memory_is_this_processes_own():
+    """Not what the parent held when it started this one."""
+    held = b"\1" * (1 << 29)
+    script = "import torch, compile_config as C; print(C.peak_memory(torch.device('cpu')))"
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=C.ROOT)
+    assert 0 < int(out.stdout) < len(held) + (1 << 28)

@@ -259,6 +259,7 @@ def test_one_row_does_not_recompile_either(model):
     (("--prompt-ids", "1", "--compile", "cudagraphs", "--device", "cpu"), "CUDA"),
     (("--prompt-ids", "1", "--compile", "default", "--no-compile"), "--no-compile"),
     (("--checkpoint", "deepseek-ai/DeepSeek-V4-Flash"), "hf download deepseek-ai/DeepSeek-V4-Flash"),
+    (("--checkpoint", "https://huggingface.co/deepseek-ai/DeepSeek-V4-Pro/"), "hf download deepseek-ai/DeepSeek-V4-Pro --local-dir"),
     (("--checkpoint", "/nowhere/at/all"), "/nowhere/at/all"),
     (("--checkpoint", str(ROOT / "ops")), "config.json"),
 ])
@@ -304,7 +305,7 @@ def test_a_generator_wants_one_prompt_a_row(model):
 
 def test_reasoning_of_earlier_turns_is_left_out():
     flags, tokenizer = G.parse(["--chat", "--thinking", "--interactive"]), G.load_tokenizer(TINY)
-    ids = G.encode(flags, tokenizer, ["hi", "because</think>A", "more"])
+    ids = G.encode(flags, tokenizer, G.render(flags, ["hi", "because</think>A", "more"]))
     assert "because" not in (text := tokenizer.decode(ids)) and "A" in text
 
 
@@ -370,6 +371,11 @@ def test_eos_ends_a_row_unless_ignored(model):
     generator.decode = lambda token, pos, length, *how: (lengths.append(out := decode(token, pos, length, *how)), out)[1]
     collect(generator, [prompt], 8)
     assert [int(out[2]) for out in lengths][:before] == [1] * (before - 1) + [0]
+    for ignored, reason in ((False, "eos"), (True, "length")):
+        flags = G.parse(["--prompt-ids", "1", "--max-new-tokens", "8"] + ["--ignore-eos"] * ignored)
+        runner = G.Run(flags, eager(model), None, None if ignored else eos, io.StringIO())
+        runner([prompt], GREEDY)
+        assert runner.stop == [reason] and runner.tokens[0] == (tokens if ignored else tokens[: before + 1])
 
 
 def test_prompts_of_a_file_run_as_one_batch_and_text_stops(capsys, tmp_path):
@@ -393,11 +399,25 @@ def test_interactive_turns_continue_the_conversation(capsys, monkeypatch):
     assert result["fed_tokens"] < result["prompt_tokens"][2] - result["prompt_tokens"][1] + 4
     # what the second turn saw, asked at once
     tokenizer = G.load_tokenizer(TINY)
-    text = "KING.\n" + result["text"][0] + "Who comes here?\n"
-    ids = tokenizer.encode(text, bos=True)
+    ids = tokenizer.encode("KING.\n", bos=True) + result["tokens"][0] + tokenizer.encode("Who comes here?\n")
     assert len(ids) == result["prompt_tokens"][1]
     again = run(capsys, "--checkpoint", str(TINY), "--prompt-ids", ",".join(map(str, ids)), "--no-compile", "--max-new-tokens", "12")
     assert again["tokens"] == result["tokens"][1]
+
+
+@pytest.mark.parametrize("chat", (False, True))
+@pytest.mark.parametrize("seed", range(3))
+def test_turns_append_to_the_cache_however_their_text_would_be_split(capsys, monkeypatch, seed, chat):
+    """Sampled tokens are rarely the tokenizer's own split of their text; the next turn is fed alone all the same."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("KING.\nWho comes here?\nSpeak.\n"))
+    fed = []
+    feed = G.Generator._feed
+    monkeypatch.setattr(G.Generator, "_feed", lambda self, *args: (token := feed(self, *args), fed.append(self.fed_tokens))[0])
+    result = run(capsys, "--checkpoint", str(TINY), "--interactive", "--no-compile", "--max-new-tokens", "100", "--temperature", "1.5",
+                 "--seed", str(seed), *["--chat"] * chat)
+    assert len(fed) == 3 and all(n < 40 for n in fed[1:]), (fed, result["prompt_tokens"])
+    ids = [G.load_tokenizer(TINY).encode(text) for text in result["text"]]
+    assert any(a != b for a, b in zip(ids, result["tokens"]))  # or this test would show nothing
 
 
 def test_chat_is_rendered_in_v4s_format(capsys):

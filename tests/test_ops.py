@@ -890,6 +890,14 @@ def test_cpp_kernels_refuse_other_dtypes_in_one_line():
             call()
 
 
+def test_an_expert_that_does_not_exist_is_refused():
+    x, w13, w2, idx, *rest = Case("moe_few", moe_few, (5, 4, 2, 10, 6, False)).args()
+    assert KERNELS["moe_few"].build()
+    for wrong in (-1, 4):
+        with pytest.raises(RuntimeError, match=f"no expert {wrong}"):
+            ops.moe_few.opaque(x, w13, w2, idx.clone().index_fill_(0, torch.tensor(3), wrong), *rest)
+
+
 def test_cpp_kernels_use_every_thread_they_are_given():
     args, before = Case("moe_few", moe_few, (3, 2, 2, 1030, 514, False)).args(), torch.get_num_threads()
     assert KERNELS["moe_few"].build()
@@ -962,7 +970,8 @@ MISFITS = {  # which of the op's cases in FEW, which argument, and what is wrong
     "rope": [(0, 0, shorter(1)), (0, 0, flat), (0, 0, lambda x: x[..., :3]), (0, 0, lambda x: x[:, :, None]), (0, 1, shorter(0)),
              (0, 2, shorter(1))],
     "hc_pre": [(0, 0, shorter(2)), (0, 0, shorter(3)), (0, 0, first), *((0, i, shorter(0)) for i in (1, 2, 3))],
-    "sinkhorn": [(0, 0, shorter(2)), (0, 0, torch.Tensor.flatten)],
+    "sinkhorn": [(0, 0, shorter(2)), (0, 0, torch.Tensor.flatten), (0, 0, lambda t: t[..., :0, :0]), (0, 2, becomes(0)),
+                 (0, 0, lambda t: torch.zeros(17, 17))],
     "hc_post": [(0, 0, shorter(1)), (0, 1, shorter(2)), (0, 1, first), (0, 2, shorter(2)), (0, 3, shorter(3))],
     "compress": [(0, 0, shorter(2)), (0, 0, shorter(0)), (0, 0, lambda rows: rows[..., None]), (0, 0, first), (0, 1, shorter(1)),
                  (0, 2, shorter(0)), (0, 3, shorter(0)), (0, 4, shorter(1)), (0, 5, shorter(1))],
