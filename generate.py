@@ -27,7 +27,7 @@ from model import ModelArgs, Transformer
 from tokenizer import StreamDecoder, Tokenizer, encode_messages, load_tokenizer, parse_response
 
 ROOT = Path(__file__).parent
-PROMPT = "KING RICHARD.\nNow is the winter of our discontent"
+PROMPT = "KING RICHARD.\nNow is the winter of our discontent\nMade glorious summer by this sun of York;\n"
 LONGEST = 8192  # default context of models that could hold more
 
 

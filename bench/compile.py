@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from bench.record import record
 from report import args_of, kinds, measured, report
 
-DEPTHS, PHASES = (6, 12, 43), ("decode", "prefill", "train")
+DEPTHS, PHASES = (6, 12, 43), ("decode", "train")
 
 
 def say(message: str) -> None:

@@ -215,6 +215,8 @@ def start(result: dict) -> None:
         load_before, wall = os.getloadavg()[0], time.perf_counter()
         out = subprocess.run([sys.executable, "generate.py", "--json"], capture_output=True, text=True, check=True, cwd=ROOT, env=env)
         report = json.loads(out.stdout.splitlines()[-1])
+        if name == "cold":
+            (RESULTS / "transcript.txt").write_text(out.stderr)
         result[f"start {name}"] = {"wall_s": time.perf_counter() - wall, "load_average_before": load_before} | {
             key: report[key] for key in ("ttft_s", "ttft_warm_s", "compile_s", "tok_per_s", "graphs", "breaks", "recompiles", "threads",
                                          "memory_bytes", "act_quant")}

@@ -1,6 +1,6 @@
 """Write the numbers of README.md from the recorded results.
 
-    python -m bench.readme         rewrites the part between the two markers
+    python -m bench.readme         rewrites the parts between the markers
 """
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from bench.record import RESULTS
 from report import table
 
 README = RESULTS.parent.parent / "README.md"
-BEGIN, END = "<!-- numbers: python -m bench.readme -->\n", "<!-- end of numbers -->\n"
+
+
+def transcript() -> str:
+    """The recorded first run: the beginning of its text, and its statistics."""
+    lines = [line for line in (RESULTS / "transcript.txt").read_text().splitlines() if not line.startswith(("compiling", "loading"))]
+    return "\n".join(["```", *lines[:18], "...", *lines[-6:], "```", ""])
 
 
 def numbers() -> str:
@@ -62,9 +67,12 @@ Compile seconds by depth, embedded width, preset regional, cold and warm; the la
 
 
 def updated(text: str) -> str:
-    """README text with its numbers rewritten."""
-    before, rest = text.split(BEGIN)
-    return before + BEGIN + numbers() + END + rest.split(END)[1]
+    """README text with its transcript and numbers rewritten."""
+    for name, content in (("transcript", transcript()), ("numbers", numbers())):
+        begin, end = f"<!-- {name}: python -m bench.readme -->\n", f"<!-- end of {name} -->\n"
+        before, rest = text.split(begin)
+        text = before + begin + content + end + rest.split(end)[1]
+    return text
 
 
 def main() -> int:
