@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 from bench.compile import DEPTHS, PHASES
@@ -16,7 +17,7 @@ README = RESULTS.parent.parent / "README.md"
 
 def transcript() -> str:
     """The recorded first run: the beginning of its text, and its statistics."""
-    lines = [line for line in (RESULTS / "transcript.txt").read_text().splitlines() if not line.startswith(("compiling", "loading"))]
+    lines = re.sub(r"(compiling|loading)[^\n]*\n", "", (RESULTS / "transcript.txt").read_text()).splitlines()
     return "\n".join(["```", *lines[:18], "...", *lines[-6:], "```", ""])
 
 
@@ -34,7 +35,7 @@ def numbers() -> str:
     train, size = embedded["training"], embedded["bytes"] / 1e6
     deep, flash = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("compile", "report_flash"))
     depths = "\n".join(f"| {phase} | " + " | ".join(f"{deep[f'{phase}, {n} layers']['compile_cold_s']:.0f} s, {deep[f'{phase}, {n} layers']['compile_warm_s']:.1f} s"
-                                                   for n in DEPTHS) + f" | {deep[f'{phase}, 43 to 12 layers']:.2f} |" for phase in PHASES)
+                                                   for n in DEPTHS) + f" | {deep[f'{phase}, 43 to 12 layers']:.2f} |" for phase in PHASES if f"{phase}, 43 to 12 layers" in deep)
     return "\n".join(lines) + f"""
 
 Least CPU time of {5} alternating rounds on {cpu['threads']} thread, {env['cpu']}, torch {env['torch']}, transformers {env['transformers']},
