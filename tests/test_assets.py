@@ -7,7 +7,7 @@ import torch
 
 from bench.embedded import BATCH, LENGTH, TINY
 from bench.record import RESULTS
-from checkpoint import inspect, load
+from checkpoint import load
 from model import ModelArgs
 from tokenizer import load_tokenizer
 from train_step import ROOT, held_out_loss, split, tokenize

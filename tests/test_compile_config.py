@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import compile_config as C
-from model import ModelArgs, Transformer, training_loss
+from model import Transformer, training_loss
 from oracle import randomize, rms, small
 
 QUICK = "aot_eager"  # traces and partitions like Inductor, but generates no code

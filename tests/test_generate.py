@@ -15,7 +15,7 @@ import checkpoint
 import generate as G
 from compile_config import PRESETS, CompileConfig
 from model import ModelArgs, Transformer
-from oracle import Margins, hf_model, judged, randomize, rms, small
+from oracle import Margins, hf_model, judged, randomize, rms
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "assets" / "tiny"
@@ -410,12 +410,14 @@ def test_interactive_turns_continue_the_conversation(capsys, monkeypatch):
 def test_turns_append_to_the_cache_however_their_text_would_be_split(capsys, monkeypatch, seed, chat):
     """Sampled tokens are rarely the tokenizer's own split of their text; the next turn is fed alone all the same."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("KING.\nWho comes here?\nSpeak.\n"))
-    fed = []
+    fed, prompts = [], []
     feed = G.Generator._feed
-    monkeypatch.setattr(G.Generator, "_feed", lambda self, *args: (token := feed(self, *args), fed.append(self.fed_tokens))[0])
+    monkeypatch.setattr(G.Generator, "_feed", lambda self, *args: (prompts.append(args[0][0]), feed(self, *args), fed.append(self.fed_tokens))[1])
     result = run(capsys, "--checkpoint", str(TINY), "--interactive", "--no-compile", "--max-new-tokens", "100", "--temperature", "1.5",
                  "--seed", str(seed), *["--chat"] * chat)
     assert len(fed) == 3 and all(n < 40 for n in fed[1:]), (fed, result["prompt_tokens"])
+    said = G.load_tokenizer(TINY).decode(prompts[1])
+    assert result["text"][0] in said and said.split(result["text"][0])[1].count("Who comes here?") == 1
     ids = [G.load_tokenizer(TINY).encode(text) for text in result["text"]]
     assert any(a != b for a, b in zip(ids, result["tokens"]))  # or this test would show nothing
 

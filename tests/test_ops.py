@@ -882,6 +882,16 @@ def test_cpp_kernels_equal_their_references(case):
         assert torch.equal(op.opaque(*strided), op.opaque(*args))
 
 
+def test_cpp_kernels_round_small_values_to_the_scale_of_their_block():
+    """Each value is read by a weight that undoes its size, so that its own rounding, subnormal or not, shows in the result."""
+    n, size = 20, torch.exp2(-torch.arange(20.0))
+    x = (1.37 * size)[None]
+    gate, up = torch.zeros(n, n).index_fill_(1, torch.tensor(0), 1.0), torch.diag(1 / size)
+    args = (x, torch.cat((gate, up))[None], torch.eye(n)[None], torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1), 1e9, True)
+    assert KERNELS["moe_few"].build()
+    close(ops.moe_few.opaque(*args), ops.moe_few.reference(*args), 1e-6)
+
+
 def test_cpp_kernels_refuse_other_dtypes_in_one_line():
     x, *rest = Case("moe_few", moe_few, (5, 4, 2, 10, 6, False)).args()
     assert KERNELS["moe_few"].build() and KERNELS["sinkhorn"].build()

@@ -10,7 +10,7 @@ import torch
 import train_step as S
 from compile_config import PRESETS, CompileConfig, CompileCount, compile_train_step
 from model import ModelArgs, Transformer
-from oracle import randomize, small
+from oracle import randomize
 from tokenizer import load_tokenizer
 
 TEXT = (S.ROOT / "data" / "shakespeare.txt").read_text()
