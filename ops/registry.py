@@ -4,7 +4,7 @@ Every heavy region of the model is an `Op` with two interchangeable forms of the
 
     reference   plain PyTorch, traced into the graph, differentiated by autograd
     opaque      one node `torch.ops.dsv4.<name>` in the graph, with a fake, a backward op and a FLOP formula;
-                on CPU it runs the reference, on a GPU the kernel
+                on CPU it runs the reference, on a GPU (or in Triton's interpreter) the kernel
 
 A model holds a `Table`: its own immutable choice per op. `use({...})` sets the choices of tables made inside it.
 """
@@ -18,35 +18,43 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from .cpp import CppKernel
+from .launch import INTERPRETING
 
 NAMESPACE = "dsv4"
 OPS: dict[str, "Op"] = {}
+KERNELS: dict[str, Callable] = {}  # what launches Triton for an opaque op, by the op's name
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _modes: dict[str, str] = {}  # the choices of `use`; a plain dict, so that compiled code can read and guard it
 
 
 def register(schema: str, impl: Callable, fake: Callable, flops: Callable | None = None,
-             setup_context: Callable | None = None, backward: Callable | None = None, cpp: str | None = None):
+             setup_context: Callable | None = None, backward: Callable | None = None, cpp: str | None = None,
+             kernel: Callable | None = None):
     """Define `torch.ops.dsv4.<name>` and return its overload.
 
     schema          "name(Tensor x, ...) -> Tensor"
-    impl            runs on real tensors, on every device; its outputs are fresh and contiguous
+    impl            the reference, on real tensors; its outputs are fresh and contiguous
     fake            output shapes from input shapes
     flops           FLOPs from argument shapes, as torch.utils.flop_counter passes them
     setup_context, backward   as in torch.library.register_autograd; backward calls an op of its own
     cpp             C++ source of a CPU kernel, see cpp.py
+    kernel          as impl, by Triton: runs instead of it on a GPU, and on CPU in Triton's interpreter
     """
     name = schema.split("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, impl, "CUDA")
+    _library.impl(name, kernel or impl, "CUDA")
+    if kernel:
+        KERNELS[name] = kernel
+    if kernel and INTERPRETING:
+        impl, cpp = kernel, None
     if cpp is None:
         _library.impl(name, impl, "CPU")
     else:
-        kernel, shapes = CppKernel(NAMESPACE, name, impl, cpp), fake
+        native, shapes = CppKernel(NAMESPACE, name, impl, cpp), fake
 
         def fake(x, *args):
             if x.device.type == "cpu":
-                kernel.build()
+                native.build()
             return shapes(x, *args)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     if backward is not None:

@@ -1,9 +1,14 @@
-"""Shared by all tests: imports from the repository root, one thread, quiet Transformers."""
+"""Shared by all tests: imports from the repository root, one thread, quiet Transformers.
+
+Kernels are tested in a process of their own, in Triton's interpreter (TRITON_INTERPRET=1), or on the GPU where there is
+one: the tests of KERNELS then build their tensors there.
+"""
 import os
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 TOLD = pytest.StashKey[list[str]]()
 QUICK = {f"test_{name}.py" for name in ("assets", "bench", "formats", "model_config", "model_mtp", "model_parity", "tokenizer")}
@@ -12,6 +17,31 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+KERNELS = {path.name for path in Path(__file__).parent.glob("test_kernel_*.py")}
+if INTERPRETING:
+    import interpreter
+    interpreter.install()
+
+
+def pytest_ignore_collect(collection_path):
+    name = collection_path.name
+    if name == "test_interpreter.py":
+        return not INTERPRETING
+    if name in KERNELS:
+        return not (INTERPRETING or torch.cuda.is_available())
+    return INTERPRETING and name.startswith("test_") and name != "test_ops.py"
+
+
+@pytest.fixture(autouse=True)
+def tensors_live_where_kernels_run(request):
+    if request.path.name in KERNELS | {"test_ops.py"} and torch.cuda.is_available():
+        torch.set_default_device("cuda")
+        yield
+        torch.set_default_device(None)
+    else:
+        yield
 
 
 def pytest_addoption(parser):
