@@ -22,7 +22,7 @@ from .launch import INTERPRETING
 
 NAMESPACE = "dsv4"
 OPS: dict[str, "Op"] = {}
-KERNELS: dict[str, Callable] = {}  # what launches Triton for an opaque op, by the op's name
+LAUNCHERS: dict[str, Callable] = {}  # what launches Triton for an opaque op, by the op's name
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _modes: dict[str, str] = {}  # the choices of `use`; a plain dict, so that compiled code can read and guard it
 
@@ -44,7 +44,7 @@ def register(schema: str, impl: Callable, fake: Callable, flops: Callable | None
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, kernel or impl, "CUDA")
     if kernel:
-        KERNELS[name] = kernel
+        LAUNCHERS[name] = kernel
     if kernel and INTERPRETING:
         impl, cpp = kernel, None
     if cpp is None:
