@@ -1,24 +1,31 @@
-"""Compile recorded kernel launches ahead of time for GPUs that are not there, and read what they need of them.
+"""Compile the kernels ahead of time for GPUs that are not there, and read what they need of them.
 
     python -m bench.offline [--arch sm_90,gfx942] [--op sparse_attn] [--record]
 
-Every opaque op that the graphs of Flash and Pro call is launched with fake tensors of those shapes (see cases.py), and
-each kernel compiled with Triton's own assembler: registers, spills, shared memory, matrix instructions. Compiler
-versions differ: run it again with another Triton first in PYTHONPATH.
+Every opaque op that the graphs of Flash and Pro call (cases.py) is launched with fake tensors of those shapes, and each
+kernel compiled with Triton's own assembler: registers, spills, shared memory, matrix instructions. Compilers differ:
+put another Triton first in PYTHONPATH to see its figures. --record writes results/kernels_triton<version>.json.
 """
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
 import re
 import subprocess
+import sys
 import tempfile
-from typing import NamedTuple
+from typing import Iterator, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+import cli
+from bench import cases
+from bench.record import record
 from ops.launch import Launch
+from ops.registry import require
 
 TARGETS = {**{f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 90, 100, 120)},
            **{name: GPUTarget("hip", name, 64) for name in ("gfx942", "gfx950")}}
@@ -69,3 +76,76 @@ def _amd(compiled) -> Resources:
     return Resources(registers=number("vgpr_count"), spills=number("vgpr_spill_count") + number("sgpr_spill_count"),
                      shared=compiled.metadata.shared, matrix={kind: matrix.count(kind) for kind in set(matrix)},
                      instructions=len(re.findall(r"^\t[a-z]\w+ ", code, re.M)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All kernels of all cases
+
+
+def name_of(launch: Launch) -> str:
+    """What tells a kernel's specialisations apart to a reader: its name and constants."""
+    return f"{launch.name} " + " ".join(f"{k}={v}" for k, v in launch.meta.items() if v is not None)
+
+
+def launches(calls: list[cases.Call], arch: str) -> dict[str, Launch]:
+    """The different kernels that the calls launch on an architecture, by a name that says what differs."""
+    found, seen = {}, set()
+    for call in calls:
+        for launch in call.launches(arch):
+            key = f"{launch.name} {launch.specialization()}"
+            if key not in seen:
+                seen.add(key)
+                name = name_of(launch)
+                while name in found:  # differs in dtypes or alignment alone
+                    name += "'"
+                found[name] = launch
+    return found
+
+
+_shared: dict[tuple[str, str], Launch] = {}  # what the forked workers find
+
+
+def _compile(key: tuple[str, str]) -> tuple[tuple[str, str], dict]:
+    with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet), contextlib.redirect_stdout(quiet):
+        try:
+            return key, compile_launch(_shared[key], key[0])._asdict()
+        except Exception as error:  # whatever the compiler raises is the finding
+            lines = str(error).strip().splitlines() or [""]
+            return key, {"error": next((line for line in lines if "error" in line.lower() or "fatal" in line), lines[-1])[:200]}
+
+
+def compile_all(calls: list[cases.Call], archs: list[str], processes: int | None = None) -> Iterator[tuple[str, str, dict]]:
+    """Yields (architecture, kernel, resources or {"error": ..}) as the compilations end."""
+    _shared.clear()
+    _shared.update({(arch, name): launch for arch in archs for name, launch in launches(calls, arch).items()})
+    with multiprocessing.get_context("fork").Pool(processes or os.cpu_count()) as pool:
+        for (arch, name), result in pool.imap_unordered(_compile, list(_shared)):
+            yield arch, name, result
+
+
+def run(argv: list[str] | None) -> None:
+    parser = cli.Parser(prog="python -m bench.offline", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", default=",".join(TARGETS), help="architectures, comma-separated")
+    parser.add_argument("--op", help="only this op (and its backward)")
+    parser.add_argument("--record", action="store_true", help="write bench/results/kernels_triton<version>.json")
+    args = parser.parse_args(argv)
+    archs = args.arch.split(",")
+    for arch in archs:
+        require(arch in TARGETS, f"--arch {arch}: choose from {', '.join(TARGETS)}")
+    calls = {}
+    for phase in cases.PHASES:
+        print(f"capturing {phase} ...", file=sys.stderr, flush=True)
+        calls.update({call.key: call for call in cases.calls(phase)})
+    if args.op:
+        calls = {key: call for key, call in calls.items() if call.op.removesuffix("_backward") == args.op}
+    table: dict = {}
+    for arch, name, result in compile_all(list(calls.values()), archs):
+        table.setdefault(name, {})[arch] = result
+        over = "" if result.get("shared", 0) <= SHARED[arch] * 1024 else "  TOO MUCH SHARED MEMORY"
+        print(f"{arch:7} {' '.join(f'{k} {v}' for k, v in result.items())}{over}  {name}", flush=True)
+    if args.record:
+        record(f"kernels_triton{triton.__version__}", {"kernels": {name: table[name] for name in sorted(table)}})
+
+
+if __name__ == "__main__":
+    sys.exit(cli.main("bench.offline", run, None))

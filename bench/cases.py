@@ -1,0 +1,99 @@
+"""The calls of our ops that the graphs of Flash and Pro make, with their production shapes, as fake tensors."""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+
+import ops
+import report
+from model import Linear, Transformer
+from ops.launch import Launch, record
+from ops.registry import LAUNCHERS
+
+
+class Phase(NamedTuple):
+    """A phase of a model, and how its weights are stored: "bf16", or "fp8" or "fp4" experts with fp8 linears."""
+
+    model: str
+    phase: str
+    shape: report.Shape
+    weights: str = "bf16"
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.phase} {self.weights} {self.shape.batch}x{self.shape.length}"
+
+
+MILLION = 1 << 20
+PHASES = [phase for model in ("flash", "pro") for phase in (
+    Phase(model, "prefill", report.Shape(1, 8192, 8192)), Phase(model, "train", report.Shape(1, 8192, 8192)),
+    Phase(model, "decode", report.Shape(1, 1, MILLION)), Phase(model, "decode", report.Shape(8, 1, 4096)),
+    Phase(model, "prefill", report.Shape(1, 8192, 8192), "fp4"), Phase(model, "decode", report.Shape(1, 1, MILLION), "fp4"),
+    Phase(model, "prefill", report.Shape(1, 8192, 8192), "fp8"), Phase(model, "decode", report.Shape(1, 1, MILLION), "fp8"))]
+
+
+class Call(NamedTuple):
+    """One op with its arguments; tensors are fake and belong to one mode."""
+
+    op: str
+    args: tuple
+
+    @property
+    def key(self) -> str:
+        """Equal for calls that launch the same."""
+        leaves, spec = tree_flatten(self.args)
+        return f"{self.op} {[(tuple(x.shape), x.stride(), str(x.dtype)) if isinstance(x, torch.Tensor) else x for x in leaves]} {spec}"
+
+    def launches(self, arch: str) -> list[Launch]:
+        """What the op launches on an architecture."""
+        mode = next(x.fake_mode for x in tree_leaves(self.args) if isinstance(x, torch.Tensor))
+        with mode, torch.no_grad(), record(arch) as launched:
+            LAUNCHERS[self.op](*self.args)
+        return launched
+
+
+def pack(model: Transformer, experts: str) -> None:
+    """Weights as a released checkpoint stores them and `load(weights="native")` keeps them; without values."""
+    frozen = lambda *shape, dtype: nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+    blocks = lambda o, i: (-(-o // 128), -(-i // 128))
+    for module in model.modules():
+        if isinstance(module, Linear) and module.fp8:
+            o, i = module.weight.shape
+            module.weight = frozen(o, i, dtype=torch.float8_e4m3fn)
+            module.scale = frozen(*blocks(o, i), dtype=torch.uint8)
+        if hasattr(module, "w13"):
+            for name in ("w13", "w2"):
+                E, o, i = getattr(module, name).shape
+                scale = (E, o, i // 32) if experts == "fp4" else (E, *blocks(o, i))
+                weight = frozen(E, o, i // 2, dtype=torch.int8) if experts == "fp4" else frozen(E, o, i, dtype=torch.float8_e4m3fn)
+                setattr(module, name, weight)
+                setattr(module, f"{name}_scale", frozen(*scale, dtype=torch.uint8))
+    model.args.act_quant = True
+
+
+def calls(phase: Phase) -> list[Call]:
+    """The different calls of ops with kernels in one phase, one layer of each kind, every op opaque."""
+    args, before = report.one_of_each(report.NAMED[phase.model]()), torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with FakeTensorMode():
+            model = Transformer(args, ops={name: "opaque" for name in report.MODEL_OPS})
+            if phase.weights != "bf16":
+                pack(model, phase.weights)
+            if phase.phase != "train":
+                model.setup_caches(phase.shape.batch, phase.shape.context)
+            function, inputs = report.call_of(model, phase.phase, phase.shape)
+            captured = report.capture(function, *inputs, grad=phase.phase == "train")
+    finally:
+        torch.set_default_dtype(before)
+    value = lambda x: x.meta["val"] if isinstance(x, torch.fx.Node) else x
+    found = {}
+    for node in captured.calls():
+        name = report.name_of(node.target).removeprefix(f"{ops.NAMESPACE}.")
+        if name in LAUNCHERS:
+            call = Call(name, tuple(tree_map(value, node.args, is_leaf=lambda x: isinstance(x, torch.fx.Node))))
+            found.setdefault(call.key, call)
+    return list(found.values())
