@@ -42,6 +42,7 @@ class Resources(NamedTuple):
     shared: int
     matrix: dict[str, int]  # matrix instructions by kind
     instructions: int
+    dots: int  # matrix products in the source, after inlining and unrolling
 
 
 def compile_launch(launch: Launch, arch: str) -> Resources:
@@ -66,7 +67,7 @@ def _nvidia(compiled) -> Resources:
     names = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", code, re.M)
     return Resources(registers=int(re.search(r"REG:(\d+)", usage)[1]), spills=sum(name in ("LDL", "STL") for name in names),
                      shared=compiled.metadata.shared, matrix={kind: names.count(kind) for kind in MATRIX if kind in names},
-                     instructions=len(names))
+                     instructions=len(names), dots=compiled.asm["ttir"].count("tt.dot"))
 
 
 def _amd(compiled) -> Resources:
@@ -75,7 +76,7 @@ def _amd(compiled) -> Resources:
     matrix = re.findall(r"\b(v_mfma|v_smfmac|v_wmma)_\w+", code)
     return Resources(registers=number("vgpr_count"), spills=number("vgpr_spill_count") + number("sgpr_spill_count"),
                      shared=compiled.metadata.shared, matrix={kind: matrix.count(kind) for kind in set(matrix)},
-                     instructions=len(re.findall(r"^\t[a-z]\w+ ", code, re.M)))
+                     instructions=len(re.findall(r"^\t[a-z]\w+ ", code, re.M)), dots=compiled.asm["ttir"].count("tt.dot"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,108 @@
+"""Contracts of the kernels as compiled code, for GPUs that need not be there (bench/offline.py): each compiles, fits into
+shared memory, spills no more than recorded, and keeps its matrix instructions.
+
+The record is bench/results/kernels_triton<version>.json; `python -m bench.offline --record` rewrites it. Another Triton than
+the pinned one is tested where TRITON_360 names a folder that holds it (pip install --no-deps --target FOLDER triton==3.6.0).
+"""
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import cases
+from bench.offline import SHARED, TARGETS, compile_all, compile_launch, launches
+from bench.record import RESULTS
+from ops.launch import jit, launch, record, tl
+
+SLACK = 1.1  # spills may grow by this and a few before somebody must look
+SOME = {"flash": list(TARGETS), "pro": ["sm_90"]}  # the rest is slow
+
+
+@functools.cache
+def calls(model: str) -> list[cases.Call]:
+    return list({call.key: call for phase in cases.PHASES if phase.model == model for call in cases.calls(phase)}.values())
+
+
+def recorded(version: str) -> dict:
+    path = RESULTS / f"kernels_triton{version}.json"
+    if not path.exists():
+        pytest.skip(f"no record of Triton {version}: python -m bench.offline --record")
+    return json.loads(path.read_text())["kernels"]
+
+
+def judge(results, table) -> list[str]:
+    """What is wrong with (architecture, kernel, resources) triples, in words."""
+    wrong = []
+    for arch, name, now in results:
+        was = table.get(name, {}).get(arch, {})
+        if "error" in now:
+            wrong.append(f"{arch} does not compile {name}: {now['error']}")
+            continue
+        if now["shared"] > SHARED[arch] * 1024:
+            wrong.append(f"{arch} has {SHARED[arch]} KiB of shared memory, not {now['shared']} bytes: {name}")
+        if not was:
+            wrong.append(f"{arch} has no record of {name}: python -m bench.offline --record")
+            continue
+        if now["spills"] > was["spills"] * SLACK + 8:
+            wrong.append(f"{arch} spills {now['spills']} times, {was['spills']} when recorded: {name}")
+        if set(was["matrix"]) - set(now["matrix"]) or now["dots"] and not now["matrix"]:
+            wrong.append(f"{arch} has matrix instructions {sorted(now['matrix'])}, recorded {sorted(was['matrix'])}: {name}")
+    return wrong
+
+
+def cases_of(model: str, archs: list[str]):
+    return [pytest.param(model, arch, marks=() if arch in archs else pytest.mark.slow) for arch in TARGETS]
+
+
+@pytest.mark.parametrize("model, arch", cases_of("flash", SOME["flash"]) + cases_of("pro", SOME["pro"]))
+def test_kernels_fit_the_gpu(model, arch, tell):
+    import triton
+    table = recorded(triton.__version__)
+    results = list(compile_all(calls(model), [arch]))
+    spills = sum(result.get("spills", 0) > 0 for _, _, result in results)
+    tell(f"{model:6} {arch:7} {len(results):3} kernels, {spills} of them spill; "
+         f"at most {max(r.get('shared', 0) for *_, r in results) >> 10} KiB shared and {max(r.get('registers', 0) for *_, r in results)} registers")
+    wrong = judge(results, table)
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.skipif("TRITON_360" not in os.environ, reason="TRITON_360 names no folder with another Triton")
+def test_kernels_fit_the_h200_with_its_triton():
+    code = ("import json; from bench import cases, offline; import triton\n"
+            "calls = {c.key: c for p in cases.PHASES if p.model == 'flash' for c in cases.calls(p)}\n"
+            "print(json.dumps([triton.__version__, list(offline.compile_all(list(calls.values()), ['sm_90']))]))")
+    root = str(Path(__file__).parent.parent)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([os.environ["TRITON_360"], root])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=root)
+    assert done.returncode == 0, done.stderr
+    version, results = json.loads(done.stdout.splitlines()[-1])
+    wrong = judge(results, recorded(version))
+    assert not wrong, "\n".join(wrong)
+
+
+@jit
+def greedy(x, y, N: tl.constexpr):
+    i = tl.arange(0, N)
+    at = i[:, None] * N + i[None]
+    tl.store(y + at, tl.dot(tl.load(x + at), tl.load(x + at)))
+
+
+def test_what_is_wrong_is_found():
+    """A kernel that needs too much, one that lost its matrix instructions, and one that does not compile."""
+    with record("sm_90") as launched:
+        x = torch.empty(256, 256, dtype=torch.bfloat16, device="meta")
+        launch(greedy, (1,), x, x.float(), N=256, num_warps=4)
+    result = compile_launch(launched[0], "sm_90")._asdict()
+    assert result["matrix"] and result["spills"] > 0
+    table = {"greedy": {"sm_90": {**result, "spills": 0, "matrix": {"DMMA": 1}}}}
+    wrong = judge([("sm_90", "greedy", {**result, "shared": 1 << 20}), ("sm_90", "other", {"error": "no"}), ("sm_90", "new", result)], table)
+    assert len(wrong) == 5
+    assert len(judge([("sm_90", "greedy", {**result, "matrix": {}})], {"greedy": {"sm_90": {**result, "matrix": {}}}})) == 1
+    assert judge([("sm_90", "greedy", result)], {"greedy": {"sm_90": result}}) == []
