@@ -299,12 +299,12 @@ def cache_key() -> dict[str, str]:
 
 def save_cache(path: str) -> int:
     """Pack Inductor's cache folder into a .tar.gz -> number of files. A ValueError if there is nothing to pack."""
+    if not Path(path).absolute().parent.is_dir() or Path(path).is_dir():
+        raise ValueError(f"{path}: cannot be written; name a file in a folder that exists")
     folder = Path(cache_dir())
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and "locks" not in file.parts and not file.name.endswith((".lock", ".tmp"))]
     if not files:
         raise ValueError(f"{folder}: holds no compiled code yet; run generate.py first")
-    if not Path(path).absolute().parent.is_dir() or Path(path).is_dir():
-        raise ValueError(f"{path}: cannot be written; name a file in a folder that exists")
     temporary = f"{path}.tmp"
     try:
         with tarfile.open(temporary, "w:gz", compresslevel=1) as tar:
@@ -325,6 +325,9 @@ def load_cache(path: str) -> int:
     """Unpack what `save_cache` packed into Inductor's cache folder -> number of files. A ValueError names what does not fit."""
     folder, files, temporary = Path(cache_dir()), 0, None
     try:
+        with gzip.open(path) as whole:  # its checksum stands at the end: nothing is unpacked before that is known to be right
+            while whole.read(1 << 20):
+                pass
         with tarfile.open(path, "r:gz") as tar:
             first = tar.next()
             if first is None or first.name != "key.json" or not first.isfile():

@@ -265,8 +265,10 @@ def faults(captured: Captured) -> list[str]:
     found = []
     for node in captured.nodes():
         name = name_of(node.target)
-        if any(name == f"aten.{sync}" or name.startswith(f"aten.{sync}.") for sync in SYNCS):
-            found.append(f"host sync {name}: {where(node)}")
+        calls = [name_of(op) for op in (node.target, *node.args) if isinstance(op, torch._ops.OpOverload)]  # with_effects(.., op, ..)
+        for call in calls:
+            if any(call == f"aten.{sync}" or call.startswith(f"aten.{sync}.") for sync in SYNCS):
+                found.append(f"host sync {call}: {where(node)}")
         if isinstance(node.target, torch._ops.HigherOrderOperator) and name in BRANCHES:
             found.append(f"branch on data {name}: {where(node)}")
         for v in tree_leaves(node.meta.get("val")):
