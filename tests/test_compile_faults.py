@@ -122,7 +122,7 @@ FAULTS = {
         CENSUS + "test_nothing_leaves_the_device_and_the_default_form_there_is_opaque[prefill]", r"leaves the device: aten[\s\S]*in make_plan"),
     "the CPU's form of an op on every device": Fault(
         "ops/registry.py", '(on_cpu if args[0].device.type == "cpu" else opaque)(*args)', "on_cpu(*args)",
-        CENSUS + "test_nothing_leaves_the_device_and_the_default_form_there_is_opaque[decode]", r"does not run the opaque ops|in on_cpu|Error"),
+        CENSUS + "test_nothing_leaves_the_device_and_the_default_form_there_is_opaque[decode]", r"decode by default does not run the opaque ops"),
     "an inverse in the router": Fault(
         "model.py", "        weight = score.gather(1, chosen)", "        score = score + 0 * torch.linalg.inv(torch.eye(2, device=x.device)).sum()\n"
         "        weight = score.gather(1, chosen)", DECODE, r"host sync aten\._linalg_check_errors.*model\.py"),
