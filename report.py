@@ -259,6 +259,11 @@ def saved(captured: Captured, times: Callable[[torch.fx.Node], float] = lambda n
     return round(sum(v.nbytes * times(node) for node in kept if node.op != "placeholder" for v in values(node)))
 
 
+def waits(name: str) -> bool:
+    """Whether an operator makes the host wait for a GPU."""
+    return any(name == f"aten.{sync}" or name.startswith(f"aten.{sync}.") for sync in SYNCS)
+
+
 def faults(captured: Captured) -> list[str]:
     """What must not be in a graph: operators that wait for the device, and symbolic sizes or values. Empty if all is well."""
     from torch.fx.experimental.symbolic_shapes import free_symbols
@@ -266,9 +271,7 @@ def faults(captured: Captured) -> list[str]:
     for node in captured.nodes():
         name = name_of(node.target)
         calls = [name_of(op) for op in (node.target, *node.args) if isinstance(op, torch._ops.OpOverload)]  # with_effects(.., op, ..)
-        for call in calls:
-            if any(call == f"aten.{sync}" or call.startswith(f"aten.{sync}.") for sync in SYNCS):
-                found.append(f"host sync {call}: {where(node)}")
+        found += [f"host sync {call}: {where(node)}" for call in calls if waits(call)]
         if isinstance(node.target, torch._ops.HigherOrderOperator) and name in BRANCHES:
             found.append(f"branch on data {name}: {where(node)}")
         for v in tree_leaves(node.meta.get("val")):

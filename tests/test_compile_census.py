@@ -23,7 +23,7 @@ from fake_cuda import lower
 from model import ModelArgs, Transformer
 from oracle import randomize, whole_caches
 from report import (MODEL_OPS, PHASES, Shape, call_of, capture, capture_fake, census, faults, is_view, kind_of, name_of, shape_of,
-                    values, where)
+                    values, waits, where)
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 MINOR = ".".join(torch.__version__.split(".")[:2])
@@ -162,6 +162,8 @@ def test_a_host_sync_is_found_and_located(name):
     """What fullgraph=True lets pass, the scan does not."""
     def function(x):
         return WAITS[name](x) * 2
+    if name == "inverse" and MINOR == "2.11":
+        pytest.skip("torch 2.11 leaves the check for singular matrices out of the graph, and so the wait")
     found = faults(capture(function, torch.randn(3)))
     assert found and any("test_compile_census.py" in line for line in found), found
 
@@ -197,7 +199,7 @@ def test_the_forward_does_not_wait_for_the_gpu(phase):
 
 
 class Elsewhere(TorchDispatchMode):
-    """Runs on meta tensors, a device that is not the CPU and needs no GPU: finds what leaves it, notes our ops that are called."""
+    """Runs on meta tensors, a device that is not the CPU and needs no GPU: finds what leaves it or waits for it, notes our ops that are called."""
 
     def __init__(self):
         super().__init__()
@@ -207,7 +209,7 @@ class Elsewhere(TorchDispatchMode):
         out = op(*args, **(kwargs or {}))
         if op.namespace == "dsv4":
             self.ours[name_of(op)] += 1
-        if any(t.device.type != "meta" for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)):
+        if waits(name_of(op)) or any(t.device.type != "meta" for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)):
             self.left.append(f"{name_of(op)}\n{''.join(traceback.format_stack()[:-1])}")
         return out
 
@@ -223,7 +225,7 @@ def test_nothing_leaves_the_device_and_the_default_form_there_is_opaque(phase):
         out = function(*inputs)
         if phase == "train":
             out.backward()
-    assert not seen.left, f"{phase} leaves the device: {seen.left[0]}"
+    assert not seen.left, f"{phase} leaves the device or waits for it: {seen.left[0]}"
     ours = collections.Counter()
     for ops in known("operators")["ours"][phase].values():
         ours.update(ops)
