@@ -3,8 +3,8 @@
 Seen: each phase is captured whole, as one Dynamo graph with every op of ours a node, as on a GPU. That happens on fake
 tensors: Flash and Pro need no weights and no memory. A deep model is captured with one layer of each kind, whose numbers
 count as often as the kind occurs; --full captures every layer. Made: where the weights fit (tiny, debug, a folder), each
-phase is also compiled in two fresh processes, the second of which finds the first one's cache, and run through a session
-that may not recompile.
+phase is also compiled in two fresh processes, the second of which finds the first one's cache, and run through a session.
+Recompiles are counted in one that keeps Dynamo's guards.
 """
 from __future__ import annotations
 
@@ -413,7 +413,8 @@ def measured(config: str, phase: str, preset: str, say: Callable[[str], None], t
                                   cwd=Path(__file__).parent)
             if done.returncode:
                 say(done.stderr.strip())
-                raise ChildProcessError(f"compiling {phase} of {config} failed, see above: {done.stderr.strip().splitlines()[-1]}")
+                raise ChildProcessError(f"compiling {phase} of {config} failed, see above: "
+                                        f"{(done.stderr.strip() or 'no message').splitlines()[-1]}")
             runs.append(json.loads(done.stdout.splitlines()[-1]))
         if trace:
             (trace / f"{phase}_code").mkdir(parents=True, exist_ok=True)
@@ -453,8 +454,8 @@ def report_phase(args: ModelArgs, phase: str, full: bool = False, trace: Path | 
     return {**shape._asdict(), "captured_layers": seen.n_layers, "graphs": captured.count, "breaks": captured.breaks,
             "faults": faults(captured), "operators": round(nodes), "opaque": dict(sorted(opaque.items())),
             "layers": {kind: {"count": layers.get(kind, 1), **groups} for kind, groups in counts.items()},
-            "largest_bytes": nbytes, "largest": what, "flops": round(flops), "flops_per_token": flops / shape.batch / shape.length,
-            "needed_flops_per_token": useful / shape.batch / shape.length,
+            "largest_bytes": nbytes, "largest": what, "flops": round(flops),
+            "flops_per_token": flops / shape.batch / shape.length, "needed_flops_per_token": useful / shape.batch / shape.length,
             "saved_bytes": saved(captured, lambda node: times[layer_of(node, seen)]) if phase == "train" else None,
             "capture_s": time.perf_counter() - begun}
 
@@ -507,7 +508,8 @@ def table(result: dict) -> str:
                      for line in lines)
     wrong = [f"{phase}: {fault}" for phase, numbers in phases.items() for fault in numbers["faults"]]
     layers = ", ".join(f"{n} {kind}" for kind, n in result["layers"].items())
-    return "\n".join([f"{result['config']}: {layers}; preset {result['preset']}, torch {result['versions']['torch']}", text, NOTE, *wrong])
+    head = f"{result['config']}: {layers}; preset {result['preset']}, torch {result['versions']['torch']}"
+    return "\n".join([head, text, NOTE, *wrong])
 
 
 COUNTS = ("graphs", "breaks", "run_breaks", "recompiles", "warm_cache_misses")  # may not grow at all, others by a factor:
@@ -527,12 +529,13 @@ def read(path: str) -> dict:
             old = json.loads(text)
         except ValueError:
             old = json.loads(text.splitlines()[-1])
-        require(isinstance(old, dict) and numbers(old.get("layers")) and isinstance(old.get("phases"), dict), "no layers or no phases")
+        require(isinstance(old, dict) and numbers(old.get("layers")) and isinstance(old.get("phases"), dict),
+                "it has no layers or no phases")
         for name, phase in old["phases"].items():
             sound = numbers(phase, (*COUNTS, *MAY_GROW, *SIZES, *TIMES)) and isinstance(phase.get("layers"), dict) and all(
                 isinstance(groups, dict) and numbers(groups.get("opaque")) and numbers(groups.get("aten"))
                 for groups in phase["layers"].values())
-            require(sound, f"its {name} is none")
+            require(sound, f"its {name} lacks layers, or figures are no numbers")
     except (OSError, ValueError, IndexError, RecursionError) as error:
         raise ValueError(f"{path}: is not the JSON of an earlier report ({error})") from None
     return old

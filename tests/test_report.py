@@ -187,6 +187,10 @@ def test_every_recorded_report_can_be_compared_with():
     for name in ("tiny", "flash", "pro"):
         report = R.read(RESULTS / f"report_{name}.json")
         assert R.compare(report, report) == ([], []) and set(report["phases"]) == set(R.PHASES)
+        for phase in report["phases"].values():
+            total = sum(layer["count"] * n for layer in phase["layers"].values() for group in ("opaque", "aten") for n in layer[group].values())
+            assert abs(total - phase["operators"]) < 1e-6 and phase["needed_flops_per_token"] <= phase["flops_per_token"]
+        assert report["phases"]["train"]["saved_bytes"] > 0
 
 
 def test_a_compilation_that_fails_ends_in_one_line_after_the_compilers_own(monkeypatch, capsys):
