@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gzip
 import hashlib
 import io
 import json
@@ -22,6 +23,7 @@ import sys
 import sysconfig
 import tarfile
 import types
+import zlib
 from pathlib import Path
 from typing import Callable
 
@@ -297,6 +299,8 @@ def cache_key() -> dict[str, str]:
 
 def save_cache(path: str) -> int:
     """Pack Inductor's cache folder into a .tar.gz -> number of files. A ValueError if there is nothing to pack."""
+    if not Path(path).absolute().parent.is_dir() or Path(path).is_dir():
+        raise ValueError(f"{path}: cannot be written; name a file in a folder that exists")
     folder = Path(cache_dir())
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and "locks" not in file.parts and not file.name.endswith((".lock", ".tmp"))]
     if not files:
@@ -319,19 +323,28 @@ def save_cache(path: str) -> int:
 
 def load_cache(path: str) -> int:
     """Unpack what `save_cache` packed into Inductor's cache folder -> number of files. A ValueError names what does not fit."""
-    folder, files = Path(cache_dir()), 0
+    folder, files, temporary = Path(cache_dir()), 0, None
     try:
+        with gzip.open(path) as whole:  # its checksum stands at the end: nothing is unpacked before that is known to be right
+            while whole.read(1 << 20):
+                pass
         with tarfile.open(path, "r:gz") as tar:
             first = tar.next()
-            if first is None or first.name != "key.json":
-                raise tarfile.TarError
-            saved, here = json.load(tar.extractfile(first)), cache_key()
-            for key, value in here.items():
+            if first is None or first.name != "key.json" or not first.isfile():
+                raise tarfile.TarError("no key.json")
+            try:
+                saved = json.load(tar.extractfile(first))
+            except ValueError:
+                saved = None
+            if not isinstance(saved, dict):
+                raise tarfile.TarError("key.json is no object")
+            for key, value in cache_key().items():
                 if saved.get(key) != value:
                     raise ValueError(f"{path}: was saved for {key} {saved.get(key)}, here it is {value}: compile anew and save that")
             for entry in tar:
                 target = folder / entry.name.removeprefix("cache/")
-                if not entry.isfile() or not target.resolve().is_relative_to(folder.resolve()) or target.exists():
+                inside = entry.name.startswith("cache/") and target.resolve().is_relative_to(folder.resolve())
+                if not entry.isfile() or not inside or target.exists():
                     continue
                 target.parent.mkdir(parents=True, exist_ok=True)
                 temporary = target.with_name(f"{target.name}.tmp")
@@ -340,8 +353,12 @@ def load_cache(path: str) -> int:
                 os.chmod(temporary, entry.mode)
                 os.replace(temporary, target)
                 files += 1
-    except (tarfile.TarError, EOFError, KeyError) as error:
-        raise ValueError(f"{path}: is not a cache that `compile_config.py cache save` wrote") from error
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: is damaged, or is not a cache that `compile_config.py cache save` wrote ({error}): "
+                         "save or copy it anew") from None
+    finally:
+        if temporary is not None and temporary.exists():
+            temporary.unlink()
     return files
 
 
@@ -374,13 +391,14 @@ def run(argv: list[str] | None) -> int:
     for phase in phases:
         if phase not in R.PHASES:
             raise ValueError(f"--phase {phase!r}: choose from {', '.join(R.PHASES)}")
-    old = None
-    if flags.compare:
+    old = R.read(flags.compare) if flags.compare else None
+    if old and old["layers"] != R.kinds(R.args_of(flags.config)):
+        raise ValueError(f"--compare {flags.compare}: reports {old.get('config')}, whose layers are not those of {flags.config}")
+    if flags.trace:
         try:
-            old = json.loads(Path(flags.compare).read_text().splitlines()[-1])
-            old["phases"]
-        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-            raise ValueError(f"--compare {flags.compare}: is not the JSON of an earlier report ({error})") from None
+            Path(flags.trace).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--trace {flags.trace}: cannot be made a folder ({error.strerror})") from None
     say = lambda message: print(message, file=sys.stderr, flush=True)
     result = R.report(flags.config, phases, flags.preset, flags.full, flags.trace, not flags.no_run, say)
     out = sys.stderr if flags.json else sys.stdout

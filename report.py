@@ -1,9 +1,10 @@
 """What the compiler sees of a model and makes of it: the numbers behind `python compile_config.py report`.
 
 Seen: each phase is captured whole, as one Dynamo graph with every op of ours a node, as on a GPU. That happens on fake
-tensors: Flash and Pro need no weights and no memory. A deep model is captured with one layer of each kind, whose numbers count as often as the kind occurs; --full
-captures every layer. Made: where the weights fit (tiny, debug, a folder), each phase is also compiled in two fresh
-processes, the second of which finds the first one's cache, and run through a session that may not recompile.
+tensors: Flash and Pro need no weights and no memory. A deep model is captured with one layer of each kind, whose numbers
+count as often as the kind occurs; --full captures every layer. Made: where the weights fit (tiny, debug, a folder), each
+phase is also compiled in two fresh processes, the second of which finds the first one's cache, and run through a session.
+Recompiles are counted in one that keeps Dynamo's guards.
 """
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 import ops
-from checkpoint import load
+from checkpoint import check, empty_model, load, open_folder, released
 from model import ModelArgs, Transformer, training_loss
 from ops.registry import require
 
@@ -38,7 +39,8 @@ DRAFTED = 3  # tokens that verify checks beside the one it is sure of
 
 # What makes a host wait for a GPU. fullgraph=True captures these silently.
 SYNCS = ("_local_scalar_dense", "item", "nonzero", "_assert_scalar", "masked_select", "_unique2", "unique_dim", "unique_consecutive",
-         "bincount", "repeat_interleave.Tensor", "is_nonzero", "equal", "sym_size", "sym_numel")
+         "bincount", "repeat_interleave.Tensor", "is_nonzero", "equal", "sym_size", "sym_numel", "_linalg_check_errors")
+BRANCHES = ("cond", "while_loop")  # so do these, to learn where to go on
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -82,7 +84,9 @@ class Captured(NamedTuple):
     breaks: int
 
     def nodes(self) -> Iterator[torch.fx.Node]:
-        return (node for graph in self.graphs for node in graph.graph.nodes)
+        """All nodes, those of nested regions and of branches included."""
+        return (node for graph in self.graphs for part in graph.modules() if isinstance(part, torch.fx.GraphModule)
+                for node in part.graph.nodes)
 
     def calls(self) -> Iterator[torch.fx.Node]:
         """Operators: calls of this project's and of aten's."""
@@ -159,15 +163,21 @@ def one_of_each(args: ModelArgs) -> ModelArgs:
     return dataclasses.replace(args, n_layers=len(layers), n_hash_layers=hashed, compress_ratios=tuple(ratios))
 
 
-def layer_of(node: torch.fx.Node, args: ModelArgs) -> str:
-    """The kind of layer that a node belongs to, forward or backward; "rest" for what comes before and after the layers."""
+def index_of(node: torch.fx.Node, args: ModelArgs) -> int | None:
+    """The layer that a node belongs to, forward or backward, MTP blocks counted on; None before and after the layers."""
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
     for path, _ in stack.values():
         parts = path.replace("[", ".").replace("]", "").split(".")
         for name, offset in (("layers", 0), ("mtp", args.n_layers)):
             if name in parts[:-1] and parts[parts.index(name) + 1].isdigit():
-                return kind_of(args, offset + int(parts[parts.index(name) + 1]))
-    return "rest"
+                return offset + int(parts[parts.index(name) + 1])
+    return None
+
+
+def layer_of(node: torch.fx.Node, args: ModelArgs) -> str:
+    """The kind of layer that a node belongs to; "rest" for what comes before and after the layers."""
+    layer = index_of(node, args)
+    return "rest" if layer is None else kind_of(args, layer)
 
 
 def is_view(node: torch.fx.Node) -> bool:
@@ -187,6 +197,41 @@ def flops_of(node: torch.fx.Node) -> int:
     return formula(*args, **kwargs, out_val=node.meta["val"])
 
 
+REPEATED = {"dsv4.moe_backward": 2 / 8, "dsv4.sparse_attn_backward": 1 / 5, "dsv4.linear_cross_entropy_backward": 1 / 3}
+
+
+def keys(args: ModelArgs, ratio: int, shape: Shape, first: int | None, indexer: bool = False) -> int:
+    """How many keys (for the indexer: entries) the tokens of one row meet, summed, in a layer of this ratio.
+
+    first is the position of the first token: each sees its window and its entries back to position 0. None: all of the
+    window and of the entries for every token, which is what the ops' FLOP formulas count, for they know shapes only.
+    """
+    entries = -(-shape.context // ratio) if ratio else 0
+    most = min(entries, args.index_topk) if ratio == 4 and not indexer else entries
+    window = 0 if indexer else args.window_size
+    if first is None:
+        return shape.length * (window + most)
+    return sum(min(window, t + 1) + (min(most, (t + 1) // ratio) if ratio else 0) for t in range(first, first + shape.length))
+
+
+def needed(node: torch.fx.Node, args: ModelArgs, phase: str, shape: Shape) -> float:
+    """The part of flops_of(node) that rooflines count: no MTP block, nothing that a backward repeats, and visible pairs only.
+
+    A prompt and a training row begin at position 0 and are one document; decode and verify stand at the end of a full cache.
+    """
+    name, layer = name_of(node.target), index_of(node, args)
+    if layer is not None and layer >= args.n_layers:
+        return 0.0
+    part = 1.0 - REPEATED.get(name, 0)
+    if name.startswith("dsv4.linear_cross_entropy"):
+        part /= 1 + args.n_mtp_layers  # the MTP block's loss stands outside of it
+    if name.startswith(("dsv4.sparse_attn", "dsv4.indexer_topk")):
+        first, indexer = 0 if phase in ("prefill", "train") else shape.context - shape.length, name == "dsv4.indexer_topk"
+        counted, seen = (keys(args, args.compress_ratios[layer], shape, at, indexer) for at in (None, first))
+        part *= seen / counted
+    return part
+
+
 def largest(captured: Captured, model: Transformer) -> tuple[int, str]:
     """Bytes and description of the largest value that an operator makes; parameters, caches and their gradients excepted."""
     known = {tuple(t.shape) for t in (*model.parameters(), *model.buffers())}
@@ -195,8 +240,11 @@ def largest(captured: Captured, model: Transformer) -> tuple[int, str]:
     return max(made, default=(0, ""))
 
 
-def saved(captured: Captured) -> int:
-    """Bytes of activations that a training forward keeps for its backward; parameters and inputs cost nothing more."""
+def saved(captured: Captured, times: Callable[[torch.fx.Node], float] = lambda node: 1) -> int:
+    """Bytes of activations that a training forward keeps for its backward; parameters and inputs cost nothing more.
+
+    times(node): how often a value counts.
+    """
     if len(captured.graphs) < 2:
         return 0
     forward = captured.graphs[0].graph
@@ -208,7 +256,12 @@ def saved(captured: Captured) -> int:
         return node
 
     kept = {origin(node) for node in tree_leaves(output.args) if isinstance(node, torch.fx.Node)}
-    return sum(v.nbytes for node in kept if node.op != "placeholder" for v in values(node))
+    return round(sum(v.nbytes * times(node) for node in kept if node.op != "placeholder" for v in values(node)))
+
+
+def waits(name: str) -> bool:
+    """Whether an operator makes the host wait for a GPU."""
+    return any(name == f"aten.{sync}" or name.startswith(f"aten.{sync}.") for sync in SYNCS)
 
 
 def faults(captured: Captured) -> list[str]:
@@ -217,8 +270,10 @@ def faults(captured: Captured) -> list[str]:
     found = []
     for node in captured.nodes():
         name = name_of(node.target)
-        if any(name == f"aten.{sync}" or name.startswith(f"aten.{sync}.") for sync in SYNCS):
-            found.append(f"host sync {name}: {where(node)}")
+        calls = [name_of(op) for op in (node.target, *node.args) if isinstance(op, torch._ops.OpOverload)]  # with_effects(.., op, ..)
+        found += [f"host sync {call}: {where(node)}" for call in calls if waits(call)]
+        if isinstance(node.target, torch._ops.HigherOrderOperator) and name in BRANCHES:
+            found.append(f"branch on data {name}: {where(node)}")
         for v in tree_leaves(node.meta.get("val")):
             if isinstance(v, (torch.SymInt, torch.SymFloat, torch.SymBool)) or isinstance(v, torch.Tensor) and free_symbols(v):
                 found.append(f"symbolic value in {name}: {where(node)}")
@@ -233,13 +288,17 @@ def where(node: torch.fx.Node) -> str:
 
 
 def census(captured: Captured, args: ModelArgs) -> dict[str, dict[str, dict[str, int]]]:
-    """{kind of layer or "rest": {"opaque": {name: count}, "aten": {name: count}}}, for one layer of the kind."""
+    """{kind of layer or "rest": {"opaque": {name: count}, "aten": {name: count}}}, for one layer of the kind.
+
+    Layers of a kind may differ by a node, such as the first gradient that is added to no other: then it is their mean.
+    """
     count: dict = collections.defaultdict(lambda: {"opaque": collections.Counter(), "aten": collections.Counter()})
     for node in captured.calls():
         name = name_of(node.target)
         count[layer_of(node, args)]["opaque" if name.startswith(ops.NAMESPACE) else "aten"][name] += 1
     layers = kinds(args)
-    return {kind: {group: {name: n if kind == "rest" or n % layers[kind] else n // layers[kind] for name, n in sorted(counter.items())}
+    mean = lambda n, of: n / of if n % of else n // of
+    return {kind: {group: {name: mean(n, layers.get(kind, 1)) for name, n in sorted(counter.items())}
                    for group, counter in groups.items()} for kind, groups in sorted(count.items())}
 
 
@@ -247,11 +306,11 @@ def census(captured: Captured, args: ModelArgs) -> dict[str, dict[str, dict[str,
 # Compiled and run
 
 
-def session(model: Transformer, phase: str, preset: str) -> Iterator[Callable]:
-    """The phase compiled by a preset, as calls that between them meet every boundary: yields them one by one."""
+def session(model: Transformer, phase: str, cfg: CompileConfig) -> Iterator[Callable]:
+    """The phase compiled as cfg says, as calls that between them meet every boundary: yields them one by one."""
     import compile_config as C
     from train_step import Optimizer
-    args, shape, cfg = model.args, shape_of(model.args, phase), C.PRESETS[preset]
+    args, shape = model.args, shape_of(model.args, phase)
     device, random = model.embed.weight.device, torch.Generator().manual_seed(0)
     draw = lambda: torch.randint(2, args.vocab_size, (shape.batch, shape.length), generator=random).to(device)
     if phase == "train":
@@ -272,11 +331,12 @@ def session(model: Transformer, phase: str, preset: str) -> Iterator[Callable]:
 
 def args_of(config: str) -> ModelArgs:
     """The architecture of a name, of a name with another depth ("tiny:43"), or of a checkpoint folder."""
-    name, _, depth = config.partition(":")
+    name, colon, depth = config.partition(":")
+    require(name, f"no model is called {config!r}: choose from {', '.join(NAMED)}, or name a checkpoint folder")
     if name not in NAMED:
         return ModelArgs.from_json(config)
     args = NAMED[name]()
-    if not depth:
+    if not colon:
         return args
     require(depth.isdigit() and int(depth) >= args.n_hash_layers, f"{config}: {depth!r} is no number of layers from {args.n_hash_layers} on")
     ratios, n = args.compress_ratios[: args.n_layers], int(depth)
@@ -294,6 +354,33 @@ def build(config: str) -> Transformer:
         return Transformer(args_of(config))
 
 
+def require_runnable(config: str, preset: str) -> None:
+    """A ValueError if this machine cannot run the preset, or the folder lacks weights: before minutes are spent on the rest."""
+    import compile_config as C
+    require(not C.PRESETS[preset].cudagraphs or torch.cuda.is_available(),
+            f"--preset {preset} needs a CUDA device, and there is none here: choose another, or --no-run")
+    if config.partition(":")[0] not in NAMED:
+        folder, args = open_folder(config)
+        check(folder, released(empty_model(args)))
+
+
+def recompiles(model: Transformer, phase: str, preset: str) -> int:
+    """How often the phase's session compiles anew after its first call, with Dynamo's guards kept, which Phase drops.
+
+    Guards belong to what Dynamo captures, so nothing needs to be generated.
+    """
+    import compile_config as C
+    cfg, count = C.PRESETS[preset], C.CompileCount()
+    cfg = dataclasses.replace(cfg, backend=cfg.backend and "eager", cudagraphs=False)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=1 << 10):  # a limit would end the session, not count
+        for i, call in enumerate(session(model, phase, cfg)):
+            call()
+            if i == 0:
+                count.warm()
+    return count.recompiles
+
+
 def measure(config: str, phase: str, preset: str) -> dict:
     """Compile the phase in this process and run its session: seconds to the first result, graphs, kernels, recompiles."""
     from torch._inductor import metrics
@@ -301,20 +388,22 @@ def measure(config: str, phase: str, preset: str) -> dict:
     C.choose_threads(0)
     model, count, begun = build(config), None, 0.0
     result: dict = {}
-    for i, call in enumerate(session(model, phase, preset)):
+    for i, call in enumerate(session(model, phase, C.PRESETS[preset])):
         if i == 0:
             count, begun = C.CompileCount(), time.perf_counter()
             metrics.reset()
         call()
         if i == 0:
             result["compile_s"] = time.perf_counter() - begun
-            count.warm()
-    return result | {"run_graphs": count.graphs, "run_breaks": count.breaks, "recompiles": count.recompiles,
-                     "kernels": metrics.generated_kernel_count, "cache_misses": counters["inductor"]["fxgraph_cache_miss"]}
+    result |= {"run_graphs": count.graphs, "run_breaks": count.breaks, "kernels": metrics.generated_kernel_count,
+               "cache_misses": counters["inductor"]["fxgraph_cache_miss"]}
+    return result | {"recompiles": recompiles(model, phase, preset)}
 
 
 def measured(config: str, phase: str, preset: str, say: Callable[[str], None], trace: Path | None = None) -> dict:
     """`measure` in two processes that share a new cache: what it costs cold, then warm. trace: a folder for generated code."""
+    if config.partition(":")[0] not in NAMED:
+        config = os.path.abspath(config)  # the processes start elsewhere
     script = "import json, sys, report; print(json.dumps(report.measure(*sys.argv[1:])))"
     with tempfile.TemporaryDirectory() as folder:
         env, runs = os.environ | {"TORCHINDUCTOR_CACHE_DIR": folder}, []
@@ -323,7 +412,9 @@ def measured(config: str, phase: str, preset: str, say: Callable[[str], None], t
             done = subprocess.run([sys.executable, "-c", script, config, phase, preset], capture_output=True, text=True, env=env,
                                   cwd=Path(__file__).parent)
             if done.returncode:
-                raise RuntimeError(f"compiling {phase} of {config} failed: {done.stderr.strip().splitlines()[-1]}")
+                say(done.stderr.strip())
+                raise ChildProcessError(f"compiling {phase} of {config} failed, see above: "
+                                        f"{(done.stderr.strip() or 'no message').splitlines()[-1]}")
             runs.append(json.loads(done.stdout.splitlines()[-1]))
         if trace:
             (trace / f"{phase}_code").mkdir(parents=True, exist_ok=True)
@@ -345,25 +436,27 @@ def report_phase(args: ModelArgs, phase: str, full: bool = False, trace: Path | 
     captured, model = capture_fake(one_of_each(args) if partial else args, phase, shape)
     seen, layers = model.args, kinds(args)
     times = {kind: n / kinds(seen)[kind] for kind, n in layers.items()} | {"rest": 1}
-    flops, nodes = collections.Counter(), collections.Counter()
+    flops = useful = nodes = 0.0
     for node in captured.calls():
-        kind = layer_of(node, seen)
-        flops[kind] += flops_of(node) * times[kind]
-        nodes[kind] += times[kind]
+        often = times[layer_of(node, seen)]
+        flops += flops_of(node) * often
+        useful += flops_of(node) * needed(node, seen, phase, shape) * often
+        nodes += often
     counts, (nbytes, what) = census(captured, seen), largest(captured, model)
     opaque = collections.Counter()
     for kind, groups in counts.items():
         for name, n in groups["opaque"].items():
-            opaque[name] += n * layers.get(kind, 1)
+            opaque[name] += round(n * layers.get(kind, 1))
     if trace:
         trace.mkdir(parents=True, exist_ok=True)
         for graph, part in zip(captured.graphs, ("forward", "backward")):
             (trace / f"{phase}_{part}.py").write_text(graph.print_readable(print_output=False))
     return {**shape._asdict(), "captured_layers": seen.n_layers, "graphs": captured.count, "breaks": captured.breaks,
-            "faults": faults(captured), "operators": round(nodes.total()), "opaque": dict(sorted(opaque.items())),
+            "faults": faults(captured), "operators": round(nodes), "opaque": dict(sorted(opaque.items())),
             "layers": {kind: {"count": layers.get(kind, 1), **groups} for kind, groups in counts.items()},
-            "largest_bytes": nbytes, "largest": what, "flops": round(flops.total()),
-            "flops_per_token": flops.total() / shape.batch / shape.length, "saved_bytes": saved(captured) if phase == "train" and not partial else None,
+            "largest_bytes": nbytes, "largest": what, "flops": round(flops),
+            "flops_per_token": flops / shape.batch / shape.length, "needed_flops_per_token": useful / shape.batch / shape.length,
+            "saved_bytes": saved(captured, lambda node: times[layer_of(node, seen)]) if phase == "train" else None,
             "capture_s": time.perf_counter() - begun}
 
 
@@ -372,11 +465,14 @@ def report(config: str, phases=PHASES, preset: str = "default", full: bool = Fal
     """config: see args_of -> {"config", "preset", "phases": {phase: ...}, "versions"}."""
     from generate import versions
     args = args_of(config)
+    run = compiled and args.dim < 4096
+    if run:
+        require_runnable(config, preset)
     result = {"config": config, "preset": preset, "versions": versions(), "layers": dict(kinds(args)), "phases": {}}
     for phase in phases:
         say(f"capturing {phase} ...")
         result["phases"][phase] = report_phase(args, phase, full, Path(trace) if trace else None)
-        if compiled and args.dim < 4096:
+        if run:
             result["phases"][phase] |= measured(config, phase, preset, say, Path(trace) if trace else None)
     return result
 
@@ -384,9 +480,11 @@ def report(config: str, phases=PHASES, preset: str = "default", full: bool = Fal
 ROWS = [  # what the table shows: label, key, unit
     ("new tokens", "length", ""), ("context", "context", ""), ("graphs captured", "graphs", ""), ("graph breaks", "breaks", ""),
     ("operators", "operators", ""), ("largest value", "largest_bytes", "MB"), ("FLOP per token", "flops_per_token", "M"),
+    ("FLOP needed per token", "needed_flops_per_token", "M"),
     ("saved for backward", "saved_bytes", "MB"), ("graphs run", "run_graphs", ""), ("recompiles", "recompiles", ""),
     ("kernels generated", "kernels", ""), ("compile, cold", "compile_cold_s", "s"), ("compile, warm", "compile_warm_s", "s"),
     ("capture alone", "capture_s", "s")]
+NOTE = "FLOP needed: as a roofline counts; no MTP block, nothing computed twice, no pair that the causal mask hides"
 
 
 def table(result: dict) -> str:
@@ -410,14 +508,44 @@ def table(result: dict) -> str:
                      for line in lines)
     wrong = [f"{phase}: {fault}" for phase, numbers in phases.items() for fault in numbers["faults"]]
     layers = ", ".join(f"{n} {kind}" for kind, n in result["layers"].items())
-    return "\n".join([f"{result['config']}: {layers}; preset {result['preset']}, torch {result['versions']['torch']}", text, *wrong])
+    head = f"{result['config']}: {layers}; preset {result['preset']}, torch {result['versions']['torch']}"
+    return "\n".join([head, text, NOTE, *wrong])
 
 
+COUNTS = ("graphs", "breaks", "run_breaks", "recompiles", "warm_cache_misses")  # may not grow at all, others by a factor:
 MAY_GROW = {"operators": 1.1, "largest_bytes": 1.0, "flops": 1.0, "saved_bytes": 1.0, "kernels": 1.1, "run_graphs": 1.0}
+SIZES = ("batch", "length", "context", "captured_layers")
+TIMES = ("compile_cold_s", "compile_warm_s")
+
+
+def read(path: str) -> dict:
+    """An earlier report: what --json printed, or a file of bench/results. A ValueError if it is not all that compare needs."""
+    def numbers(values, names=None):
+        return isinstance(values, dict) and all(isinstance(values.get(name), (int, float, type(None))) for name in names or values)
+
+    try:
+        text = Path(path).read_text()
+        try:
+            old = json.loads(text)
+        except ValueError:
+            old = json.loads(text.splitlines()[-1])
+        require(isinstance(old, dict) and numbers(old.get("layers")) and isinstance(old.get("phases"), dict),
+                "it has no layers or no phases")
+        for name, phase in old["phases"].items():
+            sound = numbers(phase, (*COUNTS, *MAY_GROW, *SIZES, *TIMES)) and isinstance(phase.get("layers"), dict) and all(
+                isinstance(groups, dict) and numbers(groups.get("opaque")) and numbers(groups.get("aten"))
+                for groups in phase["layers"].values())
+            require(sound, f"its {name} lacks layers, or figures are no numbers")
+    except (OSError, ValueError, IndexError, RecursionError) as error:
+        raise ValueError(f"{path}: is not the JSON of an earlier report ({error})") from None
+    return old
 
 
 def compare(old: dict, new: dict) -> tuple[list[str], list[str]]:
-    """(what moved, which of it is a regression), one line each. Times are told, not judged: they belong to a machine."""
+    """(what moved, which of it is a regression), one line each. Times are told, not judged: they belong to a machine.
+
+    Another model and other sizes are regressions too, and all that is said: their numbers would prove nothing.
+    """
     moved, worse = [], []
 
     def tell(line, bad):
@@ -425,25 +553,40 @@ def compare(old: dict, new: dict) -> tuple[list[str], list[str]]:
         if bad:
             worse.append(line)
 
+    def figure(value):
+        return "not measured" if value is None else f"{value:,}"
+
+    settings = [(report.get("config"), report.get("preset"), (report.get("versions") or {}).get("torch")) for report in (old, new)]
+    for key, a, b in zip(("config", "preset", "torch"), *settings):
+        if a != b:
+            tell(f"{key} {a} -> {b}", False)
+    if old["layers"] != new["layers"]:
+        a, b = (", ".join(f"{n} {kind}" for kind, n in report["layers"].items()) for report in (old, new))
+        tell(f"another model, nothing else is compared: {a} -> {b}", True)
+        return moved, worse
     for name, now in new["phases"].items():
         before = old["phases"].get(name)
         if before is None:
             tell(f"{name}: new", False)
             continue
-        for key in ("graphs", "breaks", "recompiles", *MAY_GROW):
+        sizes = [f"{key} {before.get(key)} -> {now.get(key)}" for key in SIZES if before.get(key) != now.get(key)]
+        if sizes:
+            tell(f"{name}: {', '.join(sizes)}: not compared", True)
+            continue
+        for key in (*COUNTS, *MAY_GROW):
             a, b = before.get(key), now.get(key)
-            if a != b and None not in (a, b):
-                tell(f"{name}: {key} {a:,} -> {b:,}", b > a * MAY_GROW.get(key, 1.0))
+            if a != b:
+                tell(f"{name}: {key} {figure(a)} -> {figure(b)}", None not in (a, b) and b > a * MAY_GROW.get(key, 1.0))
         for kind in sorted({*before["layers"], *now["layers"]}):
             a, b = (phase["layers"].get(kind, {}) for phase in (before, now))
             for group in ("opaque", "aten"):
                 for op in sorted({*a.get(group, {}), *b.get(group, {})}):
                     x, y = a.get(group, {}).get(op, 0), b.get(group, {}).get(op, 0)
                     if x != y:  # another number of our nodes is another graph; aten's only matter by their sum
-                        tell(f"{name}: {kind}: {op} {x} -> {y}", group == "opaque")
+                        tell(f"{name}: {kind}: {op} {x:g} -> {y:g}", group == "opaque")
         for fault in now["faults"]:
             tell(f"{name}: {fault}", True)
-        for key in ("compile_cold_s", "compile_warm_s"):
+        for key in TIMES:
             a, b = before.get(key), now.get(key)
             if a and b and not 0.8 < b / a < 1.25:
                 tell(f"{name}: {key} {a:.1f} -> {b:.1f}", False)

@@ -113,6 +113,23 @@ FAULTS = {
         "model.py", "        X = self.ops.hc_post(self.attn(self.attn_norm(x), plan), X, post, comb)",
         "        import ops\n        X = ops.hc_post.reference(self.attn(self.attn_norm(x), plan), X, post, comb)",
         CAPTURE + "test_each_opaque_op_is_one_node", r"'hc_post': [48]"),
+    "a router's scores copied to the CPU and back": Fault(
+        "model.py", "        weight = score.gather(1, chosen)", "        score = score.cpu().to(x.device)\n        weight = score.gather(1, chosen)",
+        CENSUS + "test_nothing_leaves_the_device_and_the_default_form_there_is_opaque[decode]", r"score\.cpu\(\)[\s\S]*Cannot copy out of meta"),
+    "positions made on the CPU": Fault(
+        "model.py", "col = torch.arange(B, device=device)[:, None], torch.arange(T, device=device)[None]",
+        "col = torch.arange(B, device=device)[:, None], torch.arange(T, device='cpu')[None].to(device)",
+        CENSUS + "test_nothing_leaves_the_device_and_the_default_form_there_is_opaque[prefill]", r"leaves the device or waits for it: aten[\s\S]*in make_plan"),
+    "the CPU's form of an op on every device": Fault(
+        "ops/registry.py", '(on_cpu if args[0].device.type == "cpu" else opaque)(*args)', "on_cpu(*args)",
+        CENSUS + "test_nothing_leaves_the_device_and_the_default_form_there_is_opaque[decode]", r"decode by default does not run the opaque ops"),
+    "an inverse in the router": Fault(
+        "model.py", "        weight = score.gather(1, chosen)", "        score = score + 0 * torch.linalg.inv(torch.eye(2, device=x.device)).sum()\n"
+        "        weight = score.gather(1, chosen)", CENSUS + "test_nothing_leaves_the_device_and_the_default_form_there_is_opaque[decode]",
+        r"waits for it: aten\._linalg_check_errors[\s\S]*model\.py"),
+    "torch.cond on data in the router": Fault(
+        "model.py", "        weight = score.gather(1, chosen)", "        score = torch.cond(score.amax() > 1e9, lambda s: s * 0.5, lambda s: s * 1.0, (score,))\n"
+        "        weight = score.gather(1, chosen)", DECODE, r"branch on data cond.*model\.py"),
     "a table that forgets an op": Fault(
         "ops/registry.py", "            object.__setattr__(self, name, op.bind(modes.get(name)))",
         "            object.__setattr__(self, name, op.bind('reference' if name == 'rope' else modes.get(name)))",

@@ -8,8 +8,7 @@ from __future__ import annotations
 import pytest
 
 from model import ModelArgs
-from report import (MODEL_OPS, NAMED, Shape, capture_fake, flops_of, kinds, layer_of, name_of, one_of_each, report_phase, saved,
-                    shape_of)
+from report import MODEL_OPS, NAMED, Shape, capture_fake, flops_of, report_phase
 
 pytestmark = pytest.mark.compile
 MODELS, PHASES = ("flash", "pro"), ("prefill", "decode", "train")
@@ -49,22 +48,11 @@ def test_the_largest_value_is_bounded(reports, model, phase):
     assert 0 < got["largest_bytes"] <= bound, got["largest"]
 
 
-def recomputed(name: str, flops: int) -> float:
-    """Of an op's backward, what repeats its forward: h13 of the experts, the scores, the logits."""
-    return flops * {"dsv4.moe_backward": 2 / 8, "dsv4.sparse_attn_backward": 1 / 5, "dsv4.linear_cross_entropy_backward": 1 / 3}.get(name, 0)
-
-
 @pytest.mark.parametrize("model, phase", CASES)
-def test_flops_are_those_of_the_roofline(model, phase):
-    args = NAMED[model]()
-    captured, small = capture_fake(one_of_each(args), phase)
-    total, own = 0.0, kinds(small.args)
-    for node in captured.calls():
-        kind, flops, name = layer_of(node, small.args), flops_of(node), name_of(node.target)
-        share = 0 if kind == "MTP" else 0.5 if name.startswith("dsv4.linear_cross_entropy") else 1  # the MTP block has a head of its own
-        total += share * (flops - recomputed(name, flops)) * kinds(args).get(kind, 1) / own.get(kind, 1)
-    per_token = total / shape_of(args, phase).length / 1e9
-    assert abs(per_token / GFLOP_PER_TOKEN[model, phase] - 1) < 0.05, per_token
+def test_flops_are_those_of_the_roofline(reports, model, phase):
+    needed, counted = (reports[model, phase][key] / 1e9 for key in ("needed_flops_per_token", "flops_per_token"))
+    assert abs(needed / GFLOP_PER_TOKEN[model, phase] - 1) < 0.02, needed
+    assert needed == counted if phase == "decode" else needed < counted  # the token at the end of a full cache sees all of it
 
 
 def test_flops_of_opaque_ops_equal_those_of_their_traced_references():
@@ -87,18 +75,21 @@ def test_one_layer_of_each_kind_stands_for_all():
     args.__post_init__()
     full, part = (report_phase(args, "decode", full=full) for full in (True, False))
     assert part["captured_layers"] == 3 and full["captured_layers"] == 14
+    part_train, full_train = (report_phase(args, "train", full=full)["saved_bytes"] for full in (False, True))
+    assert abs(part_train / full_train - 1) < 1e-3
     for key in ("opaque", "flops", "largest_bytes"):
         assert part[key] == full[key], key
     assert abs(part["operators"] / full["operators"] - 1) < 0.03  # what layers share is counted once
 
 
-def test_training_saves_no_more_than_it_must(reports):
-    """Activations kept by one layer of each kind, 8192 tokens: bounded by the streams, queries and expert inputs of Flash."""
-    args = one_of_each(ModelArgs.flash())
-    captured, model = capture_fake(args, "train")
-    blocks, S = args.n_layers + 1, 8192
-    streams, queries = S * args.hc_mult * args.dim * 2, S * args.n_heads * args.head_dim * 2
-    assert 0 < saved(captured) <= blocks * (8 * streams + 3 * queries), saved(captured) / 1e9
+@pytest.mark.parametrize("model", MODELS)
+def test_training_saves_no_more_than_it_must(reports, model):
+    """8192 tokens. A block keeps its streams twice, queries and outputs of all heads, and inputs of its linears and norms
+    that come to four streams and a little; before and after the blocks it is ten streams, the heads' fp32 ones above all."""
+    args, kept = NAMED[model](), reports[model, "train"]["saved_bytes"]
+    streams, queries = (8192 * width * 2 for width in (args.hc_mult * args.dim, args.n_heads * args.head_dim))
+    bound = (args.n_layers + args.n_mtp_layers) * (6.2 * streams + 2 * queries) + 10 * streams
+    assert 0.9 * bound < kept <= bound, (kept / 1e9, bound / 1e9)
 
 
 def full_depth(model: str, phase: str) -> None:
