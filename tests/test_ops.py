@@ -424,10 +424,10 @@ def expanded(t: torch.Tensor) -> torch.Tensor:
 
 
 def test_every_op_has_a_contract_and_cases():
-    """Forward and backward ops alike: the tests below see all that is registered."""
+    """Forward and backward ops alike: the tests below see all that is registered, but rope_ (test_kernel_rope.py)."""
     registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith(f"{ops.NAMESPACE}::")}
     assert set(CONTRACTS) == set(ops.OPS) == {case.op for case in FEW}
-    assert {name for case in FEW for name in record(case).names} == registered
+    assert {name for case in FEW for name in record(case).names} == registered - {"rope_"}
 
 
 @by_case
