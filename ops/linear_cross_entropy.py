@@ -5,16 +5,25 @@
     x [N, d]   weight [V, d]   target [N] int64, negative = ignored
     loss [N] fp32   lse [N] fp32
 
-Rows are processed in chunks, forward and backward; the backward recomputes the logits from lse.
+Logits are held in chunks, forward and backward; the backward recomputes them and takes the softmax from lse.
 Errors: shapes that do not fit together.
+
+On a GPU all rows meet some columns of the vocabulary at a time: the library multiplies bf16 into fp32 logits, faster than
+a kernel that fuses the rest, and one pass over them updates maximum, sum and target logit of each row, or writes
+p = (softmax - onehot) g in the dtype of x. With whole columns the gradient of weight needs no fp32 copy: each chunk is
+final, rounded once. That of x is added up in fp32. Sums have a fixed order: the results are deterministic.
 """
 from __future__ import annotations
 
 import torch
 
+from .launch import cdiv, jit, launch, tiles, tl
 from .registry import Op, register, require
 
-CHUNK = 1 << 24  # logits held at a time
+CHUNK = 1 << 24  # logits held at a time by the reference
+HELD, PARTS = 1 << 27, 16  # by the kernels, but at most in so many parts
+CANDIDATES = [dict(ROWS=1, BLOCK=8192, num_warps=8), dict(ROWS=1, BLOCK=4096, num_warps=4),
+              dict(ROWS=4, BLOCK=1024, num_warps=4), dict(ROWS=16, BLOCK=256, num_warps=4)]
 
 
 def check(x, weight, target):
@@ -24,7 +33,7 @@ def check(x, weight, target):
 
 def _chunks(N, V):
     step = max(1, CHUNK // V)
-    return [slice(c, min(c + step, N)) for c in range(0, N, step)]
+    return [slice(c, min(c + step, N)) for c in range(0, max(N, 1), step)]
 
 
 def forward_reference(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,13 +60,111 @@ def backward_reference(g: torch.Tensor, lse: torch.Tensor, x: torch.Tensor, weig
     return g_x, g_w.to(weight.dtype)
 
 
+@jit
+def linear_cross_entropy_forward_kernel(logits, target, loss, lse, total, N, first, width, START: tl.constexpr,
+                                        END: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows of a chunk. Until the last, loss holds the target's logit, lse the maximum and total the sum of exponentials."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < N
+    t = tl.load(target + row, mask=inside, other=-1)
+    logits += row.to(tl.int64) * width
+    if START:
+        sum, hit = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+        high = sum - float("inf")
+    else:
+        sum, hit = tl.load(total + row, mask=inside, other=0.0), tl.load(loss + row, mask=inside, other=0.0)
+        high = tl.load(lse + row, mask=inside, other=0.0)
+    for c in range(0, width, BLOCK):
+        j = c + tl.arange(0, BLOCK)
+        z = tl.load(logits[:, None] + j[None, :], mask=inside[:, None] & (j < width)[None, :], other=-float("inf"))
+        higher = tl.maximum(tl.maximum(high, tl.max(z, 1)), -3e38)  # finite, for the rows that are not there
+        sum = sum * tl.exp(high - higher) + tl.sum(tl.exp(z - higher[:, None]), 1)
+        high = higher
+    here = (t >= first) & (t < first + width)
+    hit = tl.where(here, tl.load(logits + (t - first), mask=here, other=0.0), hit)
+    if END:
+        high += tl.log(tl.where(inside, sum, 1.0))
+        hit = tl.where(t < 0, 0.0, high - hit)
+    else:
+        tl.store(total + row, sum, mask=inside)
+    tl.store(lse + row, high, mask=inside)
+    tl.store(loss + row, hit, mask=inside)
+
+
+@jit
+def linear_cross_entropy_backward_kernel(logits, target, g, lse, p, N, first, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    row, j = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    t = tl.load(target + row, mask=row < N, other=-1)
+    counted = (t >= 0)[:, None]
+    at, inside = row.to(tl.int64)[:, None] * width + j[None, :], (row < N)[:, None] & (j < width)[None, :]
+    z = tl.load(logits + at, mask=inside & counted, other=0.0)
+    v = tl.exp(z - tl.load(lse + row, mask=row < N, other=0.0)[:, None])
+    v = tl.where((j + first)[None, :] == t[:, None], v - 1.0, v) * tl.load(g + row, mask=row < N, other=0.0)[:, None]
+    tl.store(p + at, tl.where(counted, v, 0.0).to(p.dtype.element_ty), mask=inside)
+
+
+def _product(a, b, out):
+    """out = a b with fp32 sums. out= also keeps autocast away."""
+    if a.device.type == "cpu" or out.dtype.itemsize < a.dtype.itemsize:  # the library has nothing for these
+        out.copy_(torch.mm(a.float(), b.float(), out=out.new_empty(out.shape, dtype=torch.float32)))
+    elif out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    return out
+
+
+def _prepared(x, weight, target):
+    """x and weight in one dtype, a multiple of 128 columns, and room for that many logits of every row."""
+    N, V = x.shape[0], weight.shape[0]
+    if x.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16:
+        x, weight = x.float(), weight.float()
+    columns = min(cdiv(max(HELD // max(N, 1), cdiv(V, PARTS)), 128) * 128, V)
+    return x, weight, target.contiguous(), columns, x.new_empty(N * columns, dtype=torch.float32)
+
+
+def _logits(x, weight, room, first, columns):
+    w = weight[first : first + columns]
+    return w, _product(x, w.T, room[: len(x) * len(w)].view(len(x), len(w)))
+
+
+def forward(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    N, V = x.shape[0], weight.shape[0]
+    cfg = tiles("linear_cross_entropy_forward", f"V{V}", CANDIDATES, x)
+    loss, lse, total = (x.new_empty(N, dtype=torch.float32) for _ in range(3))
+    x, weight, target, columns, room = _prepared(x, weight, target)
+    for first in range(0, V, columns):
+        w, logits = _logits(x, weight, room, first, columns)
+        launch(linear_cross_entropy_forward_kernel, (cdiv(N, cfg["ROWS"]),), logits, target, loss, lse, total, N, first,
+               len(w), START=first == 0, END=first + columns >= V, **cfg)
+    return loss, lse
+
+
+def backward(g: torch.Tensor, lse: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor):
+    (N, V), g_x, g_w = (x.shape[0], weight.shape[0]), x.new_empty(x.shape), weight.new_empty(weight.shape)
+    cfg = tiles("linear_cross_entropy_backward", f"V{V}", CANDIDATES, x)
+    g, lse = g.contiguous(), lse.contiguous()
+    x, weight, target, columns, room = _prepared(x, weight, target)
+    ps, total = x.new_empty(room.shape), x.new_empty(x.shape, dtype=torch.float32)
+    part = torch.empty_like(total) if columns < V else None
+    for first in range(0, V, columns):
+        w, logits = _logits(x, weight, room, first, columns)
+        p = ps[: logits.numel()].view(logits.shape)
+        grid = cdiv(N, cfg["ROWS"]), cdiv(len(w), cfg["BLOCK"])
+        launch(linear_cross_entropy_backward_kernel, grid, logits, target, g, lse, p, N, first, len(w), **cfg)
+        _product(p.T, x, g_w[first : first + columns])
+        total = _product(p, w, total) if first == 0 else total.add_(_product(p, w, part))
+    return g_x.copy_(total), g_w
+
+
 def _flops(x, weight, *args, out_shape=None, **kw):
     return 2 * x[0] * x[1] * weight[0]
 
 
 _backward_op = register(
     "linear_cross_entropy_backward(Tensor g, Tensor lse, Tensor x, Tensor weight, Tensor target) -> (Tensor, Tensor)",
-    impl=backward_reference, fake=lambda g, lse, x, weight, target: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
+    impl=backward_reference, kernel=backward,
+    fake=lambda g, lse, x, weight, target: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
     flops=lambda g, lse, x, weight, *args, out_shape=None, **kw: 3 * _flops(x, weight))
 
 
@@ -73,7 +180,7 @@ def _backward(ctx, g, _):
 
 _opaque = register("linear_cross_entropy(Tensor x, Tensor weight, Tensor target) -> (Tensor, Tensor)", impl=forward_reference,
                    fake=lambda x, weight, target: tuple(x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2)),
-                   flops=_flops, setup_context=_setup, backward=_backward)
+                   kernel=forward, flops=_flops, setup_context=_setup, backward=_backward)
 
 linear_cross_entropy = Op("linear_cross_entropy", lambda *args: forward_reference(*args)[0],
                           lambda *args: _opaque(*args)[0], check)
