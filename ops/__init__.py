@@ -2,6 +2,7 @@
 from .act_quant import act_quant
 from .compress import compress
 from .hc_post import hc_post
+from .hc_post_pre import hc_post_pre
 from .hc_pre import hc_pre
 from .indexer_topk import indexer_topk
 from .linear_cross_entropy import linear_cross_entropy
