@@ -65,7 +65,8 @@ def hc_post_pre_mix(y, x, post, comb, fn, out, partial, N, d, width, splits, n: 
         p += (tl.load(post + token * n + k, mask=there, other=0.0).to(tl.float32),)
     for k in tl.static_range(n * n):
         c += (tl.load(comb + token * (n * n) + k, mask=there, other=0.0).to(tl.float32),)
-    acc, squares, end = tl.zeros([BT, C], tl.float32), tl.zeros([BT, BD // V], tl.float32), tl.minimum((s + 1) * width, d)
+    squares, end = tl.zeros([BT, BD // V], tl.float32), tl.minimum((s + 1) * width, d)
+    acc = tl.zeros([2 * C if x.dtype.element_ty == tl.bfloat16 else C, BT], tl.float32)
     for start in tl.range(s * width, end, BD, num_stages=STAGES):
         cols, xs = (start + tl.arange(0, BD))[None, :], ()
         mask = there & (cols < end)
@@ -76,10 +77,10 @@ def hc_post_pre_mix(y, x, post, comb, fn, out, partial, N, d, width, splits, n: 
             new = (p[k] * yt + dot_all(c, xs, k, n, n)).to(out.dtype.element_ty)
             tl.store(out + (token * n + k) * d + cols, new, mask=mask)
             f = tl.load(fn + (row[:, None] * n + k) * d + cols, mask=(row < R)[:, None] & (cols < end), other=0.0).to(tl.float32)
-            acc = add_mix(acc, new, f)
+            acc = add_mix(acc, f, new)
             new = new.to(tl.float32)
             squares += row_sums(new * new, V)
-    store_mix(partial + t.to(tl.int64) * splits + s, acc, squares, N, splits, t, row, R)
+    store_mix(partial + t.to(tl.int64) * splits + s, acc, squares, N, splits, t, R, C)
 
 
 def kernel(y: torch.Tensor, x: torch.Tensor, post: torch.Tensor, comb: torch.Tensor, fn: torch.Tensor, base: torch.Tensor,

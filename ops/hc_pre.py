@@ -109,19 +109,20 @@ def backward_reference(g_y: torch.Tensor, g_post: torch.Tensor, g_comb: torch.Te
 
 @jit
 def halves(f):
-    """fp32 -> bf16 and what it lacks, bf16: together exact to 2^-18."""
-    hi = f.to(tl.bfloat16)
-    return hi, (f - hi.to(tl.float32)).to(tl.bfloat16)
+    """fp32 -> its leading bits, bf16, and the rest, bf16: together exact to 2^-18. Integer rounding: half the conversions."""
+    hi = ((f.to(tl.int32, bitcast=True) + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
+    return hi.to(tl.bfloat16), (f - hi).to(tl.bfloat16)
 
 
 @jit
-def add_mix(acc, xt, f):
-    """acc [M, C] + xt [M, BD] times f [C, BD] transposed; as if all were fp32."""
+def add_mix(acc, f, xt):
+    """acc + f [C, BD] times xt [M, BD] transposed. In bf16 acc has 2 C rows: what f's leading halves give, then its rests."""
     if xt.dtype == tl.bfloat16:
         hi, lo = halves(f)
-        return tl.dot(xt, tl.trans(lo), tl.dot(xt, tl.trans(hi), acc))
+        f = tl.reshape(tl.permute(tl.join(hi, lo), (2, 0, 1)), [2 * f.shape[0], f.shape[1]])
+        return tl.dot(f, tl.trans(xt), acc)
     else:
-        return tl.dot(xt.to(tl.float32), tl.trans(f), acc, input_precision="ieee")
+        return tl.dot(f, tl.trans(xt.to(tl.float32)), acc, input_precision="ieee")
 
 
 @jit
@@ -135,7 +136,8 @@ def hc_pre_mix(x, fn, g, partial, N, d, width, splits, n: tl.constexpr, R: tl.co
                BD: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr):
     s = tl.program_id(0) % splits
     t, row = tl.program_id(0) // splits * BT + tl.arange(0, BT), tl.arange(0, C)
-    token, acc, squares, dots = t.to(tl.int64)[:, None], tl.zeros([BT, C], tl.float32), tl.zeros([BT, BD // V], tl.float32), ()
+    token, squares, dots = t.to(tl.int64)[:, None], tl.zeros([BT, BD // V], tl.float32), ()
+    acc = tl.zeros([2 * C if x.dtype.element_ty == tl.bfloat16 else C, BT], tl.float32)
     for j in tl.static_range(n):
         dots += (tl.zeros([BT, BD // V], tl.float32),)
     end = tl.minimum((s + 1) * width, d)
@@ -147,7 +149,7 @@ def hc_pre_mix(x, fn, g, partial, N, d, width, splits, n: tl.constexpr, R: tl.co
         for j in tl.static_range(n):
             xt = tl.load(x + (token * n + j) * d + cols, mask=mask, other=0.0)
             f = tl.load(fn + (row[:, None] * n + j) * d + cols, mask=(row < R)[:, None] & (cols < end), other=0.0).to(tl.float32)
-            acc = add_mix(acc, xt, f)
+            acc = add_mix(acc, f, xt)
             xt = xt.to(tl.float32)
             squares += row_sums(xt * xt, V)
             if g is not None:
@@ -155,16 +157,18 @@ def hc_pre_mix(x, fn, g, partial, N, d, width, splits, n: tl.constexpr, R: tl.co
         if g is not None:
             dots = new
     at = partial + t.to(tl.int64) * splits + s
-    store_mix(at, acc, squares, N, splits, t, row, R)
+    store_mix(at, acc, squares, N, splits, t, R, C)
     if g is not None:
         for j in tl.static_range(n):
             tl.store(at + (R + 1 + j) * N * splits, tl.sum(dots[j], 1), mask=t < N)
 
 
 @jit
-def store_mix(at, acc, squares, N, splits, t, row, R: tl.constexpr):
-    mask = (t < N)[:, None] & (row < R)[None, :]
-    tl.store(at[:, None] + row[None, :] * N * splits, acc, mask=mask)
+def store_mix(at, acc, squares, N, splits, t, R: tl.constexpr, C: tl.constexpr):
+    row = tl.arange(0, C)[:, None]
+    if acc.shape[0] > C:
+        acc = tl.sum(tl.reshape(acc, [2, C, acc.shape[1]]), 0)
+    tl.store(at[None, :] + row * N * splits, acc, mask=(row < R) & (t < N)[None, :])
     tl.store(at + R * N * splits, tl.sum(squares, 1), mask=t < N)
 
 
@@ -330,7 +334,7 @@ def key(x) -> str:
 def split(x, blocks, columns, BD) -> tuple[int, int]:
     """-> columns of a split, and how many splits: two programs per processor, if the blocks alone are not as many."""
     steps = cdiv(columns, BD)
-    width = cdiv(steps, min(steps, 64, max(1, 2 * processors(x) // max(blocks, 1))))
+    width = cdiv(steps, min(steps, 128, max(1, 2 * processors(x) // max(blocks, 1))))
     return width * BD, cdiv(steps, width)
 
 

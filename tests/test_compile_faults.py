@@ -98,7 +98,8 @@ FAULTS = {
         '    if name != "hc_post":\n        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)', DECODE,
         r"dsv4.hc_post[\s\S]*(fake|[Mm]eta)"),
     "a fake of another dtype": Fault(
-        "ops/sparse_attn.py", "q.new_empty(q.shape[:3], dtype=torch.float32)", "q.new_empty(q.shape[:3], dtype=torch.float64)",
+        "ops/sparse_attn.py", "q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)",
+        "q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float64)",
         "tests/test_ops.py::test_ops_pass_opcheck[sparse_attn-3-5-8-window-contiguous]", r"sparse_attn[\s\S]*dtype"),
     "a fake of other strides": Fault(
         "ops/rope.py", "fake=lambda x, cos, sin, inverse: x.new_empty(x.shape)", "fake=lambda x, cos, sin, inverse: x.new_empty(x.shape).mT.contiguous().mT",
