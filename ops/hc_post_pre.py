@@ -24,8 +24,8 @@ from .launch import cdiv, jit, launch, power_of_two, tiles, tl
 from .registry import Op, register, require
 from .sinkhorn import IN_REGISTERS
 
-MIX = [{"BT": 64, "BD": 64, "STAGES": 2, "num_warps": 8}, {"BT": 64, "BD": 32, "STAGES": 2, "num_warps": 8},
-       {"BT": 64, "BD": 32, "STAGES": 2, "num_warps": 4}, {"BT": 32, "BD": 32, "STAGES": 2, "num_warps": 4}]
+MIX = [{"BT": 64, "BD": 64, "STAGES": 3, "num_warps": 8}, {"BT": 64, "BD": 64, "STAGES": 2, "num_warps": 8},
+       {"BT": 64, "BD": 32, "STAGES": 2, "num_warps": 8}, {"BT": 32, "BD": 32, "STAGES": 2, "num_warps": 4}]
 MIX_FEW = [{"BT": 16, "BD": 64, "STAGES": 2, "num_warps": 4}, {"BT": 16, "BD": 32, "STAGES": 2, "num_warps": 4}]
 
 
