@@ -4,7 +4,7 @@ A launch runs on the GPU that its tensors are on, or in Triton's interpreter on 
 `record(arch)` it is only noted down, specialised as Triton's launcher would, so that it can be compiled ahead of time for
 a GPU that is not there: tensors may then be fake.
 
-Tiles are never searched for at run time. `tiles` takes them from tuned.json, which `python -m bench.tune` writes.
+Tiles are never searched for at run time: `tiles` takes them from tuned.json.
 """
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def _tuned() -> dict:
 
 @contextlib.contextmanager
 def choose(tiles_by_kernel: dict[str, dict]):
-    """Within the block these kernels take these tiles, whatever the table says: for tests and for bench.tune."""
+    """Within the block these kernels take these tiles, whatever the table says: for tests and to compare them."""
     before = dict(_chosen)
     _chosen.update(tiles_by_kernel)
     try:
@@ -155,7 +155,7 @@ def choose(tiles_by_kernel: dict[str, dict]):
 def tiles(name: str, key: str, candidates: list[dict], x: torch.Tensor) -> dict:
     """Tile sizes and launch options of a kernel.
 
-    name        of the kernel, as bench.tune lists it
+    name        of the kernel
     key         what of the shapes and dtypes matters to the choice, "H64 D512 bf16"
     candidates  all that are valid for these shapes, from the largest to the smallest
     x           a tensor on the GPU in question

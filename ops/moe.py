@@ -21,6 +21,7 @@ import torch
 
 from .formats import dequantize_fp4, dequantize_fp8
 from .moe_few import gathered, moe_few, quantized, swiglu
+from .moe_kernels import backward, forward
 from .registry import Op, register, require
 
 CHUNK = 1 << 24  # intermediate values held at a time
@@ -142,7 +143,7 @@ def _fake_backward(g, x, w13, w2, idx, weight, s13, *args):
 
 _backward_op = register(
     "moe_backward(Tensor g, Tensor x, Tensor w13, Tensor w2, Tensor idx, Tensor weight, Tensor? s13, Tensor? s2, float limit, "
-    "bool act_quant) -> (Tensor, Tensor, Tensor, Tensor)", impl=backward_reference, fake=_fake_backward,
+    "bool act_quant) -> (Tensor, Tensor, Tensor, Tensor)", impl=backward_reference, kernel=backward, fake=_fake_backward,
     # two gradients each (one if packed), and h13 again
     flops=lambda g, x, w13, w2, idx, weight, s13=None, *args, out_shape=None, **kw:
         (8 if s13 is None else 5) * _flops(x, w13, w2, idx) // 3)
@@ -161,7 +162,7 @@ def _backward(ctx, g):
 
 
 _opaque = register("moe(Tensor x, Tensor w13, Tensor w2, Tensor idx, Tensor weight, Tensor? s13, Tensor? s2, float limit, "
-                   "bool act_quant) -> Tensor", impl=grouped,
+                   "bool act_quant) -> Tensor", impl=grouped, kernel=forward,
                    fake=lambda x, *rest: x.new_empty(x.shape, dtype=torch.float32),
                    flops=_flops, setup_context=_setup, backward=_backward)
 
