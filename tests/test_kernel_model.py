@@ -8,7 +8,7 @@ import torch
 
 import report
 from model import ModelArgs, Transformer, training_loss
-from oracle import rms
+from oracle import randomize, rms
 
 # Every layer kind within a few tokens: window 8, entries of 4 and 8 tokens, 4 of the entries chosen.
 ARGS = dataclasses.replace(ModelArgs.debug(), window_size=8, compress_ratios=(0, 4, 8, 4, 0), index_topk=4, max_seq_len=64)
@@ -18,7 +18,7 @@ T = 21
 def models(args=ARGS, dtype=torch.float32):
     """The same weights behind references and behind kernels."""
     torch.manual_seed(1)
-    reference = Transformer(args, ops={name: "reference" for name in report.MODEL_OPS})
+    reference = randomize(Transformer(args, ops={name: "reference" for name in report.MODEL_OPS}), seed=1)
     opaque = Transformer(args, ops={name: "opaque" for name in report.MODEL_OPS})
     opaque.load_state_dict(reference.state_dict())
     return reference.to(dtype), opaque.to(dtype)
@@ -61,7 +61,7 @@ def test_training_equals_that_of_references():
         assert (a.grad is None) == (b.grad is None), name
         if a.grad is not None and a.grad.abs().max() > 1e-9:
             compared += 1
-            assert rms(b.grad, a.grad) <= 1e-4, name
+            assert (b.grad - a.grad).norm() <= 1e-4 * a.grad.norm() + 1e-7, name
     assert compared > 50
 
 
