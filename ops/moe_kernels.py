@@ -433,7 +433,7 @@ def moe_sum(pairs, y, N, d, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr)
 def moe_act_backward(sums, g_h, weight, g_weight, limit, n, I, QUANT: tl.constexpr, H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """From gate and up, sums [n, 2I], and the gradient g_h [n, I] of h those of gate, up and weight [n]; and h.
     In place: the first two become sums, h becomes g_h."""
-    pair, dtype = (tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM))[:, None], g_h.dtype.element_ty
+    pair = (tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM))[:, None]
     w, g_w = tl.load(weight + pair, mask=pair < n, other=0.0), tl.zeros([BM, BN], tl.float32)
     for i in range(0, I, BN):
         col = i + tl.arange(0, BN)[None, :]
@@ -444,10 +444,10 @@ def moe_act_backward(sums, g_h, weight, g_weight, limit, n, I, QUANT: tl.constex
         sig = 1 / (1 + tl.exp(-gate))
         silu = gate * sig
         g_w += g * silu * up
-        tl.store(at, tl.where(a <= limit, g * w * up * sig * (1 + gate - silu), 0.0).to(dtype), mask=ok)
-        tl.store(at + I, tl.where(tl.abs(b) <= limit, g * w * silu, 0.0).to(dtype), mask=ok)
+        tl.store(at, tl.where(a <= limit, g * w * up * sig * (1 + gate - silu), 0.0).to(g_h.dtype.element_ty), mask=ok)
+        tl.store(at + I, tl.where(tl.abs(b) <= limit, g * w * silu, 0.0).to(g_h.dtype.element_ty), mask=ok)
         if H:
-            h = (silu * up * w).to(dtype)
+            h = (silu * up * w).to(g_h.dtype.element_ty)
             if QUANT:
                 h = moe_fp8(h, BM, BN, False)
             tl.store(to, h, mask=ok)

@@ -135,7 +135,7 @@ def test_packed_weights_pass_gradients_on(size, fmt, quantized, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [(1, 2, 2, 15, 9, "float", False), (9, 7, 2, 6, 4, "float", False, "one"), (40, 2, 3, 6, 4, "float", False, "twice"),
-                                     (1, 3, 4, 6, 4, "float", True, "twice"), (128, 3, 2, 6, 4, "float", False), (86, 2, 3, 6, 4, "float", True),
+                                     (1, 3, 4, 6, 4, "float", True, "twice"), (128, 3, 2, 6, 4, "float", False), (86, 4, 3, 6, 4, "float", True),
                                      (270, 4, 1, 6, 4, "float", False), (3, 130, 2, 6, 4, "float", False), (17, 2, 1, 100, 150, "float", True)],
                          ids=str)
 def test_whatever_the_experts(options, dtype):
