@@ -57,7 +57,7 @@ def compare(args, tolerance):
 
 
 @pytest.mark.parametrize("kind", ["window", "range", "chosen"])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 5e-6), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
 def test_forward_and_backward_over_several_tiles(kind, dtype, tolerance):
     compare(arguments(B=2, T=5, kind=kind, dtype=dtype), tolerance)
 
@@ -66,7 +66,7 @@ def test_forward_and_backward_over_several_tiles(kind, dtype, tolerance):
                          ids=str)
 @pytest.mark.parametrize("kind", ["window", "range", "chosen"])
 def test_odd_shapes(kind, shape):
-    compare(arguments(**{"T": 3, **shape}, kind=kind), 2e-6)
+    compare(arguments(**{"T": 3, **shape}, kind=kind), 5e-6)
 
 
 @pytest.mark.parametrize("kind", ["window", "range", "chosen"])
@@ -82,10 +82,35 @@ def test_splits_change_nothing(kind, splits, monkeypatch):
     assert launched[0] == 1 if splits == 1 else launched[0] > 1 and len(launched) == 2
 
 
+def test_more_splits_than_are_merged_at_once(monkeypatch):
+    args = list(arguments(T=1, E=400, kind="range"))
+    args[6] = args[6] * torch.linspace(0.1, 3, 400)[:, None]  # maxima grow
+    args[7], args[8] = args[7] * 0, args[8] * 0 + 400
+    monkeypatch.setattr(module, "processors", lambda x: 14)
+    launched = noted(monkeypatch, "SPLITS")
+    with choose({"sparse_attn_forward": SMALL}):
+        o, lse = forward_kernel(*args)
+    expected, expected_lse = forward_reference(*args)
+    assert launched[0] > 8 and rms(o, expected) <= 2e-6 and rms(lse, expected_lse) <= 2e-6
+
+
+@pytest.mark.parametrize("kind", ["window", "range"])
+def test_gradients_at_the_edges_of_blocks(kind):
+    """Every key is the last, and every one the first, that some token sees."""
+    T, W = 34, 5
+    args = list(arguments(T=T, H=2, D=16, r=4, W=W, E=T, kind=kind))
+    args[3] = torch.full((1, T), W)
+    if kind == "range":
+        t = torch.arange(T)[None]
+        args[7], args[8] = torch.where(t % 2 == 0, t, 0), t + 1
+    with choose({"sparse_attn_backward_kv": dict(BH=16, BK=16, num_warps=4, num_stages=1)}):
+        compare(tuple(args), 5e-6)
+
+
 @pytest.mark.parametrize("masked", [0, 100], ids=["by atomics", "by entry"])
 def test_gradients_of_chosen_entries_are_complete_either_way(masked, monkeypatch):
     monkeypatch.setattr(module, "MASKED", masked)
-    compare(arguments(B=2, T=6, kind="chosen"), 2e-6)
+    compare(arguments(B=2, T=6, kind="chosen"), 5e-6)
 
 
 def test_deterministic_algorithms_avoid_atomics(monkeypatch):
