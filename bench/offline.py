@@ -39,6 +39,7 @@ class Resources(NamedTuple):
 
     registers: int
     spills: int
+    spilling: float  # share of the instructions in loops that spill or fetch what was spilled
     shared: int
     matrix: dict[str, int]  # matrix instructions by kind
     instructions: int
@@ -59,13 +60,24 @@ def _cuobjdump(flag: str, path: str) -> str:
     return subprocess.run([CUOBJDUMP, flag, path], capture_output=True, text=True, check=True).stdout
 
 
+def _spilling(code: list[tuple[str, str, str | None]], spill) -> float:
+    """code: (address or label, instruction, label that it jumps to); a jump back closes a loop."""
+    at = {label: i for i, (label, *_) in reversed(list(enumerate(code)))}
+    loops = [(at[target], i) for i, (*_, target) in enumerate(code) if at.get(target, i + 1) <= i]
+    inside = [name for i, (_, name, _) in enumerate(code) if name and any(first <= i <= last for first, last in loops)]
+    return sum(map(spill, inside)) / max(len(inside), 1)
+
+
 def _nvidia(compiled) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage, code = _cuobjdump("-res-usage", file.name), _cuobjdump("-sass", file.name)
-    names = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", code, re.M)
-    return Resources(registers=int(re.search(r"REG:(\d+)", usage)[1]), spills=sum(name in ("LDL", "STL") for name in names),
+    lines = re.findall(r"^\s+/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)([^;\n]*)", code, re.M)
+    names, spill = [name for _, name, _ in lines], lambda name: name in ("LDL", "STL")
+    target = lambda operands: (re.findall(r"0x([0-9a-f]+)", operands) or ["?"])[-1].rjust(4, "0")
+    return Resources(registers=int(re.search(r"REG:(\d+)", usage)[1]), spills=sum(map(spill, names)),
+                     spilling=_spilling([(at, name, target(rest) if name == "BRA" else None) for at, name, rest in lines], spill),
                      shared=compiled.metadata.shared, matrix={kind: names.count(kind) for kind in MATRIX if kind in names},
                      instructions=len(names), dots=compiled.asm["ttir"].count("tt.dot"))
 
@@ -74,9 +86,12 @@ def _amd(compiled) -> Resources:
     code = compiled.asm["amdgcn"]
     number = lambda key: int(re.search(rf"\.{key}:\s+(\d+)", code)[1])
     matrix = re.findall(r"\b(v_mfma|v_smfmac|v_wmma)_\w+", code)
+    lines = [(label, name, rest.strip() if "branch" in name else None)
+             for label, name, rest in re.findall(r"^(?:(\.\w+):.*|\t([a-z]\w+)[ \t]*([^;\n]*))$", code, re.M)]
     return Resources(registers=number("vgpr_count"), spills=number("vgpr_spill_count") + number("sgpr_spill_count"),
-                     shared=compiled.metadata.shared, matrix={kind: matrix.count(kind) for kind in set(matrix)},
-                     instructions=len(re.findall(r"^\t[a-z]\w+ ", code, re.M)), dots=compiled.asm["ttir"].count("tt.dot"))
+                     spilling=_spilling(lines, lambda name: name.startswith("scratch_")), shared=compiled.metadata.shared,
+                     matrix={kind: matrix.count(kind) for kind in sorted(set(matrix))}, instructions=sum(bool(name) for _, name, _ in lines),
+                     dots=compiled.asm["ttir"].count("tt.dot"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -106,13 +121,18 @@ def launches(calls: list[cases.Call], arch: str) -> dict[str, Launch]:
 _shared: dict[tuple[str, str], Launch] = {}  # what the forked workers find
 
 
-def _compile(key: tuple[str, str]) -> tuple[tuple[str, str], dict]:
+def compile_quietly(launch: Launch, arch: str) -> dict:
+    """Resources as a dict, or {"error": why it does not compile}; compilers that fail print pages."""
     with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet), contextlib.redirect_stdout(quiet):
         try:
-            return key, compile_launch(_shared[key], key[0])._asdict()
+            return compile_launch(launch, arch)._asdict()
         except Exception as error:  # whatever the compiler raises is the finding
             lines = str(error).strip().splitlines() or [""]
-            return key, {"error": next((line for line in lines if "error" in line.lower() or "fatal" in line), lines[-1])[:200]}
+            return {"error": next((line for line in lines if "error" in line.lower() or "fatal" in line), lines[-1])[:200]}
+
+
+def _compile(key: tuple[str, str]) -> tuple[tuple[str, str], dict]:
+    return key, compile_quietly(_shared[key], key[0])
 
 
 def compile_all(calls: list[cases.Call], archs: list[str], processes: int | None = None) -> Iterator[tuple[str, str, dict]]:
@@ -124,6 +144,20 @@ def compile_all(calls: list[cases.Call], archs: list[str], processes: int | None
             yield arch, name, result
 
 
+def check_archs(archs: list[str]) -> None:
+    for arch in archs:
+        require(arch in TARGETS, f"--arch {arch}: choose from {', '.join(TARGETS)}")
+
+
+def all_calls(op: str | None) -> list[cases.Call]:
+    """The different calls of all phases, or those of one op and its backward."""
+    calls = {}
+    for phase in cases.PHASES:
+        print(f"capturing {phase} ...", file=sys.stderr, flush=True)
+        calls.update({call.key: call for call in cases.calls(phase)})
+    return [call for call in calls.values() if op is None or call.op.removesuffix("_backward") == op]
+
+
 def run(argv: list[str] | None) -> None:
     parser = cli.Parser(prog="python -m bench.offline", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", default=",".join(TARGETS), help="architectures, comma-separated")
@@ -131,16 +165,9 @@ def run(argv: list[str] | None) -> None:
     parser.add_argument("--record", action="store_true", help="write bench/results/kernels_triton<version>.json")
     args = parser.parse_args(argv)
     archs = args.arch.split(",")
-    for arch in archs:
-        require(arch in TARGETS, f"--arch {arch}: choose from {', '.join(TARGETS)}")
-    calls = {}
-    for phase in cases.PHASES:
-        print(f"capturing {phase} ...", file=sys.stderr, flush=True)
-        calls.update({call.key: call for call in cases.calls(phase)})
-    if args.op:
-        calls = {key: call for key, call in calls.items() if call.op.removesuffix("_backward") == args.op}
+    check_archs(archs)
     table: dict = {}
-    for arch, name, result in compile_all(list(calls.values()), archs):
+    for arch, name, result in compile_all(all_calls(args.op), archs):
         table.setdefault(name, {})[arch] = result
         over = "" if result.get("shared", 0) <= SHARED[arch] * 1024 else "  TOO MUCH SHARED MEMORY"
         print(f"{arch:7} {' '.join(f'{k} {v}' for k, v in result.items())}{over}  {name}", flush=True)

@@ -34,12 +34,17 @@ def _lines(path: str) -> list[str]:
         return []
 
 
+def replace(path: Path, text: str) -> None:
+    """Write a file; an old one is replaced only when the new one is complete."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
 def record(name: str, result: dict) -> Path:
-    """Write bench/results/NAME.json; an old one is replaced only when the new one is complete."""
+    """Write bench/results/NAME.json."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"environment": environment(), **result}, indent=1) + "\n")
-    temporary.replace(path)
+    replace(path, json.dumps({"environment": environment(), **result}, indent=1) + "\n")
     print(f"recorded {path}", flush=True)
     return path

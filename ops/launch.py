@@ -33,7 +33,8 @@ TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", t
 
 _recorded: list[Launch] | None = None
 _recorded_arch = ""
-_chosen: dict[str, dict] = {}
+_chosen: dict[str | tuple[str, str], dict] = {}
+_asked: dict[tuple[str, str], list[dict]] | None = None
 
 
 def jit(function):
@@ -141,8 +142,19 @@ def _tuned() -> dict:
 
 
 @contextlib.contextmanager
-def choose(tiles_by_kernel: dict[str, dict]):
-    """Within the block these kernels take these tiles, whatever the table says: for tests and to compare them."""
+def asked():
+    """Yields a dict of what `tiles` is asked for within the block: candidates by (name, key), in order."""
+    global _asked
+    before, _asked = _asked, {}
+    try:
+        yield _asked
+    finally:
+        _asked = before
+
+
+@contextlib.contextmanager
+def choose(tiles_by_kernel: dict[str | tuple[str, str], dict]):
+    """Within the block these kernels, or (name, key), take these tiles, whatever the table says: to test and compare them."""
     before = dict(_chosen)
     _chosen.update(tiles_by_kernel)
     try:
@@ -162,8 +174,11 @@ def tiles(name: str, key: str, candidates: list[dict], x: torch.Tensor) -> dict:
 
     An architecture or a key that is not in the table takes the last candidate, which must fit everywhere.
     """
-    if name in _chosen:
-        return _chosen[name]
+    if _asked is not None:
+        _asked[name, key] = candidates
+    chosen = _chosen.get((name, key), _chosen.get(name))
+    if chosen is not None:
+        return chosen
     by_arch = _tuned().get(name, {})
     where = arch(x)
     found = by_arch.get(where, by_arch.get(LIKE.get(where), {})).get(key)

@@ -180,7 +180,7 @@ def _sink_gradient(delta, lse, sink):
 
 FORWARD = [dict(BH=64, BN=32, num_warps=8, num_stages=2), dict(BH=64, BN=32, num_warps=8, num_stages=1),
            dict(BH=16, BN=32, num_warps=4, num_stages=2), dict(BH=16, BN=16, num_warps=4, num_stages=1)]
-QUERIES = [dict(BH=64, BN=32, num_warps=8, num_stages=1), dict(BH=32, BN=32, num_warps=8, num_stages=1),
+QUERIES = [dict(BH=64, BN=32, num_warps=8, num_stages=1),
            dict(BH=16, BN=32, num_warps=4, num_stages=1), dict(BH=16, BN=16, num_warps=4, num_stages=1)]
 KEYS = [dict(BH=32, BK=32, num_warps=8, num_stages=1), dict(BH=16, BK=32, num_warps=8, num_stages=1),
         dict(BH=16, BK=16, num_warps=4, num_stages=1)]

@@ -8,7 +8,8 @@ import torch
 from torch._inductor.utils import run_and_get_code
 
 import ops
-from ops.launch import choose
+from bench.tune import by_time
+from ops.launch import INTERPRETING, TUNED, choose
 from ops.rope import rotate_
 from oracle import rms
 
@@ -106,6 +107,13 @@ def test_nothing_to_rotate(shape):
     x, (cos, sin) = torch.randn(shape), angles(*shape[:2], 4)
     assert ops.rope.opaque(x, cos, sin, False).shape == shape
     in_place(x, cos, sin, False)
+
+
+def test_tiles_can_be_chosen_by_time():
+    before = TUNED.read_text()
+    table = by_time(["G1.7"], toy=INTERPRETING)
+    assert {name for name, _ in table} == {"rope_turn"} and len(table) >= 2
+    assert all(set(tile) == {"BN", "num_warps"} for tile in table.values()) and TUNED.read_text() == before
 
 
 def test_rotate_overwrites_only_where_no_gradient_can_need_the_old_values():

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cases
+from bench import cases, tune
 from bench.offline import SHARED, TARGETS, compile_all, compile_launch, launches
 from bench.record import RESULTS
-from ops.launch import jit, launch, record, tl
+from ops.launch import TUNED, Launch, asked, choose, jit, launch, record, tiles, tl
 
 SLACK = 1.1  # spills may grow by this and a few before somebody must look
 SOME = {"flash": list(TARGETS), "pro": ["sm_90"]}  # the rest is slow
@@ -87,6 +87,17 @@ def test_kernels_fit_the_h200_with_its_triton():
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.parametrize("model", ["flash", "pro"])
+@pytest.mark.parametrize("arch", TARGETS)
+def test_every_tile_is_in_the_table_and_still_a_candidate(model, arch):
+    table = json.loads(TUNED.read_text())
+    for call in calls(model):
+        with asked() as questions:
+            call.launches(arch)
+        for (name, key), candidates in questions.items():
+            assert table.get(name, {}).get(arch, {}).get(key) in candidates, f"{arch} {name} {key}: python -m bench.tune --arch {arch}"
+
+
 @jit
 def greedy(x, y, N: tl.constexpr):
     i = tl.arange(0, N)
@@ -94,12 +105,41 @@ def greedy(x, y, N: tl.constexpr):
     tl.store(y + at, tl.dot(tl.load(x + at), tl.load(x + at)))
 
 
+def launched(arch: str, programs: int = 1) -> list[Launch]:
+    with record(arch) as found:
+        x = torch.empty(256, 256, dtype=torch.bfloat16, device="meta")
+        launch(greedy, (programs,), x, x.float(), **tiles("greedy", "a key", CANDIDATES, x))
+    return found
+
+
+CANDIDATES = [dict(N=512, num_warps=4), dict(N=256, num_warps=4), dict(N=32, num_warps=4), dict(N=16, num_warps=4)]
+
+
+def test_the_largest_tile_that_fits_is_chosen_and_written(tmp_path, monkeypatch):
+    """512 does not fit, 256 spills, 32 is fine; the table keeps its other entries."""
+    class Greedy:
+        launches = staticmethod(lambda arch: launched(arch, 1000))
+
+    table = tune.by_resources("sm_90", [Greedy])
+    assert table == {("greedy", "a key"): CANDIDATES[2]}
+    monkeypatch.setattr(tune, "TUNED", tmp_path / "tuned.json")
+    tune.TUNED.write_text('{"other": {"sm_80": {"k": {"N": 1}}}, "greedy": {"sm_90": {"b": {"N": 2}, "a key": {"N": 3}}}}')
+    tune.write({"sm_90": table})
+    assert json.loads(tune.TUNED.read_text()) == {"other": {"sm_80": {"k": {"N": 1}}}, "greedy": {"sm_90": {"b": {"N": 2}, "a key": CANDIDATES[2]}}}
+
+
+def test_a_tile_is_worse_the_more_it_spills_or_leaves_idle():
+    fine = dict(shared=1, dots=1, matrix={"HMMA": 1}, spills=0, spilling=0.0, instructions=100)
+    worse = lambda change={}, programs=132: tune.shortcoming({**fine, **change}, launched("sm_90", programs)[0], "sm_90", CANDIDATES[0])
+    assert worse() == worse(dict(spills=4)) == worse(programs=200) == 0
+    assert 0 < worse(dict(spills=6)) < worse(dict(spills=50)) < worse(dict(matrix={})) == worse(dict(shared=1 << 20)) == worse(dict(error="no"))
+    assert 0 < worse(dict(spilling=0.1)) and 0 < worse(programs=100) < worse(programs=10)
+
+
 def test_what_is_wrong_is_found():
     """A kernel that needs too much, one that lost its matrix instructions, and one that does not compile."""
-    with record("sm_90") as launched:
-        x = torch.empty(256, 256, dtype=torch.bfloat16, device="meta")
-        launch(greedy, (1,), x, x.float(), N=256, num_warps=4)
-    result = compile_launch(launched[0], "sm_90")._asdict()
+    with choose({"greedy": CANDIDATES[1]}):
+        result = compile_launch(launched("sm_90")[0], "sm_90")._asdict()
     assert result["matrix"] and result["spills"] > 0
     table = {"greedy": {"sm_90": {**result, "spills": 0, "matrix": {"DMMA": 1}}}}
     wrong = judge([("sm_90", "greedy", {**result, "shared": 1 << 20}), ("sm_90", "other", {"error": "no"}), ("sm_90", "new", result)], table)
