@@ -628,13 +628,11 @@ class Block(nn.Module):
         self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale = hc_params(args, rows, 3)
         self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale = hc_params(args, rows, 3)
 
-    def hc_pre(self, X, fn, base, scale):
-        return self.ops.hc_pre(X, fn, base, scale, self.args.norm_eps, self.args.hc_eps, self.args.hc_sinkhorn_iters)
-
     def forward(self, X: torch.Tensor, tokens: torch.Tensor, plan: Plan) -> torch.Tensor:  # X [B, T, n, d]
-        x, post, comb = self.hc_pre(X, self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale)
-        X = self.ops.hc_post(self.attn(self.attn_norm(x), plan), X, post, comb)
-        x, post, comb = self.hc_pre(X, self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale)
+        constants = self.args.norm_eps, self.args.hc_eps, self.args.hc_sinkhorn_iters
+        x, post, comb = self.ops.hc_pre(X, self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale, *constants)
+        y = self.attn(self.attn_norm(x), plan)
+        X, x, post, comb = self.ops.hc_post_pre(y, X, post, comb, self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale, *constants)
         return self.ops.hc_post(self.ffn(self.ffn_norm(x), tokens), X, post, comb)
 
 

@@ -133,7 +133,7 @@ def capture_fake(args: ModelArgs, phase: str, shape: Shape | None = None, forms:
         torch.set_default_dtype(before)
 
 
-MODEL_OPS = tuple(name for name in ops.OPS if name not in ("sinkhorn", "moe_few", "hc_post_pre"))  # parts of others, on CPU; not called
+MODEL_OPS = tuple(name for name in ops.OPS if name not in ("sinkhorn", "moe_few"))  # parts of others, on CPU
 
 
 def name_of(target) -> str:

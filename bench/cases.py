@@ -1,7 +1,7 @@
 """The calls of our ops that the graphs of Flash and Pro make, with their production shapes, as fake tensors."""
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Iterator, NamedTuple
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from ops.registry import LAUNCHERS
 
 
 class Phase(NamedTuple):
-    """A phase of a model, and how its weights are stored: "bf16", or "fp8" or "fp4" experts with fp8 linears."""
+    """A phase of a model, and how its weights are stored: "bf16", "fp32", or "fp8" or "fp4" experts with fp8 linears."""
 
     model: str
     phase: str
@@ -33,6 +33,8 @@ PHASES = [phase for model in ("flash", "pro") for phase in (
     Phase(model, "decode", report.Shape(1, 1, MILLION)), Phase(model, "decode", report.Shape(8, 1, 4096)),
     Phase(model, "prefill", report.Shape(1, 8192, 8192), "fp4"), Phase(model, "decode", report.Shape(1, 1, MILLION), "fp4"),
     Phase(model, "prefill", report.Shape(1, 8192, 8192), "fp8"), Phase(model, "decode", report.Shape(1, 1, MILLION), "fp8"))]
+PHASES.append(Phase("flash", "train", report.Shape(1, 4096, 4096), "fp32"))
+TOKENS = {"moe": (64, 512, 1024), "quant_linear": (16, 128)}  # other lengths than those of a phase that want tiles of their own
 
 
 class Call(NamedTuple):
@@ -47,10 +49,14 @@ class Call(NamedTuple):
         leaves, spec = tree_flatten(self.args)
         return f"{self.op} {[(tuple(x.shape), x.stride(), str(x.dtype)) if isinstance(x, torch.Tensor) else x for x in leaves]} {spec}"
 
+    @property
+    def mode(self) -> FakeTensorMode:
+        """Dynamo's, which all its tensors belong to."""
+        return next(x.fake_mode for x in tree_leaves(self.args) if isinstance(x, torch.Tensor))
+
     def launches(self, arch: str) -> list[Launch]:
         """What the op launches on an architecture."""
-        mode = next(x.fake_mode for x in tree_leaves(self.args) if isinstance(x, torch.Tensor))
-        with mode, torch.no_grad(), record(arch) as launched:
+        with self.mode, torch.no_grad(), record(arch) as launched:
             LAUNCHERS[self.op](*self.args)
         return launched
 
@@ -74,14 +80,29 @@ def pack(model: Transformer, experts: str) -> None:
     model.args.act_quant = True
 
 
+def others(call: Call, phase: Phase) -> Iterator[Call]:
+    """Calls that the graphs do not make, but users may: fewer tokens, and what is a part of other kernels or in place."""
+    long = phase.phase == "prefill"
+    for n in TOKENS.get(call.op, ()) if long else ():
+        per_token = {0, 3, 4} if call.op == "moe" else {0}  # which arguments have rows of tokens, and how many dims those have
+        dims = 2 if call.op == "quant_linear" and call.args[3] > 1 else 1
+        yield Call(call.op, tuple(x.new_empty(n, *x.shape[-dims:]) if i in per_token else x for i, x in enumerate(call.args)))
+    if call.op == "rope" and long and call.args[0].dim() == 4:
+        yield Call("rope_", call.args)
+    if call.op == "hc_pre" and long:
+        comb = call.args[0].new_empty(*call.args[0].shape[:3], call.args[0].shape[2], dtype=torch.float32)
+        yield Call("sinkhorn", (comb, *call.args[-2:]))
+        yield Call("sinkhorn_backward", (comb, comb, *call.args[-2:]))
+
+
 def calls(phase: Phase) -> list[Call]:
     """The different calls of ops with kernels in one phase, one layer of each kind, every op opaque."""
     args, before = report.one_of_each(report.NAMED[phase.model]()), torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(torch.float32 if phase.weights == "fp32" else torch.bfloat16)
     try:
         with FakeTensorMode():
             model = Transformer(args, ops={name: "opaque" for name in report.MODEL_OPS})
-            if phase.weights != "bf16":
+            if phase.weights in ("fp8", "fp4"):
                 pack(model, phase.weights)
             if phase.phase != "train":
                 model.setup_caches(phase.shape.batch, phase.shape.context)
@@ -90,10 +111,11 @@ def calls(phase: Phase) -> list[Call]:
     finally:
         torch.set_default_dtype(before)
     value = lambda x: x.meta["val"] if isinstance(x, torch.fx.Node) else x
-    found = {}
+    found = []
     for node in captured.calls():
-        name = report.name_of(node.target).removeprefix(f"{ops.NAMESPACE}.")
-        if name in LAUNCHERS:
-            call = Call(name, tuple(tree_map(value, node.args, is_leaf=lambda x: isinstance(x, torch.fx.Node))))
-            found.setdefault(call.key, call)
-    return list(found.values())
+        name = report.name_of(node.target)
+        if name.startswith(f"{ops.NAMESPACE}."):
+            found.append(Call(name.removeprefix(f"{ops.NAMESPACE}."), tuple(tree_map(value, node.args, is_leaf=lambda x: isinstance(x, torch.fx.Node)))))
+    with found[0].mode:
+        found += [extra for call in found for extra in others(call, phase)]
+    return list({call.key: call for call in found}.values())

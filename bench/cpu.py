@@ -1,7 +1,7 @@
 """The CPU suite: this model against Transformers' eager deepseek_v4, on the same weights, in one process, alternating.
 
     python -m bench.cpu            everything; records bench/results/cpu.json and cpu.svg (about 15 minutes)
-    python -m bench.cpu decode     some of: decode prefill train memory cache start
+    python -m bench.cpu decode     some of: decode prefill train experts memory cache start
 
 Both sides run the embedded model in fp32 without activation quantisation, on one thread, and are fed varying tokens.
 Times are the least CPU time of several rounds in which the sides take turns; wall time is kept beside it, and a case whose
@@ -24,6 +24,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 import torch.nn.functional as F
 
+import ops
 from bench.plot import bars
 from bench.record import RESULTS, record
 from checkpoint import load
@@ -173,6 +174,26 @@ def train(result: dict, length: int = 256) -> None:
     result[f"train step {length}"] = versus(side_by_side({**transformers_sides(hf, theirs), "ours compiled": mine}))
 
 
+@torch.no_grad()
+def experts(result: dict) -> None:
+    """Whole compiled steps with the experts in the form that is the default on CPU, beside the traced reference."""
+    for key, compiled, batch, length in (("decode B=1", compile_decode, 1, 1), ("decode B=8", compile_decode, 8, 1),
+                                         ("prefill 512", compile_prefill, 1, 512)):
+        sides = {}
+        for name, forms in (("opaque", None), ("traced", {"moe": "reference"})):
+            model = load(TINY, dtype=torch.float32, act_quant=False, ops=forms).eval()
+            model.setup_caches(batch, 2048)
+            call, steps = compiled(model, PRESETS["default"]), 24 if length == 1 else 1
+
+            def run(i, call=call, steps=steps):
+                for p in range(i * steps, (i + 1) * steps):
+                    call(tokens_of(batch, length, seed=p), torch.full((batch,), p), torch.full((batch,), length))
+                return steps
+            sides[name] = run
+        case = side_by_side(sides)
+        result[f"experts in {key}"] = case | {"times": case["traced"]["ms"] / case["opaque"]["ms"]}
+
+
 def memory(result: dict, length: int = 2048) -> None:
     """What one forward adds to the peak of a process that has loaded the model, each side in a process of its own."""
     script = """
@@ -226,7 +247,7 @@ def start(result: dict) -> None:
 CASES = {
     "decode": lambda result: (decode(result, 1), decode(result, 8)),
     "prefill": lambda result: (prefill(result, 512), prefill(result, 1800)),
-    "train": train, "memory": memory, "cache": cache, "start": start,
+    "train": train, "experts": experts, "memory": memory, "cache": cache, "start": start,
 }
 
 

@@ -291,8 +291,7 @@ def train(b: Bench) -> None:
         work, side = 3 * flops(model, S), trained(b, model, preset)
         sides = {"ours": side}
         if len(ratios) == 4:
-            sides["hyper-connections off"] = trained(b, twin(model, {"hc_pre": "reference", "hc_post": "reference",
-                                                                     **{n: "opaque" for n in MODEL_OPS if not n.startswith("hc_")}}), preset)
+            sides["hyper-connections off"] = trained(b, twin(model, {n: "reference" if n.startswith("hc_") else "opaque" for n in MODEL_OPS}), preset)
         row = b.compare(label, sides, inputs, flops=work)
         if "ms" in row:
             found = b.profile(lambda: side.call(*inputs[0]))

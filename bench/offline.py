@@ -43,7 +43,7 @@ class Resources(NamedTuple):
     shared: int
     matrix: dict[str, int]  # matrix instructions by kind
     instructions: int
-    dots: int  # matrix products in the source, after inlining and unrolling
+    dots: int  # matrix products in the source, after inlining and unrolling, but of fp32: those may be without such instructions
 
 
 def compile_launch(launch: Launch, arch: str) -> Resources:
@@ -58,6 +58,10 @@ def compile_launch(launch: Launch, arch: str) -> Resources:
 
 def _cuobjdump(flag: str, path: str) -> str:
     return subprocess.run([CUOBJDUMP, flag, path], capture_output=True, text=True, check=True).stdout
+
+
+def _dots(ttir: str) -> int:
+    return sum(operand != "f32" for operand in re.findall(r"tt\.dot .*: tensor<[0-9x]*x(\w+)>", ttir))
 
 
 def _spilling(code: list[tuple[str, str, str | None]], spill) -> float:
@@ -79,7 +83,7 @@ def _nvidia(compiled) -> Resources:
     return Resources(registers=int(re.search(r"REG:(\d+)", usage)[1]), spills=sum(map(spill, names)),
                      spilling=_spilling([(at, name, target(rest) if name == "BRA" else None) for at, name, rest in lines], spill),
                      shared=compiled.metadata.shared, matrix={kind: names.count(kind) for kind in MATRIX if kind in names},
-                     instructions=len(names), dots=compiled.asm["ttir"].count("tt.dot"))
+                     instructions=len(names), dots=_dots(compiled.asm["ttir"]))
 
 
 def _amd(compiled) -> Resources:
@@ -91,7 +95,7 @@ def _amd(compiled) -> Resources:
     return Resources(registers=number("vgpr_count"), spills=number("vgpr_spill_count") + number("sgpr_spill_count"),
                      spilling=_spilling(lines, lambda name: name.startswith("scratch_")), shared=compiled.metadata.shared,
                      matrix={kind: matrix.count(kind) for kind in sorted(set(matrix))}, instructions=sum(bool(name) for _, name, _ in lines),
-                     dots=compiled.asm["ttir"].count("tt.dot"))
+                     dots=_dots(compiled.asm["ttir"]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ def numbers() -> str:
             own = f"{case['ours eager']['ms']:.1f} ms" if "ours eager" in case else ""
             lines.append(f"| {key} | {theirs:.1f} ms | {own} | {case['ours compiled']['ms']:.2f} ms | {case['ratio']:.1f} |")
     cold, warm, cache = cpu["start cold"], cpu["start warm"], cpu["cache at 128k, Flash"]
+    experts = {key.removeprefix("experts in "): case["times"] for key, case in cpu.items() if key.startswith("experts")}
     memory = next(case for key, case in cpu.items() if key.startswith("memory"))
     train, size = embedded["training"], embedded["bytes"] / 1e6
     deep, flash = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("compile", "report_flash"))
@@ -42,6 +43,7 @@ Least CPU time of {5} alternating rounds on {cpu['threads']} thread, {env['cpu']
 {env['date']}; load average at the end {env['load_average'][0]:.1f}. Transformers runs with the fastest of its expert implementations and
 compiles anew for every decoded token: {', '.join(f"{s:.0f}" for s in cpu['transformers compiled decode, CPU seconds of the first tokens'])} CPU seconds
 for the first three. A forward over 2048 tokens adds {memory['ours_bytes'] / 2**20:.0f} MiB to the peak memory, Transformers' {memory['transformers_bytes'] / 2**20:.0f} MiB.
+With the experts traced rather than behind an opaque op, compiled steps take {', '.join(f"{times:.2f} times as long ({key})" for key, times in experts.items())}.
 
 `python generate.py` prints its first token {cold['ttft_s']:.0f} s after the process starts when nothing is compiled yet (load average before:
 {cold['load_average_before']:.1f}) and {warm['ttft_s']:.1f} s when the compile cache is warm ({warm['load_average_before']:.1f}); it compiles {cold['graphs']} graphs with {cold['breaks']} breaks and

@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -137,8 +139,18 @@ def processors(x: torch.Tensor) -> int:
 
 
 @functools.cache
-def _tuned() -> dict:
+def _table() -> dict:
     return json.loads(TUNED.read_text()) if TUNED.exists() else {}
+
+
+@functools.cache
+def _tuned(name: str, where: str, key: str) -> dict | None:
+    """The table's tiles for a kernel on an architecture, or one like it."""
+    by_arch, number = _table().get(name, {}), re.compile(r"~(\d+)")
+    found = by_arch.get(where, by_arch.get(LIKE.get(where), {}))
+    alike = [k for k in found if number.sub("~", k) == number.sub("~", key)]
+    size = lambda k: math.log2(int(number.search(k)[1])) if "~" in k else 0.0
+    return found[min(alike, key=lambda k: abs(size(k) - size(key)))] if alike else None
 
 
 @contextlib.contextmanager
@@ -172,14 +184,13 @@ def tiles(name: str, key: str, candidates: list[dict], x: torch.Tensor) -> dict:
     candidates  all that are valid for these shapes, from the largest to the smallest
     x           a tensor on the GPU in question
 
-    An architecture or a key that is not in the table takes the last candidate, which must fit everywhere.
+    A number after "~" in a key may differ from that of the table's entry, of which the nearest is taken. An architecture or
+    a key that is not in the table takes the last candidate, which must fit everywhere.
     """
     if _asked is not None:
         _asked[name, key] = candidates
     chosen = _chosen.get((name, key), _chosen.get(name))
     if chosen is not None:
         return chosen
-    by_arch = _tuned().get(name, {})
-    where = arch(x)
-    found = by_arch.get(where, by_arch.get(LIKE.get(where), {})).get(key)
-    return found if found is not None else candidates[-1]
+    found = _tuned(name, arch(x), key)
+    return found if found in candidates else candidates[-1]

@@ -551,7 +551,7 @@ def _tiles(table: dict, w: _Weights, rows: int, inner: int) -> list[dict]:
 def _load(n: int, E: int) -> tuple[str, int]:
     """What of the number of pairs matters to the tiles: their number if there are few, else how many an expert has."""
     rows = 1 if n <= E else power_of_two(cdiv(n, E))
-    return f"rows{rows}" if n > E else f"pairs{power_of_two(n)}", rows
+    return f"rows~{rows}" if n > E else f"pairs~{power_of_two(n)}", rows
 
 
 def _up_tile(w: _Weights, d: int, I: int, key: str, rows: int, x, quant: bool = False) -> dict:
@@ -574,7 +574,7 @@ def _down(h, w: _Weights, route: _Route, n: int, K: int, O: int, rows: int, cfg:
     """h [n / K, i] through w of every pair's expert: [n, O]. Blocks of scales begin anew every so many rows of w."""
     I, E, NT, out = h.shape[1], len(w.w), cdiv(O, cfg["BN"]), h.new_empty(n, O)
     launch(moe_down, (route.number * NT,), h, w.w, w.s, *route[:3], out, y, seen, K, E, O, I, rows, *w.strides, NT, FORMAT=w.format,
-           J=w.J, EVEN=I % cfg["BK"] == 0, ROUTED=route.routed, TRANSPOSED=transposed, TERMS=n, BM=route.height, **cfg)
+           J=w.J, EVEN=I % cfg["BK"] == 0, ROUTED=route.routed, TRANSPOSED=transposed, TERMS=1 if y is None else n, BM=route.height, **cfg)
     return out
 
 

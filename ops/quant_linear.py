@@ -100,7 +100,7 @@ def quant_linear_decode_kernel(x, w, scale, y, rows, i, og, tiles_per_group, x_r
     blocks = tl.cdiv(i, 128)
     x += group * x_group + m[None, :, None] * x_row + k[None, None, :]
     w += first.to(tl.int64) * i + tl.arange(0, BN)[None, :, None] * i + k[None, None, :]
-    scale += first // 128 * blocks
+    scale += tl.minimum(first, group * og + og - 1) // 128 * blocks  # a group's last tile may be empty
     acc = tl.zeros((S, BN, COLS), tl.float32)  # S batches: one per warp
     start = tl.program_id(1) * span
     for b in range(start, min(start + span, blocks), S):
@@ -148,7 +148,7 @@ def quant_linear_product_kernel(x, sx, w, scale, y, rows, i, og, groups, tiles_p
     blocks = tl.cdiv(i, 128)
     x += group * x_group + m.to(tl.int64)[:, None] * x_row + k[None, :]
     w += first.to(tl.int64) * i + tl.arange(0, BN)[:, None] * i + k[None, :]
-    scale += first // 128 * blocks
+    scale += tl.minimum(first, group * og + og - 1) // 128 * blocks  # a group's last tile may be empty
     acc = tl.zeros((BM, BN), tl.float32)
     for b in range(blocks):
         inside = (b * 128 + k < i)[None, :]
@@ -200,7 +200,7 @@ def _tiles_per_group(o, groups, BN):
 
 
 def _key(rows, weight, groups, act_quant):
-    return f"{rows} rows {weight.shape[0]}x{weight.shape[1]} g{groups}{' quant' * act_quant}"
+    return f"~{rows} rows {weight.shape[0]}x{weight.shape[1]} g{groups}{' quant' * act_quant}"
 
 
 def _few(x, weight, scale, y, M, groups, act_quant):

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 
 from .launch import cdiv, jit, launch, power_of_two, tiles, tl
-from .registry import Op, register, require
+from .registry import LAUNCHERS, Op, register, require
 
 MOST = 16  # streams
 IN_REGISTERS = 8  # streams that kernels can take
@@ -272,5 +272,7 @@ def backward_kernel(g: torch.Tensor, logits: torch.Tensor, eps: float, iters: in
 _opaque = register("sinkhorn(Tensor logits, float eps, int iters) -> Tensor",
                    impl=lambda *args: reference(*args).contiguous(), fake=lambda logits, *args: logits.new_empty(logits.shape),
                    flops=lambda *shapes, out_shape=None, **kw: 0, cpp=SOURCE, kernel=kernel)
+
+LAUNCHERS["sinkhorn_backward"] = backward_kernel
 
 sinkhorn = Op("sinkhorn", reference, _opaque, check)

@@ -15,6 +15,9 @@ Token t of a row sees, with K = V shared by all heads:
     o [B, T, H, D] in the dtype of q   lse [B, T, H] fp32
 
 Norm, rotation, scores and softmax are fp32; q', the probabilities and o' are rounded to the dtype of q.
+Entries in idx are distinct. Gradients of chosen entries are added by atomics, in any order, where a context has more than
+MASKED times as many entries as are chosen; torch.use_deterministic_algorithms(True) collects them by entry instead, which
+reads more. All else is deterministic.
 The reference cuts the tokens into blocks that share one band of the window, and into chunks that bound the scores held
 at a time: it never builds a query x key x dim tensor for a long prefill. Errors: shapes that do not fit together.
 """
@@ -184,6 +187,10 @@ QUERIES = [dict(BH=64, BN=32, num_warps=8, num_stages=1),
            dict(BH=16, BN=32, num_warps=4, num_stages=1), dict(BH=16, BN=16, num_warps=4, num_stages=1)]
 KEYS = [dict(BH=32, BK=32, num_warps=8, num_stages=1), dict(BH=16, BK=32, num_warps=8, num_stages=1),
         dict(BH=16, BK=16, num_warps=4, num_stages=1)]
+# In fp32, which is there to check against, products run without matrix instructions and rows take twice the room: it spills.
+FORWARD_FP32 = [dict(BH=16, BN=16, num_warps=16, num_stages=1), dict(BH=16, BN=16, num_warps=8, num_stages=1)]
+QUERIES_FP32 = [dict(BH=8, BN=16, num_warps=16, num_stages=1), dict(BH=8, BN=16, num_warps=8, num_stages=1)]
+KEYS_FP32 = [dict(BH=16, BK=8, num_warps=16, num_stages=1), dict(BH=16, BK=8, num_warps=8, num_stages=1)]
 
 
 @jit
@@ -221,13 +228,13 @@ def sparse_attn_store(o_, at, real, o, cos, sin, D, R: tl.constexpr, BD: tl.cons
 
 
 @jit
-def sparse_attn_range(t, seen, lo, hi, idx, K, W: tl.constexpr, BK: tl.constexpr):
+def sparse_attn_range(t, seen, lo, hi, idx, K, E, W: tl.constexpr, BK: tl.constexpr):
     """Token t sees keys first <= j < last; its entries begin at the third result."""
     first, last, begin = W - tl.load(seen + t).to(tl.int32), W, tl.zeros([], tl.int64)
     if lo is not None:
         if idx is None:
-            begin = tl.load(lo + t)
-            last = W + tl.maximum(tl.load(hi + t) - begin, 0).to(tl.int32)
+            begin = tl.maximum(tl.load(lo + t), 0)
+            last = W + tl.maximum(tl.minimum(tl.load(hi + t), E) - begin, 0).to(tl.int32)
         else:  # up to the last one chosen
             i = tl.arange(0, BK)
             chosen = tl.load(idx + t * K + i, mask=i < K, other=-1)
@@ -257,7 +264,7 @@ def sparse_attn_dot(a, a_r, b, b_r):
 
 
 @jit
-def sparse_attn_forward(q_, kv, entries, idx, seen_, lo, hi, cos, sin, sink, o_, lse_, acc_, l_, T, N, stride, K, H, D, scale, eps,
+def sparse_attn_forward(q_, kv, entries, idx, seen_, lo, hi, cos, sin, sink, o_, lse_, acc_, l_, T, N, stride, K, E, H, D, scale, eps,
                         span, SPLITS: tl.constexpr, W: tl.constexpr, R: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
                         BD: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr):
     """o and lse; with SPLITS > 1 what sparse_attn_merge makes them of: maxima in lse_, sums in l_ and acc_, of one span of keys."""
@@ -267,7 +274,7 @@ def sparse_attn_forward(q_, kv, entries, idx, seen_, lo, hi, cos, sin, sink, o_,
     cos, sin = cos + t * (R // 2), sin + t * (R // 2)
     q, q_r, square = sparse_attn_rows(q_, at, real, cos, sin, D, R, BD, BR)
     norm = tl.rsqrt(square / D + eps) * (scale * 1.4426950408889634)  # scores are powers of two
-    first, last, begin = sparse_attn_range(t, seen_, lo, hi, idx, K, W, BK)
+    first, last, begin = sparse_attn_range(t, seen_, lo, hi, idx, K, E, W, BK)
     if entries is not None:
         entries += b * stride + begin * D
     if idx is not None:
@@ -329,7 +336,7 @@ def sparse_attn_backward_q(g_, q_, kv, entries, idx, seen_, lo, hi, cos, sin, ls
     g, g_r, unused = sparse_attn_rows(g_, at, real, cos, sin, D, R, BD, BR)
     r = tl.rsqrt(square / D + eps)
     norm = r * (scale * 1.4426950408889634)
-    first, last, begin = sparse_attn_range(t, seen_, lo, hi, idx, K, W, BK)
+    first, last, begin = sparse_attn_range(t, seen_, lo, hi, idx, K, E, W, BK)
     if entries is not None:
         entries += b * stride + begin * D
     if idx is not None:
@@ -447,11 +454,14 @@ def _splits(work, programs, x):
 
 def forward_kernel(q, kv, sink, seen, cos, sin, entries, lo, hi, idx, eps):
     B, T, H, D = q.shape
-    q, kv, entries, seen, cos, sin = q.contiguous(), kv.contiguous(), _whole_rows(entries), seen.contiguous(), cos.contiguous(), sin.contiguous()
+    if not B * T:
+        return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    q, kv, sink, seen, cos, sin = (x.contiguous() for x in (q, kv, sink, seen, cos, sin))
     lo, hi, idx = (None if x is None else x.contiguous() for x in (lo, hi, idx))
+    entries = _whole_rows(entries)
     o, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     sizes, few = _sizes(q, kv, cos, idx), B * T <= 64
-    tile = _tile("sparse_attn_forward", FORWARD, q, " decode" if few else "")
+    tile = _tile("sparse_attn_forward", FORWARD if q.dtype.itemsize == 2 else FORWARD_FP32, q, " decode" if few else "")
     keys = sizes["W"] + (0 if entries is None else entries.shape[1] if idx is None else idx.shape[2])
     programs, splits, span = B * T * cdiv(H, tile["BH"]), 1, keys
     if few:
@@ -459,7 +469,8 @@ def forward_kernel(q, kv, sink, seen, cos, sin, entries, lo, hi, idx, eps):
         span *= 2 * tile["BN"]
     acc, m, l = (q.new_empty(splits, B, T, H, n, dtype=torch.float32) for n in (D, 1, 1)) if splits > 1 else (None, lse, None)
     launch(sparse_attn_forward, (programs, splits), q, kv, entries, idx, seen, lo, hi, cos, sin, sink, o, m, acc, l, T, kv.shape[1],
-           0 if entries is None else entries.stride(0), 0 if idx is None else idx.shape[2], H, D, D**-0.5, eps, span,
+           0 if entries is None else entries.stride(0), 0 if idx is None else idx.shape[2], 0 if entries is None else entries.shape[1],
+           H, D, D**-0.5, eps, span,
            SPLITS=splits, **sizes, **tile)
     if splits > 1:
         launch(sparse_attn_merge, (B * T * H,), acc, m, l, cos, sin, o, lse, B * T * H, H, D, SPLITS=splits, R=sizes["R"],
@@ -469,6 +480,8 @@ def forward_kernel(q, kv, sink, seen, cos, sin, entries, lo, hi, idx, eps):
 
 def backward_kernel(g, lse, q, kv, sink, seen, cos, sin, entries, lo, hi, idx, eps):
     (B, T, H, D), N, E = q.shape, kv.shape[1], 0 if entries is None else entries.shape[1]
+    if not B * T:
+        return torch.empty_like(q), torch.zeros_like(kv), torch.zeros_like(sink), q.new_zeros(0 if entries is None else entries.shape)
     g, lse, q, kv, seen, cos, sin = (x.contiguous() for x in (g.to(q.dtype), lse, q, kv, seen, cos, sin))
     entries = _whole_rows(entries)
     lo, hi, idx = (None if x is None else x.contiguous() for x in (lo, hi, idx))
@@ -477,18 +490,17 @@ def backward_kernel(g, lse, q, kv, sink, seen, cos, sin, entries, lo, hi, idx, e
     g_entries = q.new_zeros(B, E, D, dtype=torch.float32) if scatter else None
     delta, norm = torch.empty_like(lse), torch.empty_like(lse)
     q_r, g_r = q.new_empty(B, T, H, sizes["R"]), q.new_empty(B, T, H, sizes["R"])
-    tile = _tile("sparse_attn_backward_q", QUERIES, q, " scatter" if scatter else "")
+    tile = _tile("sparse_attn_backward_q", QUERIES if q.dtype.itemsize == 2 else QUERIES_FP32, q, " scatter" if scatter else "")
     launch(sparse_attn_backward_q, (B * T * cdiv(H, tile["BH"]),), g, q, kv, entries, idx, seen, lo, hi, cos, sin, lse, g_q, g_entries,
            delta, norm, q_r, g_r, T, N, 0 if entries is None else entries.stride(0), 0 if idx is None else idx.shape[2], E, H, D,
            D**-0.5, eps, SCATTER=scatter, **sizes, **tile)
-    tile = _tile("sparse_attn_backward_kv", KEYS, q)
+    tile = _tile("sparse_attn_backward_kv", KEYS if q.dtype.itemsize == 2 else KEYS_FP32, q)
 
     def of_keys(keys, sees, chosen, lo, hi, W):
         """Sum over tokens; sees [B, T, blocks] says which tokens may see which blocks of keys."""
-        blocks, t = sees.shape[2], torch.arange(T, device=q.device)[:, None]
-        begin = torch.where(sees, t, T).amin(1).to(torch.int32)
-        end = torch.where(sees, t + 1, 0).amax(1).to(torch.int32)
-        splits = max(1, min(T, cdiv(2 * processors(q), B * blocks)))
+        blocks, t = sees.shape[2], torch.arange(T, device=q.device, dtype=torch.int32)[:, None]
+        begin, end = torch.where(sees, t, T).amin(1), torch.where(sees, t + 1, 0).amax(1)
+        splits = max(1, min(T, cdiv(2 * processors(q), max(1, B * blocks))))
         out = q.new_empty(splits, *keys.shape, dtype=torch.float32)
         launch(sparse_attn_backward_kv, (blocks, splits, B), keys, chosen, lo, hi, begin, end, g, q, q_r, g_r, lse, delta, norm, out, T,
                keys.shape[1], keys.stride(0), H, D, W=W, R=sizes["R"], BD=sizes["BD"], BR=sizes["BR"], **tile)

@@ -99,7 +99,7 @@ def test_each_opaque_op_is_one_node():
     counts = {form: opaque_calls(capture(PHASES["prefill"], build(form))) for form in FORMS}
     layers, csa, compressed = 4, 2, 3
     assert counts["reference"] == {}
-    assert counts["opaque"] == {"sparse_attn": layers, "hc_pre": 2 * layers, "hc_post": 2 * layers, "moe": layers,
+    assert counts["opaque"] == {"sparse_attn": layers, "hc_pre": layers, "hc_post_pre": layers, "hc_post": layers, "moe": layers,
                                 "compress": compressed + csa, "indexer_topk": csa, "rope": layers + csa}
 
 
@@ -165,7 +165,7 @@ def test_inductor_decode_writes_caches_in_place():
     """Two layers, CSA and HCA. No buffer of the generated code is as large as a ring or an entry cache."""
     torch._dynamo.reset()
     args = small(n_layers=2, n_hash_layers=1, n_mtp_layers=0, compress_ratios=(4, 128))
-    model, eager = (randomize(Transformer(args, ops={"hc_pre": "opaque"}), seed=1) for _ in range(2))
+    model, eager = (randomize(Transformer(args, ops={"hc_pre": "opaque", "hc_post_pre": "opaque"}), seed=1) for _ in range(2))
     for m in (model, eager):
         m.setup_caches(2, 600)  # entries of other sizes than the window
     tokens = tokens_of(8)

@@ -111,9 +111,9 @@ FAULTS = {
         "model.py", "        return self.entries[: x.shape[0], :-1]", "        return self.entries[: x.shape[0], :-1].contiguous()",
         CENSUS + "test_no_cache_is_computed_whole", r"computes a whole cache: .*model\.py"),
     "one site's hc_post traced": Fault(
-        "model.py", "        X = self.ops.hc_post(self.attn(self.attn_norm(x), plan), X, post, comb)",
-        "        import ops\n        X = ops.hc_post.reference(self.attn(self.attn_norm(x), plan), X, post, comb)",
-        CAPTURE + "test_each_opaque_op_is_one_node", r"'hc_post': [48]"),
+        "model.py", "        return self.ops.hc_post(self.ffn(self.ffn_norm(x), tokens), X, post, comb)",
+        "        import ops\n        return ops.hc_post.reference(self.ffn(self.ffn_norm(x), tokens), X, post, comb)",
+        CAPTURE + "test_each_opaque_op_is_one_node", r"'hc_post': 4"),
     "a router's scores copied to the CPU and back": Fault(
         "model.py", "        weight = score.gather(1, chosen)", "        score = score.cpu().to(x.device)\n        weight = score.gather(1, chosen)",
         CENSUS + "test_nothing_leaves_the_device_and_the_default_form_there_is_opaque[decode]", r"score\.cpu\(\)[\s\S]*Cannot copy out of meta"),

@@ -30,10 +30,11 @@ def test_production_shapes_are_one_graph_of_exactly_our_ops(reports, model, phas
     ratios, train = args.compress_ratios, phase == "train"
     blocks = args.n_layers + train  # the MTP block is trained
     csa, compressed = ratios.count(4), sum(ratio > 0 for ratio in ratios)
-    expected = {"sparse_attn": blocks, "hc_pre": 2 * blocks, "hc_post": 2 * blocks, "moe": blocks, "compress": compressed + csa,
+    expected = {"sparse_attn": blocks, "hc_pre": blocks, "hc_post_pre": blocks, "hc_post": blocks, "moe": blocks,
+                "compress": compressed + csa,
                 "indexer_topk": csa, "rope": blocks + csa}
     if train:
-        backward = {f"{name}_backward": expected[name] for name in ("sparse_attn", "hc_pre", "hc_post", "moe")}
+        backward = {f"{name}_backward": expected[name] for name in ("sparse_attn", "hc_pre", "hc_post_pre", "hc_post", "moe")}
         # the language-model loss does not reach the indexer; rope is its own backward
         expected |= backward | {"compress_backward": compressed, "linear_cross_entropy": 2, "linear_cross_entropy_backward": 2,
                                 "rope": 2 * blocks + csa}

@@ -20,14 +20,14 @@ def arguments(B=1, T=9, H=5, D=24, r=8, W=20, kind="window", E=40, K=21, dtype=t
     q, kv, entries = torch.randn(B, T, H, D), torch.randn(B, W - 1 + T, D), torch.randn(B, E + 3, D)[:, :E]
     angle = torch.rand(B, T, r // 2) * 6
     seen = torch.randint(1, W + 1, (B, T))
-    lo = torch.randint(0, E // 2, (B, T))
-    hi = lo + torch.randint(0, E // 2, (B, T))
+    lo = torch.randint(-2, E // 2, (B, T))  # padding may lie outside of what there is
+    hi = lo + torch.randint(0, E // 2 + 4, (B, T))
     hi[:, ::4] = lo[:, ::4]  # nothing visible
     idx = torch.rand(B, T, E).argsort(-1)[..., :K]
     idx = torch.where(torch.rand(B, T, K) < 0.4, -1, idx)
     idx[:, 1::4] = -1
     rest = {"window": (None, None, None, None), "range": (entries, lo, hi, None), "chosen": (entries, lo, hi, idx)}[kind]
-    args = (q, kv, torch.randn(H), seen, angle.cos(), angle.sin(), *rest, 1e-6)
+    args = (q, kv, torch.randn(2 * H)[::2], seen, angle.cos(), angle.sin(), *rest, 1e-6)
     return tuple(a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() and i in (0, 1, 6) else a
                  for i, a in enumerate(args))
 
@@ -50,7 +50,7 @@ def compare(args, tolerance):
     o, lse = forward_kernel(*args)
     expected, expected_lse = forward_reference(*exact)
     assert o.dtype == dtype and o.is_contiguous()
-    assert rms(o, expected) <= tolerance and rms(lse, expected_lse) <= tolerance
+    assert rms(o, expected) <= tolerance and (lse - expected_lse).abs().max() <= 4 * tolerance
     g = torch.randn(o.shape).to(dtype)
     for name, x, y in zip(("q", "kv", "sink", "entries"), backward_kernel(g, lse, *args), backward_reference(g.float(), expected_lse, *exact)):
         assert x.shape == y.shape and (not len(y) or rms(x, y) <= 2 * tolerance), name
@@ -78,7 +78,7 @@ def test_splits_change_nothing(kind, splits, monkeypatch):
     with choose({"sparse_attn_forward": SMALL}):
         o, lse = forward_kernel(*args)
     expected, expected_lse = forward_reference(*args)
-    assert rms(o, expected) <= 2e-6 and rms(lse, expected_lse) <= 2e-6
+    assert rms(o, expected) <= 2e-6 and (lse - expected_lse).abs().max() <= 2e-5
     assert launched[0] == 1 if splits == 1 else launched[0] > 1 and len(launched) == 2
 
 
@@ -91,7 +91,7 @@ def test_more_splits_than_are_merged_at_once(monkeypatch):
     with choose({"sparse_attn_forward": SMALL}):
         o, lse = forward_kernel(*args)
     expected, expected_lse = forward_reference(*args)
-    assert launched[0] > 8 and rms(o, expected) <= 2e-6 and rms(lse, expected_lse) <= 2e-6
+    assert launched[0] > 8 and rms(o, expected) <= 2e-6 and (lse - expected_lse).abs().max() <= 2e-5
 
 
 @pytest.mark.parametrize("kind", ["window", "range"])
@@ -137,6 +137,17 @@ def test_a_batch_of_a_cache_is_read_in_place():
     args[6] = cache[:, :40]
     args[6].contiguous = None  # would be called
     assert rms(forward_kernel(*args)[0], expected) <= 2e-6
+
+
+@pytest.mark.parametrize("empty", [dict(B=0), dict(T=0), dict(E=0)], ids=str)
+def test_nothing_to_do(empty):
+    args = arguments(B=empty.get("B", 1), T=empty.get("T", 3))
+    entries = torch.randn(args[0].shape[0], empty.get("E", 4), 24)
+    args = (*args[:6], entries, torch.zeros(args[3].shape, dtype=torch.int64), torch.full(args[3].shape, 4), None, 1e-6)
+    o, lse = forward_kernel(*args)
+    gradients = backward_kernel(torch.randn_like(o), lse, *args)
+    assert [g.shape for g in gradients] == [args[i].shape for i in (0, 1, 2, 6)]
+    assert all(torch.isfinite(g).all() for g in gradients) and (o.numel() == 0 or rms(o, forward_reference(*args)[0]) <= 2e-6)
 
 
 @pytest.mark.parametrize("sink", [-float("inf"), -80.0, 80.0])

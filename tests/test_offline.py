@@ -52,8 +52,13 @@ def judge(results, table) -> list[str]:
             continue
         if now["spills"] > was["spills"] * SLACK + 8:
             wrong.append(f"{arch} spills {now['spills']} times, {was['spills']} when recorded: {name}")
-        if set(was["matrix"]) - set(now["matrix"]) or now["dots"] and not now["matrix"]:
-            wrong.append(f"{arch} has matrix instructions {sorted(now['matrix'])}, recorded {sorted(was['matrix'])}: {name}")
+        if now["spilling"] > was["spilling"] + 0.02:
+            wrong.append(f"{arch} spills in loops, {now['spilling']:.0%} of them, {was['spilling']:.0%} when recorded: {name}")
+        if any(now["matrix"].get(kind, 0) * SLACK < n for kind, n in was["matrix"].items()) or now["dots"] and not now["matrix"]:
+            wrong.append(f"{arch} has matrix instructions {now['matrix']}, recorded {was['matrix']}: {name}")
+        for what, more in (("registers", 16), ("shared", 2048)):
+            if now[what] > was[what] * SLACK + more:
+                wrong.append(f"{arch} needs {now[what]} {what}, {was[what]} when recorded: {name}")
     return wrong
 
 
