@@ -26,7 +26,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .launch import cdiv, jit, launch, power_of_two, processors, tiles, tl
+from .launch import arch, cdiv, jit, launch, power_of_two, processors, tiles, tl
 from .registry import Op, register, require
 from .rope import reference as rotate
 
@@ -187,7 +187,7 @@ QUERIES = [dict(BH=64, BN=32, num_warps=8, num_stages=1),
            dict(BH=16, BN=32, num_warps=4, num_stages=1), dict(BH=16, BN=16, num_warps=4, num_stages=1)]
 KEYS = [dict(BH=32, BK=32, num_warps=8, num_stages=1), dict(BH=16, BK=32, num_warps=8, num_stages=1),
         dict(BH=16, BK=16, num_warps=4, num_stages=1)]
-# In fp32, which is there to check against, products run without matrix instructions and rows take twice the room: it spills.
+# In fp32, which is there to check against, NVIDIA has no matrix instructions of full precision and rows take twice the room: it spills.
 FORWARD_FP32 = [dict(BH=16, BN=16, num_warps=16, num_stages=1), dict(BH=16, BN=16, num_warps=8, num_stages=1)]
 QUERIES_FP32 = [dict(BH=8, BN=16, num_warps=16, num_stages=1), dict(BH=8, BN=16, num_warps=8, num_stages=1)]
 KEYS_FP32 = [dict(BH=16, BK=8, num_warps=16, num_stages=1), dict(BH=16, BK=8, num_warps=8, num_stages=1)]
@@ -435,9 +435,9 @@ def _sizes(q, kv, cos, idx):
                 BK=16 if idx is None else power_of_two(idx.shape[2], 16))
 
 
-def _tile(name, candidates, q, note=""):
-    H, D = q.shape[2:]
-    tile = tiles(name, f"H{H} D{D} {str(q.dtype)[6:]}{note}", candidates, q)
+def _tile(name, candidates, candidates_fp32, q, note=""):
+    (H, D), amd = q.shape[2:], arch(q).startswith("gfx")
+    tile = tiles(name, f"H{H} D{D} {str(q.dtype)[6:]}{note}", candidates_fp32 if q.dtype.itemsize == 4 and not amd else candidates, q)
     return {**tile, "BH": min(tile["BH"], power_of_two(H, 16))}
 
 
@@ -461,7 +461,7 @@ def forward_kernel(q, kv, sink, seen, cos, sin, entries, lo, hi, idx, eps):
     entries = _whole_rows(entries)
     o, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     sizes, few = _sizes(q, kv, cos, idx), B * T <= 64
-    tile = _tile("sparse_attn_forward", FORWARD if q.dtype.itemsize == 2 else FORWARD_FP32, q, " decode" if few else "")
+    tile = _tile("sparse_attn_forward", FORWARD, FORWARD_FP32, q, " decode" if few else "")
     keys = sizes["W"] + (0 if entries is None else entries.shape[1] if idx is None else idx.shape[2])
     programs, splits, span = B * T * cdiv(H, tile["BH"]), 1, keys
     if few:
@@ -490,11 +490,11 @@ def backward_kernel(g, lse, q, kv, sink, seen, cos, sin, entries, lo, hi, idx, e
     g_entries = q.new_zeros(B, E, D, dtype=torch.float32) if scatter else None
     delta, norm = torch.empty_like(lse), torch.empty_like(lse)
     q_r, g_r = q.new_empty(B, T, H, sizes["R"]), q.new_empty(B, T, H, sizes["R"])
-    tile = _tile("sparse_attn_backward_q", QUERIES if q.dtype.itemsize == 2 else QUERIES_FP32, q, " scatter" if scatter else "")
+    tile = _tile("sparse_attn_backward_q", QUERIES, QUERIES_FP32, q, " scatter" if scatter else "")
     launch(sparse_attn_backward_q, (B * T * cdiv(H, tile["BH"]),), g, q, kv, entries, idx, seen, lo, hi, cos, sin, lse, g_q, g_entries,
            delta, norm, q_r, g_r, T, N, 0 if entries is None else entries.stride(0), 0 if idx is None else idx.shape[2], E, H, D,
            D**-0.5, eps, SCATTER=scatter, **sizes, **tile)
-    tile = _tile("sparse_attn_backward_kv", KEYS if q.dtype.itemsize == 2 else KEYS_FP32, q)
+    tile = _tile("sparse_attn_backward_kv", KEYS, KEYS_FP32, q)
 
     def of_keys(keys, sees, chosen, lo, hi, W):
         """Sum over tokens; sees [B, T, blocks] says which tokens may see which blocks of keys."""
