@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import zlib
 from typing import Iterator, NamedTuple
 
 import triton
@@ -103,23 +104,14 @@ def _amd(compiled) -> Resources:
 
 
 def name_of(launch: Launch) -> str:
-    """What tells a kernel's specialisations apart to a reader: its name and constants."""
-    return f"{launch.name} " + " ".join(f"{k}={v}" for k, v in launch.meta.items() if v is not None)
+    """A name for a kernel's specialisation: its constants for the reader, a checksum for dtypes and alignment."""
+    constants = " ".join(f"{k}={v}" for k, v in launch.meta.items() if v is not None)
+    return f"{launch.name} {constants} #{zlib.crc32(str(launch.specialization()).encode()):08x}"
 
 
 def launches(calls: list[cases.Call], arch: str) -> dict[str, Launch]:
-    """The different kernels that the calls launch on an architecture, by a name that says what differs."""
-    found, seen = {}, set()
-    for call in calls:
-        for launch in call.launches(arch):
-            key = f"{launch.name} {launch.specialization()}"
-            if key not in seen:
-                seen.add(key)
-                name = name_of(launch)
-                while name in found:  # differs in dtypes or alignment alone
-                    name += "'"
-                found[name] = launch
-    return found
+    """The different kernels that the calls launch on an architecture, by name."""
+    return {name_of(launch): launch for call in calls for launch in call.launches(arch)}
 
 
 _shared: dict[tuple[str, str], Launch] = {}  # what the forked workers find
