@@ -19,6 +19,7 @@ import torch
 from bench import cases, tune
 from bench.offline import SHARED, TARGETS, compile_all, compile_launch, launches
 from bench.record import RESULTS
+import ops.launch as launch_module
 from ops.launch import TUNED, Launch, asked, choose, jit, launch, record, tiles, tl
 
 SLACK = 1.1  # spills may grow by this and a few before somebody must look
@@ -154,3 +155,12 @@ def test_what_is_wrong_is_found():
         assert len(judge([("sm_90", "greedy", {**result, **change})], {"greedy": {"sm_90": result}})) == 1, change
     assert len(judge([("sm_90", "greedy", {**result, "matrix": {}})], {"greedy": {"sm_90": {**result, "matrix": {}}}})) == 1
     assert judge([("sm_90", "greedy", result)], {"greedy": {"sm_90": result}}) == []
+
+
+def test_the_nearest_load_in_the_table_is_taken(monkeypatch):
+    table = {"k": {"sm_90": {"d4 rows~16 q": {"N": 1}, "d4 rows~256 q": {"N": 2}, "d4 pairs~8 q": {"N": 3}, "d8 rows~32 q": {"N": 4}}}}
+    monkeypatch.setattr(launch_module, "_table", lambda: table)
+    launch_module._tuned.cache_clear()
+    found = [launch_module._tuned("k", "sm_90", f"d4 {load} q") for load in ("rows~2", "rows~32", "rows~128", "pairs~64", "other")]
+    launch_module._tuned.cache_clear()
+    assert found == [{"N": 1}, {"N": 1}, {"N": 2}, {"N": 3}, None]
