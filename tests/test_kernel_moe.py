@@ -213,3 +213,13 @@ def test_tiles_are_allowed(kind, rows):
     for BM, BN, BK, warps, stages, swap, split in kernels.UP[kind, rows]:
         assert BM <= rows and all(size & (size - 1) == 0 and size >= 16 for size in (BM, BN, BK)) and BN <= 128
         assert kind != "words" or BK % 128 == 0
+
+
+def test_token_counts_of_a_load_share_their_kernels():
+    def compiled(N):
+        with FakeTensorMode(), record("sm_90") as launches:
+            x, w13, w2 = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((N, 256), (8, 512, 256), (8, 256, 256)))
+            kernels.forward(x, w13, w2, torch.empty(N, 2, dtype=torch.int64), torch.empty(N, 2), None, None, 1.0, False)
+        return {f"{launch.kernel} {launch.meta}" for launch in launches}
+
+    assert compiled(1008) == compiled(1024)
