@@ -30,9 +30,10 @@ from typing import Callable
 import torch
 from torch._dynamo.utils import counters
 from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import cli
-from model import Transformer, training_loss
+from model import Transformer, Weights, aim, sum_up, training_loss
 
 ROOT = Path(__file__).parent
 DEEP = 12  # layers above which a preset without a region of its own compiles layer by layer
@@ -141,7 +142,7 @@ class Phase:
         def run(tokens, input_pos, lengths, *rest):
             tokens, plan, X = start(tokens, input_pos, lengths)
             for block, layer in layers:
-                X = layer(block, X, tokens, plan)
+                X, _ = layer(block, X, tokens, plan)
             return finish(X, plan, input_pos, lengths, *rest)
         return run
 
@@ -189,38 +190,77 @@ def compile_verify(model: Transformer, cfg: CompileConfig, then: Callable | None
     return Phase(model, cfg, "verify", "all", then)
 
 
-def compile_train_step(model: Transformer, optimizer, cfg: CompileConfig, loss: Callable = training_loss) -> Callable:
-    """-> step(tokens, targets, doc_ids, lr) -> {"loss", "mtp_loss"}: 0-D tensors, nats per token.
+KEPT = ("sparse_attn", "moe", "indexer_topk")  # what selective recomputation does not do again
 
-    tokens, targets [B, S] int64, doc_ids likewise or None; lr a 0-D tensor. The optimizer is one of torch.optim, or has
-    step(lr), which also frees the gradients. loss(model, tokens, targets, doc_ids) -> total, loss, mtp_loss.
+
+def recomputed(forward: Callable, how: str) -> Callable:
+    """`forward`, whose activations are not kept for the backward but computed again there: "full"; "selective": all but those
+    of KEPT; "none": as it is."""
+    if how == "none":
+        return forward
+    kept = {getattr(torch.ops.dsv4, name).default for name in KEPT}
+
+    def policy(context, op, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    how = {"context_fn": functools.partial(create_selective_checkpoint_contexts, policy)} if how == "selective" else {}
+    return lambda *args: checkpoint(forward, *args, use_reentrant=False, **how)
+
+
+def compile_train_step(model: Transformer, optimizer, cfg: CompileConfig, loss: Callable | None = None, *, weights: Weights = Weights(),
+                       watch: str = "routers", micro_batch: int | None = None, recompute: str = "none") -> Callable:
+    """-> step(tokens, targets, doc_ids, lr) -> {"loss", "mtp_loss", ...}: detached 0-D tensors, see training_loss.
+
+    tokens, targets [B, S] int64, doc_ids likewise or None; lr a 0-D tensor.
+    optimizer    one of torch.optim; or one whose step(lr, load) frees the gradients and returns a dict of metrics, and that
+                 may have compile(compiler), with compiler(function, name) -> function; load as in training_loss, or None
+    loss         loss(model, tokens, targets: Targets, doc_ids) -> total, dict of its parts; None: training_loss, with weights
+                 and watch
+    micro_batch  rows whose activations are held at a time; their gradients add up. None: all
+    recompute    activations that are computed again in the backward: "none", "selective" or "full", block by block
     """
-    layers = {}
-    if regional(model, cfg, "train"):
-        kinds: dict[tuple, Callable] = {}
-        for block in (*model.layers, *model.mtp):
-            layer = kinds.setdefault(kind(block), compile_function(lambda block, *args: block.forward(*args), "train_layer", cfg))
-            layers[block] = functools.partial(layer, block)
-    else:
-        loss = compile_function(loss, "train", cfg)
+    compiled, patches = lambda function, name: compile_function(function, name, cfg), {}
+    layerwise = regional(model, cfg, "train")
+    kinds: dict[tuple, Callable] = {}
+    forward = recomputed(lambda block, *args: type(block).forward(block, *args), recompute)
+    for block in (*model.layers, *model.mtp):
+        layer = kinds.setdefault(kind(block), compiled(lambda *args: forward(*args), "train_layer")) if layerwise else forward
+        if layerwise or recompute != "none":
+            patches[block, "forward"] = functools.partial(layer, block)
+    finish = sum_up
+    if layerwise and loss is None:
+        for part in (model, model.mtp):
+            start = compiled(lambda part, *args: type(part).start(part, *args), "train_start")
+            patches[part, "start"] = functools.partial(start, part)
+        finish = compiled(sum_up, "train_finish")
+    loss = loss or (lambda *args: training_loss(*args, weights, watch, finish))
+    if not layerwise:
+        loss = compiled(loss, "train")
+    prepare = compiled(aim, "train_aim")
+    if hasattr(optimizer, "compile"):
+        optimizer.compile(compiled)
 
     def step(tokens, targets, doc_ids, lr):
-        try:  # the blocks are compiled within the step only: what else is done with the model stays eager
-            for block, layer in layers.items():
-                block._compiled_call_impl = layer  # where nn.Module.compile keeps it
-            total, main, mtp = loss(model, tokens, targets, doc_ids)
+        targets, size, metrics = prepare(tokens, targets, doc_ids), micro_batch or len(tokens), {}
+        try:  # within the step only: what else is done with the model stays eager
+            for (module, name), function in patches.items():
+                module.__dict__[name] = function
+            for part in (slice(at, at + size) for at in range(0, len(tokens), size)):
+                total, new = loss(model, tokens[part], targets.rows(part), None if doc_ids is None else doc_ids[part])
+                total.backward()
+                metrics = {name: metrics[name] + value if name in metrics else value for name, value in new.items()}
         finally:
-            for block in layers:
-                block._compiled_call_impl = None
-        total.backward()
+            for module, name in patches:
+                del module.__dict__[name]
+        load = metrics.pop("load", None)
         if isinstance(optimizer, torch.optim.Optimizer):
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad()
         else:
-            optimizer.step(lr)
-        return {"loss": main, "mtp_loss": mtp}
+            metrics |= optimizer.step(lr, load) or {}
+        return metrics
     return step
 
 

@@ -14,12 +14,13 @@ import dataclasses
 import json
 import math
 import re
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from ops.formats import dequantize_fp4, dequantize_fp8, quantize_fp4, quantize_fp8
 from ops.registry import Table, require
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -32,7 +33,8 @@ class ModelArgs:
 
     compress_ratios has one entry per layer, then one per MTP block: 0 is sliding window only, 4 is overlapping
     windows chosen by an indexer (CSA), any other ratio is plain windows, all of them visible (HCA: 128).
-    act_quant switches the activation fake-quantisation of spec 8; set it before tracing.
+    act_quant switches the activation fake-quantisation of spec 8, expert_qat ("fp4", "fp8") lets training see the routed
+    experts as that format will store them (spec 12); set them before tracing.
     """
 
     vocab_size: int = 129280
@@ -73,6 +75,7 @@ class ModelArgs:
     bos_id: int = 0
     eos_id: int = 1
     act_quant: bool = False
+    expert_qat: str | None = None
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -87,6 +90,7 @@ class ModelArgs:
         self.compress_ratios = tuple(self.compress_ratios)
         for name, only in dict(score_func="sqrtsoftplus", n_shared_experts=1).items():
             require(getattr(self, name) == only, f"{name} must be {only!r}, not {getattr(self, name)!r}")
+        require(self.expert_qat in (None, "fp4", "fp8"), f"expert_qat must be 'fp4', 'fp8' or None, not {self.expert_qat!r}")
         require(self.n_mtp_layers in (0, 1), f"n_mtp_layers must be 0 or 1, not {self.n_mtp_layers}")
         require(0 <= self.n_hash_layers <= self.n_layers, f"n_hash_layers is {self.n_hash_layers} of {self.n_layers} layers")
         count = self.n_layers + self.n_mtp_layers
@@ -192,7 +196,7 @@ def _translate(config: dict) -> dict:
         require(re.match(r"DeepseekV4(?!\d)", str(name)), f"architectures names {name!r}: this is DeepSeek-V4 only")
     for key in ("rope_scaling", "quantization_config"):
         require(isinstance(config.get(key) or {}, dict), f"{key} must be an object, not {config.get(key)!r}")
-    fields = {field.name for field in dataclasses.fields(ModelArgs)} - {"act_quant", "bos_id", "eos_id"}
+    fields = {field.name for field in dataclasses.fields(ModelArgs)} - {"act_quant", "expert_qat", "bos_id", "eos_id"}
     official = "dim" in config
     names = {name: name for name in fields} if official else dict(_HF_NAMES)
     args, dspark = {}, any(key.startswith("dspark_") for key in config)
@@ -257,6 +261,8 @@ class Plan(NamedTuple):
     lengths   [B]      valid tokens of each row
     rope      {compressed?: (cos, sin) [B, T, r/2]}
     windows   {R: Windows}
+    valid     [B, T] or None   in packed rows: what is not padding
+    watch     what layers note down besides their output, see Transformer.forward
     """
 
     row: torch.Tensor
@@ -266,6 +272,11 @@ class Plan(NamedTuple):
     lengths: torch.Tensor | None
     rope: dict[bool, tuple[torch.Tensor, torch.Tensor]]
     windows: dict[int, Windows]
+    valid: torch.Tensor | None = None
+    watch: str | None = None
+
+
+Notes = dict[str, torch.Tensor]  # what a layer notes down: see Transformer.forward
 
 
 def rope_frequencies(args: ModelArgs, compressed: bool) -> torch.Tensor:
@@ -314,7 +325,8 @@ def make_plan(args: ModelArgs, freqs: torch.Tensor, tokens: torch.Tensor, ratios
             lo, slot = (col - pos + R - 1) // R, index
         windows[R] = Windows(end, index, slot, pos % R, lo, lo + (pos + 1) // R, *angles(index * R, True))
     rope = {compressed: angles(pos, compressed) for compressed in (False, True)}
-    return Plan(row, pos, (pos + 1).clamp(max=args.window_size), input_pos, lengths, rope, windows)
+    return Plan(row, pos, (pos + 1).clamp(max=args.window_size), input_pos, lengths, rope, windows,
+                None if doc_ids is None else doc_ids >= 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -361,6 +373,12 @@ class Linear(nn.Module):
 def linear_fp32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x W^T with fp32 arithmetic and result, whatever the dtypes: router, compressor, head (spec 8)."""
     return F.linear(x.float(), weight.float())
+
+
+def rounded(w: torch.Tensor, fmt: str) -> torch.Tensor:
+    """Weights [..., o, i] as "fp4" or "fp8" stores them (spec 11); the gradient passes straight through."""
+    quantize, dequantize = (quantize_fp4, dequantize_fp4) if fmt == "fp4" else (quantize_fp8, dequantize_fp8)
+    return dequantize(*quantize(w.detach()), w.dtype) + (w - w.detach())
 
 
 def hadamard(x: torch.Tensor) -> torch.Tensor:
@@ -498,7 +516,7 @@ class Attention(nn.Module):
         if ratio == 4:
             self.indexer = Indexer(model, ratio)
 
-    def forward(self, x: torch.Tensor, plan: Plan) -> torch.Tensor:  # [B, T, d] -> [B, T, d]
+    def forward(self, x: torch.Tensor, plan: Plan, notes: Notes) -> torch.Tensor:  # [B, T, d] -> [B, T, d]
         args, rope = self.args, plan.rope[self.ratio > 0]
         qr = self.q_norm(self.wq_a(x))  # [B, T, q_lora]
         q = self.wq_b(qr).unflatten(-1, (args.n_heads, args.head_dim))  # [B, T, H, D]
@@ -533,14 +551,14 @@ class Gate(nn.Module):
         else:
             self.bias = nn.Parameter(torch.empty(args.n_routed_experts, dtype=torch.float32), requires_grad=False)
 
-    def forward(self, x: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # [N, d], [N]
+    def forward(self, x: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # [N, d], [N]
         score = F.softplus(linear_fp32(x, self.weight)).sqrt()  # [N, E]
         if hasattr(self, "tid2eid"):
             chosen = self.tid2eid[tokens]
         else:
             chosen = (score + self.bias.float()).topk(self.args.n_activated_experts, sorted=False).indices  # [N, K]
         weight = score.gather(1, chosen)  # the bias only selects
-        return chosen, weight / weight.sum(-1, keepdim=True) * self.args.route_scale
+        return chosen, weight / weight.sum(-1, keepdim=True) * self.args.route_scale, score
 
 
 class Expert(nn.Module):
@@ -576,8 +594,11 @@ class Experts(nn.Module):
         self.register_parameter("w2_scale", None)
 
     def forward(self, x: torch.Tensor, chosen: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:  # -> [N, d] fp32
-        return self.ops.moe(x, self.w13, self.w2, chosen, weight, self.w13_scale, self.w2_scale, self.args.swiglu_limit,
-                            self.args.act_quant)
+        w13, w2 = self.w13, self.w2
+        if self.args.expert_qat:
+            w13 = rounded(w13.unflatten(1, (2, -1)), self.args.expert_qat).flatten(1, 2)  # W1 and W3 have scales of their own
+            w2 = rounded(w2, self.args.expert_qat)
+        return self.ops.moe(x, w13, w2, chosen, weight, self.w13_scale, self.w2_scale, self.args.swiglu_limit, self.args.act_quant)
 
 
 class MoE(nn.Module):
@@ -589,10 +610,26 @@ class MoE(nn.Module):
         self.experts = Experts(model)
         self.shared_experts = Expert(model)
 
-    def forward(self, x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:  # [B, T, d], [B, T] -> [B, T, d]
+    def forward(self, x: torch.Tensor, tokens: torch.Tensor, plan: Plan, notes: Notes) -> torch.Tensor:  # -> [B, T, d]
         flat = x.flatten(0, 1)
-        routed = self.experts(flat, *self.gate(flat, tokens.flatten()))
+        chosen, weight, score = self.gate(flat, tokens.flatten())
+        if plan.watch and hasattr(self.gate, "bias"):
+            notes |= balance(chosen.view(*tokens.shape, -1), score.view(*tokens.shape, -1), plan.valid)
+        routed = self.experts(flat, chosen, weight)
         return (routed + self.shared_experts(flat).float()).to(x.dtype).view_as(x)
+
+
+def balance(chosen: torch.Tensor, score: torch.Tensor, valid: torch.Tensor | None) -> Notes:
+    """How evenly a router spreads the tokens of a row (spec 12). chosen [B, T, K], score [B, T, E], valid [B, T].
+
+    load     [E]  tokens that chose each expert
+    balance  ()   sum over rows of sum_e f_e P_e, f_e = E / (K T) tokens that chose e, P_e the mean share of e in the scores
+    """
+    E, valid = score.shape[-1], torch.ones(chosen.shape[:2], device=score.device) if valid is None else valid.float()
+    picked = (chosen[..., None] == torch.arange(E, device=score.device)).sum(2) * valid[..., None]  # [B, T, E]
+    share = score / score.sum(-1, keepdim=True) * valid[..., None]
+    load, T = picked.sum(1), valid.sum(1, keepdim=True).clamp(min=1)  # [B, E], [B, 1]
+    return {"load": load.sum(0), "balance": (load * (E / chosen.shape[-1]) / T * share.sum(1) / T).sum()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -628,12 +665,13 @@ class Block(nn.Module):
         self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale = hc_params(args, rows, 3)
         self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale = hc_params(args, rows, 3)
 
-    def forward(self, X: torch.Tensor, tokens: torch.Tensor, plan: Plan) -> torch.Tensor:  # X [B, T, n, d]
+    def forward(self, X: torch.Tensor, tokens: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, Notes]:  # X [B, T, n, d]
+        notes: Notes = {}
         constants = self.args.norm_eps, self.args.hc_eps, self.args.hc_sinkhorn_iters
         x, post, comb = self.ops.hc_pre(X, self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale, *constants)
-        y = self.attn(self.attn_norm(x), plan)
+        y = self.attn(self.attn_norm(x), plan, notes)
         X, x, post, comb = self.ops.hc_post_pre(y, X, post, comb, self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale, *constants)
-        return self.ops.hc_post(self.ffn(self.ffn_norm(x), tokens), X, post, comb)
+        return self.ops.hc_post(self.ffn(self.ffn_norm(x), tokens, plan, notes), X, post, comb), notes
 
 
 class MTPBlock(Block):
@@ -649,7 +687,7 @@ class MTPBlock(Block):
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.hc_head_fn, self.hc_head_base, self.hc_head_scale = hc_params(args, args.hc_mult, 1)
 
-    def forward(self, H: torch.Tensor, e: torch.Tensor, tokens: torch.Tensor, plan: Plan) -> torch.Tensor:
+    def forward(self, H: torch.Tensor, e: torch.Tensor, tokens: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, Notes]:
         X = self.e_proj(self.enorm(e))[:, :, None] + self.h_proj(self.hnorm(H))  # [B, T, n, d]
         return super().forward(X, tokens, plan)
 
@@ -663,23 +701,31 @@ class MTP(nn.ModuleList):
         self._model = (model,)  # a tuple, so that the model is not its own grandchild
 
     def forward(self, hidden: torch.Tensor, next_tokens: torch.Tensor, input_pos: torch.Tensor | None = None,
-                lengths: torch.Tensor | None = None, doc_ids: torch.Tensor | None = None, logits: str | None = "all"):
+                lengths: torch.Tensor | None = None, doc_ids: torch.Tensor | None = None, logits: str | None = "all",
+                watch: str | None = None):
         """hidden [B, T, n, d] and the tokens that follow its positions [B, T] -> (logits [B, T, V] or None, hidden').
 
         Slot i has the position of hidden[:, i] and predicts the token two further. hidden' can be fed back to draft
         one more; such rows are provisional until the accepted positions are fed again with the true hidden.
-        Other arguments as in Transformer.forward. In packed rows a document's last slot sees no next token.
+        Other arguments as in Transformer.forward (watch: the block's notes are returned, too). In packed rows a document's
+        last slot sees no next token.
         """
         if not len(self):
             raise ValueError("this model has no MTP block (n_mtp_layers is 0)")
         model, block = self._model[0], self[0]
-        tokens, plan = model.prepare(next_tokens, set(), input_pos, lengths, doc_ids)
+        tokens, plan, e = self.start(next_tokens, input_pos, lengths, doc_ids, watch)
+        X, notes = block(hidden, e, tokens, plan)
+        y = None if logits is None else linear_fp32(self.head_input(model.select(X, plan, logits)), model.head.weight)
+        return (y, X, [notes]) if watch else (y, X)
+
+    def start(self, next_tokens, input_pos=None, lengths=None, doc_ids=None, watch=None) -> tuple[torch.Tensor, Plan, torch.Tensor]:
+        """What comes before the block: checked tokens [B, T], the plan, and the embedded tokens [B, T, d]."""
+        model = self._model[0]
+        tokens, plan = model.prepare(next_tokens, set(), input_pos, lengths, doc_ids, watch)
         e = model.embed(tokens)
         if doc_ids is not None:
             e = e * F.pad(doc_ids[:, 1:] == doc_ids[:, :-1], (0, 1), value=True)[..., None]
-        X = block(hidden, e, tokens, plan)
-        y = None if logits is None else linear_fp32(self.head_input(model.select(X, plan, logits)), model.head.weight)
-        return y, X
+        return tokens, plan, e
 
     def head_input(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden' [B, T, n, d] -> what the head multiplies, [B, T, d]."""
@@ -760,7 +806,7 @@ class Transformer(nn.Module):
             if name.endswith(("ring.rows", ".entries")):
                 buffer.zero_()
 
-    def prepare(self, tokens, ratios, input_pos, lengths, doc_ids) -> tuple[torch.Tensor, Plan]:
+    def prepare(self, tokens, ratios, input_pos, lengths, doc_ids, watch=None) -> tuple[torch.Tensor, Plan]:
         """Check the combination of arguments, blank padding tokens, and plan the call."""
         if input_pos is None and lengths is not None:
             raise ValueError("lengths needs input_pos")
@@ -772,7 +818,7 @@ class Transformer(nn.Module):
             if tokens.shape[0] > self.cache_size[0]:
                 raise ValueError(f"batch {tokens.shape[0]} exceeds max_batch_size {self.cache_size[0]} of setup_caches")
         max_seq_len = self.cache_size[1] if input_pos is not None else tokens.shape[1]
-        plan = make_plan(self.args, self.freqs, tokens, ratios, max_seq_len, input_pos, lengths, doc_ids)
+        plan = make_plan(self.args, self.freqs, tokens, ratios, max_seq_len, input_pos, lengths, doc_ids)._replace(watch=watch)
         if lengths is not None:
             tokens = tokens.masked_fill(torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None], 0)
         elif doc_ids is not None:
@@ -792,7 +838,8 @@ class Transformer(nn.Module):
         return self.norm(hc_head(hidden, self.hc_head_fn, self.hc_head_base, self.hc_head_scale, self.args))
 
     def forward(self, tokens: torch.Tensor, input_pos: torch.Tensor | None = None, lengths: torch.Tensor | None = None,
-                doc_ids: torch.Tensor | None = None, logits: str | None = "all", return_hidden: bool = False):
+                doc_ids: torch.Tensor | None = None, logits: str | None = "all", return_hidden: bool = False,
+                watch: str | None = None):
         """tokens [B, T] int64 -> logits [B, T, V] fp32.
 
         input_pos [B] int64  position of each row's first token: read and extend the caches. None: no cache (training).
@@ -800,15 +847,20 @@ class Transformer(nn.Module):
         doc_ids   [B, T]     packed documents (training), non-decreasing, -1 = padding: each one is on its own.
         logits    "all", "last" (each row's last valid position, [B, 1, V]) or None (skip the head)
         return_hidden        return (logits, hidden): the residual streams [B, T, n, d] after the last block
+        watch                return (logits, hidden, notes): of each layer what training wants besides, a dict. "routers": see
+                             balance. "dense", "chosen": the indexer's objective as well, see Indexer.loss; "dense" lets
+                             attention see every visible entry.
         """
-        tokens, plan, X = self.start(tokens, input_pos, lengths, doc_ids)
-        for layer in self.layers:
-            X = layer(X, tokens, plan)
-        return (self.finish(X, plan, logits), X) if return_hidden else self.finish(X, plan, logits)
+        tokens, plan, X = self.start(tokens, input_pos, lengths, doc_ids, watch)
+        notes = [{}] * len(self.layers)
+        for i, layer in enumerate(self.layers):
+            X, notes[i] = layer(X, tokens, plan)
+        y = self.finish(X, plan, logits)
+        return (y, X, notes) if watch else (y, X) if return_hidden else y
 
-    def start(self, tokens, input_pos=None, lengths=None, doc_ids=None) -> tuple[torch.Tensor, Plan, torch.Tensor]:
+    def start(self, tokens, input_pos=None, lengths=None, doc_ids=None, watch=None) -> tuple[torch.Tensor, Plan, torch.Tensor]:
         """What comes before the layers: checked tokens [B, T], the plan, and the streams [B, T, n, d], all equal."""
-        tokens, plan = self.prepare(tokens, set(self.args.compress_ratios) - {0}, input_pos, lengths, doc_ids)
+        tokens, plan = self.prepare(tokens, set(self.args.compress_ratios) - {0}, input_pos, lengths, doc_ids, watch)
         return tokens, plan, self.embed(tokens)[:, :, None].repeat(1, 1, self.args.hc_mult, 1)
 
     def finish(self, X: torch.Tensor, plan: Plan, logits: str | None) -> torch.Tensor | None:
@@ -816,26 +868,80 @@ class Transformer(nn.Module):
         return None if logits is None else linear_fp32(self.head_input(self.select(X, plan, logits)), self.head.weight)
 
 
-def training_loss(model: Transformer, tokens: torch.Tensor, targets: torch.Tensor, doc_ids: torch.Tensor | None = None,
-                  mtp_weight: float = 0.3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Next-token cross-entropy, plus mtp_weight times that of the MTP block on the token after (spec 12).
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
 
-    tokens, targets [B, S] int64, targets[:, i] follows tokens[:, i], negative is ignored; doc_ids as in forward.
-    -> total, cross-entropy and MTP cross-entropy (0 without one), means in nats per token, fp32. Only the first has gradients.
+
+class Weights(NamedTuple):
+    """What the parts of the training loss weigh beside next-token cross-entropy (spec 12)."""
+
+    mtp: float = 0.3
+    balance: float = 1e-4
+    index: float = 1.0
+
+
+class Targets(NamedTuple):
+    """What a training step aims at; parts of its rows share counts.
+
+    next       [B, S]  the token that follows each token; negative = ignored
+    after      [B, S]  the token after that, the MTP block's target; -1 where it lies outside the document or row
+    following  [B, S]  the token that follows, known even where it is no target
+    counts     [3]     of the whole step: targets, the MTP block's targets, rows (fp32)
     """
-    _, hidden = model(tokens, doc_ids=doc_ids, logits=None, return_hidden=True)
 
-    def mean(x, target):
-        each = model.ops.linear_cross_entropy(x.flatten(0, 1), model.head.weight, target.flatten())
-        return each.sum() / (target >= 0).sum().clamp(min=1)
+    next: torch.Tensor
+    after: torch.Tensor
+    following: torch.Tensor
+    counts: torch.Tensor
 
-    main = mean(model.head_input(hidden), targets)
-    if not len(model.mtp):
-        return main, main.detach(), torch.zeros_like(main)
+    def rows(self, part: slice) -> Targets:
+        return Targets(self.next[part], self.after[part], self.following[part], self.counts)
+
+
+def aim(tokens: torch.Tensor, targets: torch.Tensor, doc_ids: torch.Tensor | None) -> Targets:
+    """tokens, targets [B, S] int64, targets[:, i] follows tokens[:, i], negative is ignored; doc_ids as in forward."""
     after = F.pad(targets[:, 1:], (0, 1), value=-1)
     if doc_ids is not None:
         after = after.masked_fill(F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (0, 1)), -1)
-    following = torch.cat([tokens[:, 1:], targets[:, -1:].clamp(min=0)], 1)  # targets may be masked, what follows is known
-    _, ahead = model.mtp(hidden, following, doc_ids=doc_ids, logits=None)
-    mtp = mean(model.mtp.head_input(ahead), after)
-    return main + mtp_weight * mtp, main.detach(), mtp.detach()
+    count = (targets >= 0).sum()
+    counts = torch.stack([count, (after >= 0).sum(), torch.full_like(count, len(tokens))]).clamp(min=1).float()
+    return Targets(targets, after, torch.cat([tokens[:, 1:], targets[:, -1:].clamp(min=0)], 1), counts)
+
+
+def training_loss(model: Transformer, tokens: torch.Tensor, targets: Targets | torch.Tensor, doc_ids: torch.Tensor | None = None,
+                  weights: Weights = Weights(), watch: str = "routers", finish: Callable | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Next-token cross-entropy, that of the MTP block on the token after, balanced routers, and the indexer's objective.
+
+    tokens, targets, doc_ids: see aim. watch: which objectives there are, as in forward.
+    -> total () fp32, and a dict of its parts without gradients: loss, mtp_loss (nats per token), balance, index_loss (nats),
+       load [layers whose router has a bias, E].
+    """
+    if not isinstance(targets, Targets):
+        targets = aim(tokens, targets, doc_ids)
+    _, hidden, notes = model(tokens, doc_ids=doc_ids, logits=None, watch=watch)
+    ahead = None
+    if len(model.mtp):
+        _, ahead, more = model.mtp(hidden, targets.following, doc_ids=doc_ids, logits=None, watch=watch)
+        notes = notes + more
+    return (finish or sum_up)(model, hidden, ahead, notes, targets, weights)
+
+
+def sum_up(model: Transformer, hidden: torch.Tensor, ahead: torch.Tensor | None, notes: list[Notes], targets: Targets, weights: Weights):
+    """What comes after the layers in training: see training_loss. ahead: the MTP block's residual streams."""
+    def cross_entropy(x, target):
+        return model.ops.linear_cross_entropy(x.flatten(0, 1), model.head.weight, target.flatten()).sum()
+
+    parts = {"loss": cross_entropy(model.head_input(hidden), targets.next) / targets.counts[0]}
+    total = parts["loss"]
+    if ahead is not None:
+        parts["mtp_loss"] = cross_entropy(model.mtp.head_input(ahead), targets.after) / targets.counts[1]
+        total = total + weights.mtp * parts["mtp_loss"]
+    for name, weight in (("balance", weights.balance), ("index_loss", weights.index)):
+        values = [note[name] for note in notes if name in note]
+        if values:
+            parts[name] = torch.stack(values).sum() / targets.counts[2]
+            total = total + weight * parts[name]
+    loads = [note["load"] for note in notes if "load" in note]
+    if loads:
+        parts["load"] = torch.stack(loads)
+    return total, {name: part.detach() for name, part in parts.items()}

@@ -309,7 +309,7 @@ def census(captured: Captured, args: ModelArgs) -> dict[str, dict[str, dict[str,
 def session(model: Transformer, phase: str, cfg: CompileConfig) -> Iterator[Callable]:
     """The phase compiled as cfg says, as calls that between them meet every boundary: yields them one by one."""
     import compile_config as C
-    from train_step import Optimizer
+    from optim import Optimizer
     args, shape = model.args, shape_of(model.args, phase)
     device, random = model.embed.weight.device, torch.Generator().manual_seed(0)
     draw = lambda: torch.randint(2, args.vocab_size, (shape.batch, shape.length), generator=random).to(device)

@@ -1,10 +1,11 @@
 """Train a DeepSeek-V4 on plain text, on whatever device there is: `python train_step.py` trains the debug model briefly.
 
-    text -> tokens (documents joined by BOS) -> rows at random offsets -> one compiled step: loss, gradients, update
+    text -> packed rows (dataset.py) -> one compiled step: losses, gradients, update (compile_config.py, optim.py)
 
-The loss is next-token cross-entropy plus 0.3 times that of the MTP block on the token after next. Matrices follow Muon,
-everything else AdamW; experts are balanced by nudging the routers' biases, without an auxiliary loss (spec 12). Rows are
-drawn from a generator seeded by the step's number, so a resumed run sees the rows it would have seen.
+Without --init a model begins with random weights and a vocabulary fitted to the text; with it, a folder in the released
+layout is trained on. The loss is next-token cross-entropy plus 0.3 times that of the MTP block, and 1e-4 times the
+routers' balance; router biases follow the load. --index-loss trains the lightning indexers too, by the recipe of
+DeepSeek-V3.2: V4's own is not published. (Spec 12.)
 """
 from __future__ import annotations
 
@@ -12,168 +13,31 @@ import argparse
 import json
 import math
 import os
+import re
+import shutil
+import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import cli
-from checkpoint import save
+import dataset
+from checkpoint import load, save
 from compile_config import PRESETS, choose_threads, compile_train_step, peak_memory
-from model import Gate, Linear, ModelArgs, Transformer, training_loss
-from tokenizer import load_tokenizer
+from model import ModelArgs, Transformer, Weights, aim, training_loss
+from optim import Optimizer
 
 ROOT = Path(__file__).parent
-HELD_OUT = 0.05  # the tail of the text that is never trained on
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data
-
-
-def split(text: str) -> tuple[str, str]:
-    """The text to train on, and its held-out tail (cut at a line)."""
-    cut = text.rfind("\n", 0, int(len(text) * (1 - HELD_OUT))) + 1
-    return text[:cut], text[cut:]
-
-
-def train_tokenizer(text: str, folder: Path, vocab_size: int) -> Path:
-    """Fit a byte-pair vocabulary with sentencepiece; every text survives encoding and decoding. -> tokenizer.model"""
-    import sentencepiece
-    from tokenizer import ASSISTANT, BOS, END_THINK, EOS, THINK, USER
-    folder.mkdir(parents=True, exist_ok=True)
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text.splitlines()), model_prefix=str(folder / "tokenizer"), model_type="bpe",
-        vocab_size=vocab_size, byte_fallback=True, add_dummy_prefix=False, remove_extra_whitespaces=False,
-        normalization_rule_name="identity", allow_whitespace_only_pieces=True, bos_id=0, eos_id=1, unk_id=2, bos_piece=BOS,
-        eos_piece=EOS, user_defined_symbols=[USER, ASSISTANT, THINK, END_THINK], max_sentence_length=1 << 20,
-        num_threads=1, minloglevel=2)
-    (folder / "tokenizer.vocab").unlink()
-    return folder / "tokenizer.model"
-
-
-def tokenize(text: str, encode) -> np.ndarray:
-    """Token ids of a text. Documents are set apart by four newlines or more; encode(text, bos=True) begins each with BOS."""
-    documents = (document.strip("\n") for document in text.split("\n\n\n\n"))
-    parts = [np.array(encode(document + "\n", bos=True), dtype=np.uint32) for document in documents if document]
-    return np.concatenate([np.empty(0, np.uint32), *parts])
-
-
-def encode_bytes(text: str, bos: bool = False) -> list[int]:
-    """Text as bytes: what models with a vocabulary too small for sentencepiece read. BOS is 0."""
-    return [0] * bos + list(text.encode())
-
-
-def rows(ids: np.ndarray, step: int, batch: int, length: int, seed: int, bos: int):
-    """The rows of one step -> tokens, targets, doc_ids [B, S] int64. A BOS starts a document."""
-    start = np.random.default_rng((seed, step)).integers(0, len(ids) - length, batch)
-    window = torch.from_numpy(ids[start[:, None] + np.arange(length + 1)].astype(np.int64))
-    tokens, targets = window[:, :-1].contiguous(), window[:, 1:].contiguous()
-    return tokens, targets, (tokens == bos).cumsum(1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Loss and optimizer
-
-
-def count_load(model: Transformer) -> None:
-    """Give every score-routed gate a buffer `load` [E] that counts the tokens it sends to each expert while training."""
-    def count(gate, inputs, output):
-        if gate.training:
-            gate.load.add_((output[0].flatten()[None] == torch.arange(len(gate.load), device=gate.load.device)[:, None]).sum(1))
-
-    for module in model.modules():
-        if isinstance(module, Gate) and hasattr(module, "bias"):
-            module.register_buffer("load", torch.zeros_like(module.bias), persistent=False)
-            module.register_forward_hook(count)
-
-
-HYBRID = ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2
-
-
-def orthogonalize(m: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Push the singular values of matrices [..., a, b] towards 1 by Newton-Schulz steps (spec 12)."""
-    x = m.to(dtype)
-    wide = x.shape[-2] <= x.shape[-1]
-    x = x if wide else x.mT
-    x = x / (x.float().norm(dim=(-2, -1), keepdim=True) + 1e-12).to(dtype)
-    for a, b, c in HYBRID:
-        s = x @ x.mT
-        x = a * x + (b * s + c * s @ s) @ x
-    return x if wide else x.mT
-
-
-class Optimizer:
-    """Muon for matrices (experts and groups one by one), AdamW for embedding, head and everything else (spec 12).
-
-    Parameters below fp32 are updated through fp32 masters. Router biases follow the load counted by `count_load`.
-    """
-
-    def __init__(self, model: torch.nn.Module, betas=(0.9, 0.95), eps: float = 1e-20, decay: float = 0.1, momentum: float = 0.95,
-                 bias_rate: float = 1e-3):
-        self.betas, self.eps, self.decay, self.momentum, self.bias_rate = betas, eps, decay, momentum, bias_rate
-        groups = {m.weight: m.groups for m in model.modules() if isinstance(m, Linear)}
-        self.gates = [m for m in model.modules() if isinstance(m, Gate) and hasattr(m, "load")]
-        self.muon, self.adam, self.count = [], [], torch.zeros(())
-        self.state: dict[str, dict[str, torch.Tensor]] = {}
-        for name, p in model.named_parameters():
-            if not p.requires_grad:
-                continue
-            matrix = p.dim() > 1 and not name.startswith(("embed.", "head.")) and not name.endswith("ape")
-            blocks = 2 if name.endswith("w13") else groups.get(p, 1)  # W1 and W3, or the groups of wo_a
-            (self.muon if matrix else self.adam).append((name, p, blocks))
-            moments = ("first",) if matrix else ("first", "second")
-            self.state[name] = {key: torch.zeros_like(p, dtype=torch.float32) for key in moments}
-            if p.dtype != torch.float32:
-                self.state[name]["master"] = p.detach().float()
-
-    @torch.no_grad()
-    def step(self, lr: torch.Tensor) -> None:
-        """One update from the gradients, which are then freed. lr is a 0-D tensor."""
-        self.count += 1
-        for name, p, blocks in self.muon:
-            if p.grad is None:  # the indexer, which the language-model loss does not reach
-                continue
-            state, g = self.state[name], p.grad.float()
-            state["first"].mul_(self.momentum).add_(g)
-            m = (g + self.momentum * state["first"]).unflatten(-2, (blocks, -1))
-            u = orthogonalize(m, torch.bfloat16).float() * (0.18 * max(m.shape[-2:]) ** 0.5)
-            self._update(p, state, u.flatten(-3, -2), lr, self.decay)
-        b1, b2 = self.betas
-        for name, p, _ in self.adam:
-            if p.grad is None:
-                continue
-            state, g = self.state[name], p.grad.float()
-            state["first"].lerp_(g, 1 - b1)
-            state["second"].lerp_(g.square(), 1 - b2)
-            u = state["first"] / (1 - b1**self.count) / ((state["second"] / (1 - b2**self.count)).sqrt() + self.eps)
-            self._update(p, state, u, lr, self.decay if p.dim() > 1 else 0.0)
-        for gate in self.gates:
-            gate.bias += self.bias_rate * (gate.load.mean() - gate.load).sign()
-            gate.load.zero_()
-
-    def _update(self, p, state, u, lr, decay):
-        weight = state.get("master", p)
-        weight.mul_(1 - lr * decay).sub_(lr * u)
-        if weight is not p:
-            p.copy_(weight)
-        p.grad = None
-
-    def state_dict(self) -> dict:
-        return {"count": self.count, "state": self.state}
-
-    def load_state_dict(self, saved: dict) -> None:
-        self.count.copy_(saved["count"])
-        for name, state in self.state.items():
-            for key, tensor in state.items():
-                tensor.copy_(saved["state"][name][key])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
+# Rates and measures
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -184,41 +48,226 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * max(0.0, 2 * done - 1))))
 
 
+def flops_per_token(model: Transformer, length: int) -> float:
+    """FLOPs that training on rows of `length` needs per token: three forwards, of what a token multiplies with and sees."""
+    args, t = model.args, np.arange(1, length + 1)
+    share = args.n_activated_experts / args.n_routed_experts
+    flops = sum(2.0 * p.numel() * (share if ".experts." in name else 1) for name, p in model.named_parameters()
+                if p.dim() > 1 and not name.startswith("embed."))
+    flops += 2.0 * model.head.weight.numel() * args.n_mtp_layers
+    for ratio in args.compress_ratios:
+        keys = np.minimum(t, args.window_size)
+        if ratio:
+            entries = t // ratio
+            keys = keys + (np.minimum(entries, args.index_topk) if ratio == 4 else entries)
+            if ratio == 4 and length // ratio > args.index_topk:
+                flops += 2.0 * args.index_n_heads * args.index_head_dim * entries.mean()
+        flops += 4.0 * args.n_heads * args.head_dim * keys.mean()
+    return 3 * flops
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product here, random data: what "share of peak" is a share of."""
+    n = 8192 if device.type == "cuda" else 768
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(5):
+        wait(device)
+        begun = time.perf_counter()
+        a @ b
+        wait(device)
+        best = min(best, time.perf_counter() - begun)
+    return 2 * n**3 / best
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 @torch.no_grad()
-def held_out_loss(model: torch.nn.Module, ids: np.ndarray, length: int, batch: int, bos: int, loss=training_loss) -> float:
+def held_out_loss(model: torch.nn.Module, ids: np.ndarray, length: int, batch: int, bos: int, loss: Callable = training_loss) -> float:
     """Nats per token over consecutive rows; a token sees at most the length - 1 tokens before it."""
-    device, total, count = next(model.parameters()).device, 0.0, len(ids) // (length + 1)
+    device, total, targets, count = next(model.parameters()).device, 0.0, 0, len(ids) // (length + 1)
     grid = torch.from_numpy(ids[: count * (length + 1)].astype(np.int64)).view(count, -1).to(device)
+    training = model.training
     model.eval()
     for part in grid.split(batch):
-        tokens, targets = part[:, :-1].contiguous(), part[:, 1:].contiguous()
-        total += float(loss(model, tokens, targets, (tokens == bos).cumsum(1))[1]) * len(part)
-    model.train()
-    return total / count
+        tokens, target, doc_ids = dataset.packed(part, bos)
+        number = int((target >= 0).sum())
+        total += float(loss(model, tokens, aim(tokens, target, doc_ids), doc_ids)[1]["loss"]) * number
+        targets += number
+    model.train(training)
+    return total / targets
 
 
-def train(model: torch.nn.Module, step, ids: np.ndarray, *, steps: int, batch: int, length: int, lr: float, seed: int, bos: int,
-          first: int = 0, every: int = 10, after=lambda step: None, log=print) -> float:
+@torch.no_grad()
+def sample(model: Transformer, tokenizer, prompt: str, count: int, seed: int) -> str:
+    """`count` tokens after a prompt, drawn at temperature 0.8, run eagerly."""
+    from generate import Generator, Sampling
+    device, ids, out = model.embed.weight.device, tokenizer.encode(prompt, bos=True), []
+    generator = Generator(model, PRESETS["eager"], 1, len(ids) + count + 1)
+
+    def done(row: int, token: int) -> bool:
+        out.append(token)
+        return len(out) >= count or token == tokenizer.eos_id
+
+    generator([ids], Sampling.of(0.8, 0, 1.0, seed, device), done)
+    return prompt + tokenizer.decode(out).removesuffix("\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+class Checkpoints:
+    """`folder`/step-000123: a model in the released layout, and state.safetensors, from which training goes on to the bit.
+
+    A checkpoint gets its name when it is complete, and only then the oldest goes, so that `keep` of them remain.
+    """
+
+    def __init__(self, folder: str, keep: int):
+        self.folder, self.keep = Path(folder), keep
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, in order."""
+        names = os.listdir(self.folder) if self.folder.is_dir() else []
+        return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"step-(\d{6,})", name)))
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:06d}"
+
+    def save(self, model: Transformer, optimizer: Optimizer, step: int, facts: dict, **layout) -> Path:
+        """facts: what must be equal for a run to go on from here."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for stale in self.folder.glob(".step-*"):  # of a run that was killed
+            shutil.rmtree(stale)
+        temporary = self.folder / f".step-{step:06d}"
+        save(model, temporary, **layout)
+        masters = {name for name, state in optimizer.state.items() if "master" in state}
+        tensors = {f"weight.{name}": t for name, t in model.state_dict().items() if name not in masters}
+        tensors |= {f"optimizer.{name}": t for name, t in optimizer.state_dict().items()}
+        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary / "state.safetensors",
+                  {"step": str(step), "facts": json.dumps(facts)})
+        shutil.rmtree(self.path(step), ignore_errors=True)
+        os.rename(temporary, self.path(step))
+        for old in self.steps()[: -self.keep]:
+            shutil.rmtree(self.path(old))
+        return self.path(step)
+
+    def load(self, model: Transformer, optimizer: Optimizer, facts: dict) -> int:
+        """Bring model and optimizer to where the newest checkpoint left them -> its step; 0 if there is none."""
+        if not self.steps():
+            return 0
+        path = self.path(self.steps()[-1]) / "state.safetensors"
+        try:
+            with safe_open(path, "pt") as file:
+                about = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            step, then = int(about["step"]), json.loads(about["facts"])
+        except Exception as error:  # a torn or foreign file fails in as many ways
+            raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]}); remove {path.parent}") from None
+        for key, value in facts.items():
+            if then.get(key) != value:
+                raise ValueError(f"{path}: was trained with {key} {then.get(key)!r}, not {value!r}: name another folder")
+        weights = {name.removeprefix("weight."): t for name, t in tensors.items() if name.startswith("weight.")}
+        optimizer.load_state_dict({name.removeprefix("optimizer."): t for name, t in tensors.items() if name.startswith("optimizer.")})
+        masters = {name: state["master"] for name, state in optimizer.state.items() if "master" in state}
+        model.load_state_dict({**weights, **masters})
+        return step
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+class Interrupt:
+    """Within it, the first Ctrl-C or SIGTERM sets `asked`, and a second one ends the program at once."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self.asked, self.say = False, say
+
+    def __enter__(self) -> None:
+        def ask(number, frame):
+            if self.asked:
+                raise KeyboardInterrupt
+            self.asked = True
+            self.say("interrupted: finishing this step; once more ends at once")
+
+        self.before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def train(step: Callable, rows: dataset.Rows, device: torch.device, *, steps: int, batch: int, rate: Callable[[int], float],
+          first: int = 0, every: int = 10, after: Callable[[int], bool | None] = lambda step: None, log: Callable[[dict], None] = print) -> float:
     """Run `step` (see compile_train_step) from number `first` to `steps` -> seconds, compiling included.
 
-    after(i) is called when i steps are done; log gets a dict every `every` steps.
+    after(i) is called when i steps are done and ends the run by returning True; log gets a dict every `every` steps.
     """
-    device, begun, warm = next(model.parameters()).device, time.perf_counter(), 0.0
-    model.train()
+    begun, warm = time.perf_counter(), 0.0
     for i in range(first, steps):
-        rate = learning_rate(i, steps, lr)
-        metrics = step(*(t.to(device) for t in rows(ids, i, batch, length, seed, bos)), torch.tensor(rate, device=device))
+        now = rate(i)
+        tensors = (t.to(device) for t in rows(range(i * batch, (i + 1) * batch)))
+        metrics = step(*tensors, torch.tensor(now, device=device))
         if i == first or i == steps - 1 or i % every == every - 1:
             metrics = {key: value.item() for key, value in metrics.items()}
             if not math.isfinite(metrics["loss"]):
                 raise FloatingPointError(f"the loss is {metrics['loss']} at step {i + 1}: choose a lower --lr")
             done, seconds = i - first, time.perf_counter() - warm
-            log({"step": i + 1, **metrics, "lr": rate, "tok_per_s": done * batch * length / seconds if done else None,
+            log({"step": i + 1, **metrics, "lr": now, "tok_per_s": done * batch * rows.length / seconds if done else None,
                  "minutes_left": seconds / done * (steps - 1 - i) / 60 if done else None})
         if i == first:
+            wait(device)
             warm = time.perf_counter()  # the first step compiled
-        after(i + 1)
+        if after(i + 1):
+            break
     return time.perf_counter() - begun
+
+
+class Log:
+    """Progress: a line for people, a JSON object in `file` (if any), which a resumed run continues, and `history` for the plot."""
+
+    def __init__(self, file: str | None, first: int, steps: int, peak: float, flops: float, device: torch.device, say: Callable[[str], None]):
+        self.steps, self.peak, self.flops, self.device, self.say = steps, peak, flops, device, say
+        self.file, self.history = Path(file) if file else None, []
+        if self.file:
+            lines = self.file.read_text().splitlines() if self.file.exists() and first else []
+            self.history = [entry for line in lines if (entry := json.loads(line))["step"] <= first]
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self.file.write_text("".join(json.dumps(entry) + "\n" for entry in self.history))
+
+    def __call__(self, metrics: dict) -> None:
+        speed = metrics["tok_per_s"]
+        entry = metrics | {"share_of_peak": speed and speed * self.flops / self.peak, "memory_bytes": peak_memory(self.device)}
+        self.history.append(entry)
+        if self.file:
+            with open(self.file, "a") as out:
+                out.write(json.dumps(entry) + "\n")
+        losses = "  ".join(f"{key.removesuffix('_loss')} {entry[key]:.4f}" for key in ("loss", "mtp_loss", "index_loss", "recall") if key in entry)
+        pace = f"  {speed:,.0f} tok/s  {100 * entry['share_of_peak']:.0f} % of peak" if speed else ""
+        left = f"  {metrics['minutes_left']:.1f} min left" if speed else ""
+        self.say(f"step {entry['step']}/{self.steps}  {losses}  lr {entry['lr']:.1e}{pace}  {entry['memory_bytes'] / 2**20:,.0f} MiB{left}")
+
+
+def plot(history: list[dict], path: str) -> None:
+    """The losses over steps, as PNG."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for key, label in (("loss", "next token"), ("mtp_loss", "MTP: token after next"), ("index_loss", "indexer, KL")):
+        points = [(entry["step"], entry[key]) for entry in history if key in entry]
+        if points:
+            axes.plot(*zip(*points), label=label)
+    axes.set(xlabel="step", ylabel="nats per token")
+    axes.legend()
+    temporary = f"{path}.tmp"
+    figure.savefig(temporary, format="png", dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+    os.replace(temporary, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,126 +275,180 @@ def train(model: torch.nn.Module, step, ids: np.ndarray, *, steps: int, batch: i
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = cli.Parser(description="Train a DeepSeek-V4 on plain text.", allow_abbrev=False)
-    add = parser.add_argument
-    add("--config", default="debug", metavar="NAME|FILE", help="debug, tiny, or a config.json")
-    add("--data", default=str(ROOT / "data" / "shakespeare.txt"), metavar="FILE", help="UTF-8 text")
-    add("--steps", type=int, default=40)
-    add("--batch", type=int, default=4, help="rows per step")
-    add("--seq-len", type=int, default=128, help="tokens per row")
-    add("--lr", type=float, default=6e-3, help="peak learning rate")
-    add("--seed", type=int, default=0)
-    add("--device", choices=("cpu", "cuda"))
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights; masters are fp32")
-    add("--compile", choices=PRESETS, default="regional", metavar="PRESET", help=", ".join(PRESETS))
-    add("--out", metavar="DIR", help="save the model and its tokenizer here, in the released layout")
-    add("--experts", choices=("bf16", "fp8", "fp4"), default="bf16", help="how --out stores experts")
-    add("--linears", choices=("bf16", "fp8"), default="bf16", help="how --out stores the linears that releases quantise")
-    add("--state", metavar="FILE", help="keep weights and optimizer here every few minutes, and go on from there if it exists")
-    add("--json", action="store_true", help="the last line of standard output is one JSON object; progress on standard error")
+    parser = cli.Parser(prog="train_step.py", description="Train a DeepSeek-V4 on plain text.", allow_abbrev=False)
+    group = parser.add_argument_group("model").add_argument
+    group("--config", default="debug", metavar="NAME|FILE", help="debug, tiny, or a config.json: begin with random weights")
+    group("--init", metavar="DIR", help="train a folder in the released layout instead, with its tokenizer")
+    group("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and activations; masters are fp32")
+    group("--qat", choices=("fp4", "fp8"), help="see the experts through this format and activations as released models do")
+    group = parser.add_argument_group("data").add_argument
+    group("--data", nargs="+", default=[str(ROOT / "data" / "shakespeare.txt")], metavar="PATH", help="UTF-8 text files, or folders of them")
+    group("--cache", default=str(ROOT / ".cache"), metavar="DIR", help="where tokens are kept for the next run")
+    group("--batch", type=int, default=4, help="rows per step")
+    group("--micro-batch", type=int, metavar="ROWS", help="rows whose activations are held at a time (default: all)")
+    group("--seq-len", type=int, default=128, help="tokens per row")
+    group = parser.add_argument_group("training").add_argument
+    group("--steps", type=int, default=40)
+    group("--stop-after", type=int, metavar="STEP", help="end here; rates are those of --steps")
+    group("--optimizer", choices=("muon", "adamw"), default="muon")
+    group("--lr", type=float, default=6e-3, help="peak learning rate")
+    group("--clip", type=float, default=1.0, help="norm that the gradient is held to")
+    group("--index-loss", type=float, default=0.0, metavar="WEIGHT", help="train the lightning indexers; 1 is usual")
+    group("--index-warmup", type=int, default=0, metavar="STEPS", help="train them alone before, with dense attention, at lr 1e-3")
+    group("--seed", type=int, default=0)
+    group = parser.add_argument_group("execution").add_argument
+    group("--device", choices=("cpu", "cuda"))
+    group("--compile", choices=PRESETS, default="regional", metavar="PRESET", help=", ".join(PRESETS))
+    group("--recompute", choices=("none", "selective", "full"), default="none", help="activations computed again in the backward")
+    group = parser.add_argument_group("results").add_argument
+    group("--out", metavar="DIR", help="save the model and its tokenizer here, in the released layout")
+    group("--experts", choices=("bf16", "fp8", "fp4"), help="how experts are stored (default: as --qat says, else bf16)")
+    group("--linears", choices=("bf16", "fp8"), help="how the linears that releases quantise are stored (default: fp8 with --qat)")
+    group("--checkpoints", metavar="DIR", help="keep resumable checkpoints here, and go on from the newest one")
+    group("--save-every", type=int, default=200, metavar="STEPS")
+    group("--keep", type=int, default=3, help="checkpoints to keep")
+    group("--metrics", metavar="FILE", help="a JSON object per progress line (default: metrics.jsonl in --checkpoints)")
+    group("--plot", metavar="FILE", help="draw the losses as PNG")
+    group("--json", action="store_true", help="the last line of standard output is one JSON object; progress on standard error")
     flags = parser.parse_args(argv)
-    for name in ("steps", "batch", "seq_len"):
-        if getattr(flags, name) < 1:
+    for name in ("steps", "batch", "seq_len", "save_every", "keep", "micro_batch", "stop_after"):
+        if getattr(flags, name) is not None and getattr(flags, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(flags, name)}: at least 1")
-    if flags.seed < 0:
-        raise ValueError(f"--seed {flags.seed}: choose 0 or more")
-    for name in ("out", "state"):
-        path = Path(getattr(flags, name) or ".")
-        if not path.absolute().parent.is_dir():
-            raise ValueError(f"--{name} {path}: there is no folder {path.absolute().parent}")
-    if not 0 < flags.lr < float("inf"):
-        raise ValueError(f"--lr {flags.lr}: choose a positive rate")
+    for name in ("seed", "index_loss", "index_warmup"):
+        if not 0 <= getattr(flags, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(flags, name)}: choose 0 or more")
+    for name in ("lr", "clip"):
+        if not 0 < getattr(flags, name) < math.inf:
+            raise ValueError(f"--{name} {getattr(flags, name)}: choose a positive number")
+    for name in ("out", "checkpoints", "metrics", "plot"):
+        path = Path(getattr(flags, name) or ".").absolute()
+        if not path.parent.is_dir():
+            raise ValueError(f"--{name} {getattr(flags, name)}: there is no folder {path.parent}")
+        if name in ("metrics", "plot") and getattr(flags, name) and path.is_dir():
+            raise ValueError(f"--{name} {getattr(flags, name)}: is a folder; name a file")
     if flags.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no CUDA device is available here; use cpu")
     flags.device = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if PRESETS[flags.compile].cudagraphs:
         raise ValueError(f"--compile {flags.compile}: CUDA graphs are for generation; choose default or regional")
+    if flags.plot:
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    if flags.metrics is None and flags.checkpoints:
+        flags.metrics = str(Path(flags.checkpoints) / "metrics.jsonl")
+    flags.experts = flags.experts or flags.qat or "bf16"
+    flags.linears = flags.linears or ("fp8" if flags.qat else "bf16")
     return flags
 
 
-def read_text(path: str) -> str:
+def build(flags: argparse.Namespace) -> Transformer:
+    """The model to train, on its device."""
+    if flags.init:
+        model = load(flags.init, device=flags.device, dtype=getattr(torch, flags.dtype), act_quant=bool(flags.qat))
+        model.args.expert_qat = flags.qat
+        return model
+    named = {"debug": ModelArgs.debug, "tiny": ModelArgs.tiny}
+    args = named[flags.config]() if flags.config in named else ModelArgs.from_json(flags.config)
+    args.act_quant, args.expert_qat = bool(flags.qat), flags.qat
+    torch.manual_seed(flags.seed)
+    torch.set_default_dtype(getattr(torch, flags.dtype))
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from None
-    if not text.strip():
-        raise ValueError(f"{path}: holds no text")
-    return text
+        with torch.device(flags.device):
+            return Transformer(args)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def read_data(flags: argparse.Namespace, args: ModelArgs) -> dataset.Data:
+    """The text as tokens: of the vocabulary of --init, or of one fitted to it."""
+    if args.vocab_size < 256:
+        raise ValueError(f"{flags.config}: a vocabulary of {args.vocab_size} cannot hold the 256 bytes")
+    try:
+        data = dataset.prepare(dataset.read_text(flags.data), Path(flags.cache), args.vocab_size, flags.init)
+    except RuntimeError:  # sentencepiece's only complaint about its input
+        raise ValueError(f"{', '.join(flags.data)}: too short a text for a vocabulary of {args.vocab_size}") from None
+    for part, what in ((data.train, "to train on"), (data.held_out, "held out")):
+        if len(part) < 2 * flags.seq_len:
+            raise ValueError(f"{', '.join(flags.data)}: {len(part)} tokens {what} are fewer than twice --seq-len {flags.seq_len}")
+    return data
+
+
+class Stage:
+    """A part of the run: from step `begin` to `end`; what it trains, at which rates.
+
+    The dense warm-up trains the indexers alone, at a constant rate; what follows, everything (the recipe of DeepSeek-V3.2).
+    """
+
+    def __init__(self, flags: argparse.Namespace, warmup: bool):
+        W = flags.index_warmup
+        self.begin, self.end = (0, W) if warmup else (W, W + flags.steps)
+        self.watch = "dense" if warmup else "chosen" if flags.index_loss else "routers"
+        self.rate = lambda i: 1e-3 if warmup else learning_rate(i - W, flags.steps, flags.lr)
+        self.trains = lambda name: (".indexer." in name or not warmup) and not name.endswith("gate.bias")
 
 
 def run(argv: list[str] | None) -> None:
     flags = parse(argv)
     say = lambda message: print(message, file=sys.stderr if flags.json else sys.stdout, flush=True)
-    named = {"debug": ModelArgs.debug, "tiny": ModelArgs.tiny}
-    args = named[flags.config]() if flags.config in named else ModelArgs.from_json(flags.config)
-    args.act_quant = False  # weights are trained with plain activations
-    parts = split(read_text(flags.data))
-    with tempfile.TemporaryDirectory() as folder:
-        if args.vocab_size < 256:
-            raise ValueError(f"{flags.config}: a vocabulary of {args.vocab_size} cannot hold the 256 bytes")
-        if args.vocab_size < 512:
-            encode, folder = encode_bytes, None
-        else:
-            try:
-                train_tokenizer(parts[0], Path(folder), args.vocab_size)
-            except RuntimeError:  # sentencepiece's only complaint about its input
-                raise ValueError(f"{flags.data}: is too short a text for a vocabulary of {args.vocab_size}") from None
-            encode = load_tokenizer(folder).encode
-        ids, held_out = (tokenize(part, encode) for part in parts)
-        for part, what in ((ids, "to train on"), (held_out, "held out")):
-            if len(part) <= flags.seq_len + 1:
-                raise ValueError(f"{flags.data}: {len(part)} tokens {what} are fewer than --seq-len {flags.seq_len} + 2")
-        torch.manual_seed(flags.seed)
-        torch.set_default_dtype(getattr(torch, flags.dtype))
-        try:
-            with torch.device(flags.device):
-                model = Transformer(args)
-        finally:
-            torch.set_default_dtype(torch.float32)
-        threads = choose_threads(1 << 28)  # training is compute-bound: every core helps
-        count_load(model)
-        optimizer, first, saved = Optimizer(model), 0, time.monotonic()
-        if flags.state and os.path.exists(flags.state):
-            try:
-                state = torch.load(flags.state, map_location=flags.device)
-                model.load_state_dict(state["model"])
-                optimizer.load_state_dict(state["optimizer"])
-                first = state["step"]
-            except Exception:  # a torn or foreign file fails in as many ways
-                raise ValueError(f"{flags.state}: is not the state of a run with this --config; remove it or name another") from None
-            if first >= flags.steps:
-                raise ValueError(f"{flags.state}: is already at step {first}; ask for more --steps")
-            say(f"going on from step {first} of {flags.state}")
+    device, threads = torch.device(flags.device), choose_threads(1 << 28)  # training is compute-bound: every core helps
+    model = build(flags).train()
+    if (flags.index_loss or flags.index_warmup) and 4 not in model.args.compress_ratios:
+        raise ValueError("--index-loss, --index-warmup: this model has no indexer, which layers of ratio 4 have")
+    data = read_data(flags, model.args)
+    rows = dataset.Rows(data.train, flags.seq_len, data.tokenizer.bos_id, flags.seed)
+    checkpoints, layout = Checkpoints(flags.checkpoints or "interrupted", flags.keep), dict(
+        experts=flags.experts, linears=flags.linears, tokenizer=data.source)
+    facts = {"config": model.args.to_hf(), "data": data.folder.name, **{key: getattr(flags, key) for key in (
+        "batch", "seq_len", "seed", "optimizer", "dtype", "index_warmup")}}
+    total = flags.index_warmup + flags.steps
+    last, first = min(flags.stop_after or total, total), (checkpoints.steps() or [0])[-1] if flags.checkpoints else 0
+    if first >= last:
+        raise ValueError(f"--checkpoints {flags.checkpoints}: is already at step {first}; ask for more --steps")
+    log = Log(flags.metrics, first, total, peak_flops(device, getattr(torch, flags.dtype)), flops_per_token(model, flags.seq_len), device, say)
+    interrupt, seconds = Interrupt(say), 0.0
 
-        def after(step):
-            nonlocal saved
-            if flags.state and (step == flags.steps or time.monotonic() - saved > 240):
-                saved, temporary = time.monotonic(), f"{flags.state}.tmp"
-                torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, temporary)
-                os.replace(temporary, flags.state)
+    def after(done: int) -> bool:
+        if interrupt.asked or flags.checkpoints and (done % flags.save_every == 0 or done == last):
+            path = checkpoints.save(model, optimizer, done, facts, **layout)
+            if interrupt.asked:
+                say(f"saved {path}; the same command with --checkpoints {checkpoints.folder} goes on from there")
+        return interrupt.asked
 
-        def log(metrics):
-            nonlocal last
-            last = metrics
-            say("  ".join(f"{key} {value:.4g}" for key, value in metrics.items() if value is not None))
-
-        last: dict = {}
-        seconds = train(model, compile_train_step(model, optimizer, PRESETS[flags.compile]), ids, steps=flags.steps,
-                        batch=flags.batch, length=flags.seq_len, lr=flags.lr, seed=flags.seed, bos=args.bos_id, first=first,
-                        after=after, log=log)
-        seen = (flags.steps - first) * flags.batch * flags.seq_len
-        scored = held_out[: max(seen, flags.seq_len + 1)]  # short runs are judged on as much text as they read
-        loss = held_out_loss(model, scored, flags.seq_len, flags.batch, args.bos_id)
-        report = {"steps": flags.steps, "tokens": seen, "seconds": seconds,
-                  "loss": last.get("loss"), "mtp_loss": last.get("mtp_loss"), "held_out_loss": loss,
-                  "held_out_nats_per_char": loss * len(held_out) / len(parts[1]), "tok_per_s": last.get("tok_per_s"),
-                  "memory_bytes": peak_memory(torch.device(flags.device)), "threads": threads, "device": flags.device,
-                  "torch": torch.__version__}
-        say(f"held out: {loss:.3f} nats per token, {report['held_out_nats_per_char']:.3f} per character; "
-            f"peak memory {report['memory_bytes'] / 2**20:,.0f} MiB")
-        if flags.out:
-            save(model, flags.out, experts=flags.experts, linears=flags.linears, tokenizer=folder)
-            say(f"saved {flags.out}")
+    with interrupt:
+        for stage in (Stage(flags, True), Stage(flags, False)):
+            if stage.begin == stage.end or not stage.begin < last or first > stage.end:
+                continue
+            for name, p in model.named_parameters():
+                p.requires_grad_(stage.trains(name))
+            optimizer = Optimizer(model, flags.optimizer, clip=flags.clip)
+            if stage.begin < first:
+                checkpoints.load(model, optimizer, facts)
+                say(f"going on from {checkpoints.path(first)}")
+            step = compile_train_step(model, optimizer, PRESETS[flags.compile], weights=Weights(index=flags.index_loss or 1.0),
+                                      watch=stage.watch, micro_batch=flags.micro_batch, recompute=flags.recompute)
+            seconds += train(step, rows, device, steps=min(stage.end, last), batch=flags.batch, rate=stage.rate,
+                             first=max(stage.begin, first), after=after, log=log)
+            if interrupt.asked:
+                raise KeyboardInterrupt
+    seen, newest = (last - first) * flags.batch * flags.seq_len, log.history[-1]
+    scored = data.held_out[: max(seen, 2 * flags.seq_len)]  # short runs are judged on as much text as they read
+    loss = held_out_loss(model, scored, flags.seq_len, flags.batch, data.tokenizer.bos_id)
+    report = {"steps": last, "tokens": seen, "seconds": seconds, "held_out_loss": loss,
+              "held_out_nats_per_char": loss * len(data.held_out) / data.held_out_chars,
+              **{key: newest.get(key) for key in ("loss", "mtp_loss", "index_loss", "tok_per_s", "share_of_peak")},
+              "memory_bytes": peak_memory(device), "threads": threads, "device": flags.device, "torch": torch.__version__}
+    say(f"held out: {loss:.3f} nats per token, {report['held_out_nats_per_char']:.3f} per character; "
+        f"peak memory {report['memory_bytes'] / 2**20:,.0f} MiB")
+    if flags.plot:
+        plot(log.history, flags.plot)
+        say(f"drew {flags.plot}")
+    if flags.out:
+        save(model, flags.out, **layout)
+        say(f"saved {flags.out}")
+    report["sample"] = sample(model, data.tokenizer, "KING RICHARD.\n", 160, flags.seed)
+    say(f"\n{report['sample']}")
     if flags.json:
         print(json.dumps(report))
 

@@ -156,8 +156,8 @@ def train(result: dict, length: int = 256) -> None:
 
     def loss(model, tokens, targets, doc_ids):
         _, hidden = model(tokens, logits=None, return_hidden=True)
-        each = model.ops.linear_cross_entropy(model.head_input(hidden).flatten(0, 1), model.head.weight, targets.flatten())
-        return each.mean(), each.mean().detach(), each.new_zeros(())
+        loss = model.ops.linear_cross_entropy(model.head_input(hidden).flatten(0, 1), model.head.weight, targets.next.flatten()).mean()
+        return loss, {"loss": loss.detach()}
 
     adam = lambda model: torch.optim.AdamW((p for name, p in model.named_parameters() if not name.startswith("mtp.")), lr=1e-4)
     step, optimizer = compile_train_step(ours, adam(ours), PRESETS["regional"], loss), adam(hf)

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from compile_config import CompileConfig, choose_threads, compile_train_step
 from model import ModelArgs, RMSNorm, Transformer
 from ops.rope import reference as rotate
-from tokenizer import load_tokenizer
-from train_step import HELD_OUT, Optimizer, ROOT, held_out_loss, read_text, split, tokenize, train
+from dataset import HELD_OUT, Rows, prepare, read_text
+from optim import Optimizer
+from train_step import ROOT, held_out_loss, learning_rate, train
 
 from bench.record import record
 
@@ -68,8 +69,8 @@ class Dense(nn.Module):
 
 
 def dense_loss(model, tokens, targets, doc_ids):
-    loss = F.cross_entropy(model(tokens, doc_ids).flatten(0, 1), targets.flatten())
-    return loss, loss.detach(), torch.zeros_like(loss)
+    loss = F.cross_entropy(model(tokens, doc_ids).flatten(0, 1), targets.next.flatten(), ignore_index=-1)
+    return loss, {"loss": loss.detach()}
 
 
 def active_parameters(model: Transformer) -> int:
@@ -97,17 +98,16 @@ def main(argv=None) -> int:
     model = Dense(args.vocab_size, args.dim, args.n_layers, args.n_heads, inter)
     size = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("embed."))
     print(f"embedded model: {active:,} active parameters; dense: {size:,} (inter {inter})", flush=True)
-    parts, encode = split(read_text(ROOT / "data" / "shakespeare.txt")), load_tokenizer(ROOT / "assets" / "tiny").encode
-    ids, held_out = (tokenize(part, encode) for part in parts)
+    data = prepare(read_text([str(ROOT / "data" / "shakespeare.txt")]), ROOT / ".cache", args.vocab_size, str(ROOT / "assets" / "tiny"))
     step = compile_train_step(model, Optimizer(model), CompileConfig(region="model"), dense_loss)
     begun = time.perf_counter()
-    train(model, step, ids, steps=flags.steps, batch=flags.batch, length=flags.seq_len, lr=flags.lr, seed=flags.seed, bos=args.bos_id,
-          log=lambda metrics: print(json.dumps(metrics), flush=True))
+    train(step, Rows(data.train, flags.seq_len, args.bos_id, flags.seed), torch.device("cpu"), steps=flags.steps, batch=flags.batch,
+          rate=lambda i: learning_rate(i, flags.steps, flags.lr), log=lambda metrics: print(json.dumps(metrics), flush=True))
     minutes = (time.perf_counter() - begun) / 60
-    loss = held_out_loss(model, held_out, flags.seq_len, flags.batch, args.bos_id, dense_loss)
+    loss = held_out_loss(model, data.held_out, flags.seq_len, flags.batch, args.bos_id, dense_loss)
     record("dense", dict(vars(flags), command="python -m bench.dense", active_parameters=size, minutes=minutes, threads=threads,
                          tokens=flags.steps * flags.batch * flags.seq_len, held_out_share=HELD_OUT, held_out_nats_per_token=loss,
-                         held_out_nats_per_char=loss * len(held_out) / len(parts[1])))
+                         held_out_nats_per_char=loss * len(data.held_out) / data.held_out_chars))
     return 0
 
 

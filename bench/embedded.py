@@ -18,8 +18,8 @@ from bench.record import RESULTS, record
 from checkpoint import load
 from compile_config import choose_threads
 from generate import ROOT
-from tokenizer import load_tokenizer
-from train_step import HELD_OUT, held_out_loss, read_text, split, tokenize
+from dataset import HELD_OUT, prepare, read_text
+from train_step import held_out_loss
 
 TINY, LENGTH, BATCH = ROOT / "assets" / "tiny", 1024, 4
 
@@ -42,15 +42,15 @@ def main(argv: list[str]) -> int:
                     **{key: printed[key] for key in ("steps", "tokens", "threads", "memory_bytes", "held_out_nats_per_char")}}
     else:
         training = json.loads(old.read_text())["training"]
-    held_out, tokenizer = split(read_text(ROOT / "data" / "shakespeare.txt"))[1], load_tokenizer(TINY)
-    ids = tokenize(held_out, tokenizer.encode)
-    result = {"training": training, "held_out_share": HELD_OUT, "held_out_chars": len(held_out), "held_out_tokens": len(ids),
+    data = prepare(read_text([str(ROOT / "data" / "shakespeare.txt")]), ROOT / ".cache", 0, str(TINY))
+    ids, chars, bos = data.held_out, data.held_out_chars, data.tokenizer.bos_id
+    result = {"training": training, "held_out_share": HELD_OUT, "held_out_chars": chars, "held_out_tokens": len(ids),
               "bytes": sum(file.stat().st_size for file in TINY.iterdir())}
     for name, act_quant in (("", False), ("act_quant_", True)):
         model = load(TINY, dtype=torch.float32, act_quant=act_quant)
-        loss = held_out_loss(model, ids, LENGTH, BATCH, tokenizer.bos_id)
-        result[f"{name}held_out_nats_per_token"], result[f"{name}held_out_nats_per_char"] = loss, loss * len(ids) / len(held_out)
-    result["first_rows_nats_per_token"] = held_out_loss(model, ids[: BATCH * (LENGTH + 1)], LENGTH, BATCH, tokenizer.bos_id)
+        loss = held_out_loss(model, ids, LENGTH, BATCH, bos)
+        result[f"{name}held_out_nats_per_token"], result[f"{name}held_out_nats_per_char"] = loss, loss * len(ids) / chars
+    result["first_rows_nats_per_token"] = held_out_loss(model, ids[: BATCH * (LENGTH + 1)], LENGTH, BATCH, bos)
     result["draft_acceptance"], result["active_parameters"] = draft_acceptance(model.eval(), ids), active_parameters(model)
     result["parameters"] = sum(p.numel() for p in model.parameters())
     record("embedded", result)

@@ -313,7 +313,7 @@ def short(b: Bench) -> None:
         def __init__(self, model):
             self.model = model
 
-        def step(self, lr):
+        def step(self, lr, load):
             self.model.zero_grad(set_to_none=True)
 
     def ours(model):

@@ -9,8 +9,8 @@ from bench.embedded import BATCH, LENGTH, TINY
 from bench.record import RESULTS
 from checkpoint import load
 from model import ModelArgs
-from tokenizer import load_tokenizer
-from train_step import ROOT, held_out_loss, split, tokenize
+from dataset import prepare
+from train_step import ROOT, held_out_loss
 
 RECORD = json.loads((RESULTS / "embedded.json").read_text())
 
@@ -31,8 +31,8 @@ def test_it_is_stored_in_the_released_quantised_layout():
     assert dtypes["layers.2.attn.wq_a.weight"] == "F8_E4M3" and dtypes["embed.weight"] == "BF16"
 
 
-def test_the_recorded_loss_is_this_models_on_text_held_out():
-    ids = tokenize(split((ROOT / "data" / "shakespeare.txt").read_text())[1], load_tokenizer(TINY).encode)
+def test_the_recorded_loss_is_this_models_on_text_held_out(tmp_path):
+    ids = prepare((ROOT / "data" / "shakespeare.txt").read_text(), tmp_path, 0, str(TINY)).held_out
     assert len(ids) == RECORD["held_out_tokens"]
     loss = held_out_loss(load(TINY, dtype=torch.float32), ids[: BATCH * (LENGTH + 1)], LENGTH, BATCH, bos=0)
     assert abs(loss / RECORD["first_rows_nats_per_token"] - 1) < 1e-3

@@ -11,7 +11,7 @@ from torch._inductor.utils import run_and_get_code
 from model import ModelArgs, Transformer, training_loss
 from oracle import randomize, rms, small, whole_caches
 from report import MODEL_OPS, capture, faults, name_of
-from train_step import Optimizer, count_load
+from optim import Optimizer
 
 FORMS = {form: {name: form for name in MODEL_OPS} for form in ("reference", "opaque")}
 CHUNK = 64
@@ -84,7 +84,6 @@ def test_the_optimizer_step_is_one_graph():
     args = small(n_layers=2, n_hash_layers=1, n_mtp_layers=0, compress_ratios=(0, 4))
     models, optimizers = [randomize(Transformer(args), seed=1).bfloat16() for _ in range(2)], []
     for model in models:
-        count_load(model)
         optimizers.append(Optimizer(model))
         loss_of(model, *batch()).backward()
     captured = capture(optimizers[0].step, torch.tensor(1e-2))

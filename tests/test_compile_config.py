@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import compile_config as C
-from model import Transformer, training_loss
+from model import Transformer, Weights, training_loss
 from oracle import randomize, rms, small
 
 QUICK = "aot_eager"  # traces and partitions like Inductor, but generates no code
@@ -142,7 +142,8 @@ def test_training_loss_is_the_mean_over_valid_targets():
     targets = torch.cat([tokens[:, 1:], tokens_of(2, 1)], 1)
     targets[0, 10:14] = -1
     docs = (torch.arange(50) >= torch.tensor([[20], [33]])).long()
-    total, main, mtp = training_loss(model, tokens, targets, docs, mtp_weight=0.5)
+    total, parts = training_loss(model, tokens, targets, docs, Weights(mtp=0.5))
+    main, mtp = parts["loss"], parts["mtp_loss"]
     logits, hidden = model(tokens, doc_ids=docs, return_hidden=True)
     nll = torch.nn.functional.cross_entropy
     assert abs(float(nll(logits.flatten(0, 1), targets.flatten(), ignore_index=-1) - main)) < 1e-5
@@ -153,9 +154,9 @@ def test_training_loss_is_the_mean_over_valid_targets():
             if docs[row, i] == docs[row, i + 1]:
                 after[row, i] = targets[row, i + 1]
     assert abs(float(nll(ahead.flatten(0, 1), after.flatten(), ignore_index=-1) - mtp)) < 1e-5
-    assert abs(float(main + 0.5 * mtp - total)) < 1e-5
-    alone, main_alone, none = training_loss(build(n_mtp_layers=0, compress_ratios=(0, 4, 128, 4)), tokens, targets)
-    assert float(none) == 0 and float(alone) == float(main_alone)
+    assert abs(float(main + 0.5 * mtp + 1e-4 * parts["balance"] - total)) < 1e-5
+    alone, parts = training_loss(build(n_mtp_layers=0, compress_ratios=(0, 4, 128, 4)), tokens, targets, weights=Weights(balance=0))
+    assert "mtp_loss" not in parts and float(alone) == float(parts["loss"])
 
 
 def test_threads_follow_the_environment_and_the_size(monkeypatch):

@@ -9,7 +9,8 @@ import generate as G
 from compile_config import CompileConfig, compile_train_step
 from model import ModelArgs, Transformer
 from oracle import randomize, rms
-from train_step import Optimizer, count_load, learning_rate
+from optim import Optimizer
+from train_step import learning_rate
 
 pytestmark = pytest.mark.compile
 BATCH, CHUNK = 4, 64
@@ -77,7 +78,6 @@ def test_filtered_sampling_compiles_once(strict):
 def test_training_compiles_once(strict):
     """Fifty steps: the rate's schedule, other documents in every row, accumulated counts of the routers."""
     model = randomize(Transformer(ModelArgs.debug()), seed=1).train()
-    count_load(model)
     step = compile_train_step(model, Optimizer(model), CompileConfig(backend="eager", region="model"))
     generator = torch.Generator().manual_seed(0)
     for i in range(50):

@@ -232,11 +232,11 @@ def test_router_scores_equal_the_published_values():
         gate.weight[:, 0] = torch.tensor([-3.0, -1, 0, 1, 3, -9, -9, -9])
         gate.bias.copy_(torch.tensor([0.0, 0, 0, 0, 0, 9, 9, 0]))
         x = F.pad(torch.ones(1, 1), (0, model.args.dim - 1))
-        chosen, weight = gate(x, torch.zeros(1, dtype=torch.int64))
+        chosen, weight, _ = gate(x, torch.zeros(1, dtype=torch.int64))
         assert set(chosen[0].tolist()) == {5, 6}  # the bias selects
         assert torch.allclose(weight, torch.full((1, 2), model.args.route_scale / 2))  # and does not weigh
         gate.bias.zero_()
-        chosen, weight = gate(x, torch.zeros(1, dtype=torch.int64))
+        chosen, weight, _ = gate(x, torch.zeros(1, dtype=torch.int64))
     score = {3: 1.1459763, 4: 1.7460204}
     for e, w in zip(chosen[0].tolist(), weight[0].tolist()):
         assert abs(w / (model.args.route_scale * score[e] / sum(score.values())) - 1) < 1e-6

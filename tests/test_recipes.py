@@ -100,7 +100,7 @@ def another_router(model, decode, train):
         gate, K = block.ffn.gate, model.args.n_activated_experts
         score = (x @ gate.weight.T).softmax(-1)
         best = gate.tid2eid[tokens] if hasattr(gate, "tid2eid") else (score + gate.bias).topk(K).indices
-        chosen, weight = gate(x, tokens)
+        chosen, weight, _ = gate(x, tokens)
         assert torch.equal(chosen.sort().values, best.sort().values)
         expected = score.gather(1, chosen)
         assert torch.allclose(weight, expected / expected.sum(1, keepdim=True) * model.args.route_scale)
@@ -135,7 +135,7 @@ def sliding_window_only(model, decode, train):
     W, x = model.args.window_size, torch.randn(2, LENGTH, model.args.dim).requires_grad_()
     plan = model.prepare(tokens_of(), set(), None, None, None)[1]
     for layer in model.layers:
-        assert reach(layer.attn(x, plan)[0, -1], x) == list(range(LENGTH - W, LENGTH))
+        assert reach(layer.attn(x, plan, {})[0, -1], x) == list(range(LENGTH - W, LENGTH))
 
 
 EFFECTS = {effect.__name__: effect for effect in (new_compression_ratio, another_router, plain_residuals, new_op,
