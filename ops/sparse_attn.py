@@ -12,8 +12,9 @@ Token t of a row sees, with K = V shared by all heads:
 
     q [B, T, H, D]   kv [B, W - 1 + T, D]   sink [H] fp32   seen [B, T] int64   cos, sin [B, T, r/2] fp32
     entries [B, E, D], lo, hi [B, T] int64 or None   idx [B, T, K] int64 or None
-    o [B, T, H, D] in the dtype of q   lse [B, T, H] fp32
+    o [B, T, H, D] in the dtype of q   lse [B, T, H] fp32, without gradient
 
+A call returns o; with_lse, a last argument that may be left out, makes it (o, lse), from which indexer_loss takes up.
 Norm, rotation, scores and softmax are fp32; q', the probabilities and o' are rounded to the dtype of q.
 Entries in idx are distinct. Gradients of chosen entries are added by atomics, in any order, where a context has more than
 MASKED times as many entries as are chosen; torch.use_deterministic_algorithms(True) collects them by entry instead, which
@@ -35,7 +36,7 @@ BLOCK = 64  # tokens that share one band of W - 1 + BLOCK window keys
 MASKED = 2  # up to this many entries per chosen one, their gradient is collected by entry, from all tokens that may see it
 
 
-def check(q, kv, sink, seen, cos, sin, entries, lo, hi, idx, eps):
+def check(q, kv, sink, seen, cos, sin, entries, lo, hi, idx, eps, with_lse=False):
     require(q.dim() == 4, f"sparse_attn: q {tuple(q.shape)} is not [B, T, H, D]")
     B, T, H, D = q.shape
     require(kv.dim() == 3 and kv.shape[0] == B and kv.shape[1] >= T and kv.shape[2] == D and sink.shape == (H,)
@@ -558,4 +559,12 @@ _opaque = register("sparse_attn(Tensor q, Tensor kv, Tensor sink, Tensor seen, T
                    fake=lambda q, *rest: (q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)),
                    flops=_flops, setup_context=_setup, backward=_backward)
 
-sparse_attn = Op("sparse_attn", lambda *args: forward_reference(*args)[0], lambda *args: _opaque(*args)[0], check)
+
+def _form(form):
+    def call(q, kv, sink, seen, cos, sin, entries, lo, hi, idx, eps, with_lse=False):
+        o, lse = form(q, kv, sink, seen, cos, sin, entries, lo, hi, idx, eps)
+        return (o, lse.detach()) if with_lse else o
+    return call
+
+
+sparse_attn = Op("sparse_attn", _form(forward_reference), _form(_opaque), check)
