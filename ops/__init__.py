@@ -4,6 +4,7 @@ from .compress import compress
 from .hc_post import hc_post
 from .hc_post_pre import hc_post_pre
 from .hc_pre import hc_pre
+from .indexer_loss import indexer_loss, indexer_recall
 from .indexer_topk import indexer_topk
 from .linear_cross_entropy import linear_cross_entropy
 from .moe import moe

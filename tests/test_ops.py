@@ -95,8 +95,11 @@ def visible(args, b, t):
     """-> the rows of kv, and of entries, that a token sees."""
     q, kv, _, seen, _, _, entries, lo, hi, idx, _ = args
     end = t + 1 + kv.shape[1] - q.shape[1]
-    chosen = [] if entries is None else range(lo[b, t], hi[b, t]) if idx is None else [i for i in idx[b, t].tolist() if i >= 0]
-    return range(end - seen[b, t], end), list(chosen)
+    return range(end - seen[b, t], end), [] if entries is None else entries_of(lo, hi, idx, b, t)
+
+
+def entries_of(lo, hi, idx, b, t):
+    return list(range(lo[b, t], hi[b, t])) if idx is None else [i for i in idx[b, t].tolist() if i >= 0]
 
 
 def attention(*args):
@@ -126,6 +129,16 @@ def spec_indexer_topk(q, k, u, lo, hi, topk):
             best = sorted(zip(score, visible), reverse=True)[:topk]
             out[b, t, : len(best)] = torch.tensor([e for _, e in best], dtype=torch.int64)
     return out
+
+
+def spec_indexer_loss(q, cos, sin, entries, lse, qi, ki, u, lo, hi, idx, eps):
+    q, loss = spec_rope(q / (q.square().mean(-1, keepdim=True) + eps).sqrt(), cos, sin, False), []
+    for b, t in itertools.product(range(q.shape[0]), range(q.shape[1])):
+        chosen = entries_of(lo, hi, idx, b, t)
+        P = (q.shape[3] ** -0.5 * q[b, t] @ entries[b, chosen].T - lse[b, t, :, None]).exp().sum(0)
+        p, index = P / P.sum(), (qi[b, t] @ ki[b, chosen].T).relu()
+        loss.append((p * (p / (u[b, t] @ index).softmax(0)).log()).sum())
+    return torch.stack(loss).view(q.shape[:2])
 
 
 def spec_linear_cross_entropy(x, weight, target):
@@ -184,6 +197,7 @@ CONTRACTS = {
     "compress": Contract(spec_compress, (0, 3), (), rounding=2.5),
     "sparse_attn": Contract(spec_sparse_attn, (0, 1, 2, 6), (0, 1, 6), rounding=4),
     "indexer_topk": Contract(spec_indexer_topk, (), (0, 1, 2)),
+    "indexer_loss": Contract(spec_indexer_loss, (5, 6, 7), (0, 3, 5, 6, 7), (True,)),
     "linear_cross_entropy": Contract(spec_linear_cross_entropy, (0, 1), (0, 1), (True,)),
     "quant_linear": Contract(spec_quant_linear, (0,), (0,), rounding=3),
     "moe": Contract(spec_moe, (0, 1, 2, 4), (0, 1, 2), (True,)),
@@ -205,6 +219,12 @@ def ranges(B, T, E):
     lo, hi = integers(0, E + 1, (2, B, T)).sort(0).values
     everything = torch.rand(B, T) < 0.2
     return lo.masked_fill(everything, 0), hi.masked_fill(everything, E)
+
+
+def choices(B, T, E, K):
+    """idx: none for some tokens."""
+    idx = torch.rand(B, T, E).argsort(-1)[..., :K].masked_fill(torch.rand(B, T, min(K, E)) < 0.4, -1)
+    return idx.masked_fill(torch.rand(B, T, 1) < 0.2, -1)
 
 
 def spread(*shape):
@@ -247,15 +267,20 @@ def compress(B, T, ratio, D, r):
 
 def sparse_attn(B, T, W, kind, H=3, D=6, E=9, K=7):
     q, kv, sink, entries = 2 * normal(B, T, H, D), normal(B, W - 1 + T, D), 2 * normal(H), normal(B, E, D)
-    seen, (lo, hi) = integers(1, W + 1, (B, T)), ranges(B, T, E)
-    idx = torch.rand(B, T, E).argsort(-1)[..., :K].masked_fill(torch.rand(B, T, min(K, E)) < 0.4, -1)
-    idx[torch.rand(B, T) < 0.2] = -1
+    seen, (lo, hi), idx = integers(1, W + 1, (B, T)), ranges(B, T, E), choices(B, T, E, K)
     given = {"window": (None,) * 4, "dense": (entries, lo, hi, None), "idx": (entries, lo, hi, idx)}[kind]
     return q, kv, sink, seen, *angles(B, T, max(2, D // 4 * 2)), *given, 1e-3
 
 
 def indexer_topk(B, T, E, topk, H=17, D=4):
     return normal(B, T, H, D), normal(B, E, D), normal(B, T, H), *ranges(B, T, E), topk
+
+
+def indexer_loss(B, T, E, kind, H=3, D=6, Hi=5, Di=4, K=7):
+    q, entries, lse = 2 * normal(B, T, H, D), normal(B, E, D), 2 * normal(B, T, H)
+    index = normal(B, T, Hi, Di), normal(B, E, Di), normal(B, T, Hi)
+    (lo, hi), idx = ranges(B, T, E), choices(B, T, E, K)
+    return q, *angles(B, T, max(2, D // 4 * 2)), entries, lse, *index, lo, hi, idx if kind == "idx" else None, 1e-3
 
 
 def linear_cross_entropy(N, V, d=6):
@@ -324,6 +349,8 @@ CASES = [  # the first three of each op use every optional argument
            (2, 5, 1, "idx"), (2, 5, 8, "dense", 1, 4, 1), (2, 3, 8, "idx", 2, 4, 3),
            *(() if INTERPRETING else ((1, 130, 70, "dense"), (1, 65, 128, "idx", 1, 2)))),
     *cases(indexer_topk, *((*L, 33, 7) for L in LENGTHS), (2, 5, 4, 9), (2, 5, 4, 4), (1, 1, 1, 1), (3, 2, 70, 1)),
+    *cases(indexer_loss, *((*L, 9, kind) for L in LENGTHS for kind in ("idx", "dense")), (2, 5, 1, "dense", 1, 4, 2, 2),
+           (2, 5, 3, "idx", 2, 4, 7, 8), (1, 65, 33, "dense", 2, 2, 17)),
     *cases(linear_cross_entropy, (5, 7), (1, 11), (64, 130), (65, 3), (130, 33)),
     *cases(quant_linear, ((2, 5), 200, 130, 1, "fp8", False), ((3,), 70, 3, 1, "fp8f", True), ((1, 1), 130, 260, 2, "fp8", True),
            ((2, 5), 70, 130, 2, "fp8f", False), ((), 128, 128, 1, "fp8", True), ((7,), 5, 9, 3, "fp8", False)),
@@ -579,6 +606,10 @@ def expected_flops(case: Case, args: tuple) -> tuple[int, int]:
         return 4 * B * T * H * D * (W + (K or E or 0)), 10 * B * T * H * D * (W + (K or E or 0))
     if case.op == "indexer_topk":
         return 2 * args[0].numel() * size[1][1] + 2 * args[2].numel() * size[1][1], 0
+    if case.op == "indexer_loss":  # of main heads, index heads and u; then again, and the gradients of qi and ki, and of u
+        N = size[10][2] if size[10] else size[3][1]
+        main, index, weights = (2 * args[i].numel() * N for i in (0, 5, 7))
+        return main + index + weights, main + 3 * index + 2 * weights
     if case.op == "linear_cross_entropy":
         return 2 * args[0].numel() * size[1][0], 6 * args[0].numel() * size[1][0]
     if case.op == "hc_post_pre":
@@ -603,7 +634,7 @@ def test_flops_are_those_of_the_matrix_products(case):
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.op in
-                                  ("indexer_topk", "linear_cross_entropy", "quant_linear", "moe", "sparse_attn")
+                                  ("indexer_topk", "indexer_loss", "linear_cross_entropy", "quant_linear", "moe", "sparse_attn")
                                   and (case.op != "sparse_attn" or case.options[1] == 1)], ids=str)
 def test_flops_are_those_of_the_implementation(case):
     """Where no product is wasted: attention of one token per row, all its keys counted; experts grouped."""
@@ -624,6 +655,7 @@ LONG = [
     *cases(sparse_attn, *((1, 2048, 128, kind, 2, 16, 512, 64) for kind in ("window", "dense", "idx")),
            (1, 256, 128, "window", 1, 256), (1, 1024, 8, "idx", 1, 64, 16, 16)),
     *cases(indexer_topk, (1, 2048, 512, 64, 4, 8)),
+    *cases(indexer_loss, *((1, 2048, 512, kind, 2, 16, 4, 8, 64) for kind in ("idx", "dense"))),
     *cases(linear_cross_entropy, (2048, 500, 8)),
     *cases(moe, (2048, 8, 1, 8, 16, "float", False)),
 ]
@@ -783,6 +815,194 @@ def test_the_second_output_is_the_log_of_the_denominator(case):
 
 
 @pytest.mark.kernels
+@pytest.mark.parametrize("form", ["reference", "opaque", "called"])
+def test_attention_hands_over_its_lse_when_asked(form):
+    case = Case("sparse_attn", sparse_attn, (2, 5, 8, "idx"))
+    args, op = case.args(), ops.sparse_attn if form == "called" else getattr(ops.sparse_attn, form)
+    o, lse = op(*args, True)
+    assert torch.equal(o, op(*args)) and torch.equal(o, op(*args, False))
+    close(lse, attention(*tensors(torch.Tensor.double, args))[1], 1e-6)
+    o, lse = op(*(a.requires_grad_() if i in differentiable(case, args) else a for i, a in enumerate(args)), True)
+    assert o.requires_grad and not lse.requires_grad
+
+
+# The loss of the indexer
+
+
+by_form = pytest.mark.parametrize("form", [ops.indexer_loss.reference, ops.indexer_loss.opaque], ids=["reference", "opaque"])
+by_kind = pytest.mark.parametrize("kind", ["dense", "idx"])
+
+
+def losses(kind, *options) -> tuple[Case, list]:
+    case = Case("indexer_loss", indexer_loss, (2, 7, 9, kind, *options))
+    return case, list(case.args())
+
+
+@by_form
+@by_kind
+def test_an_index_that_tells_the_attention_s_choice_costs_nothing(form, kind):
+    """The target is what the softmax of sparse_attn, window and sink included, gives to entries, averaged over heads."""
+    torch.manual_seed(0)
+    B, T, E = 2, 7, 9
+    q, kv, sink, seen, cos, sin, entries, lo, hi, idx, eps = args = sparse_attn(B, T, 5, kind)
+    hi[:, 3] = lo[:, 3]  # these see no entry
+    lse, share = ops.sparse_attn(*args, True)[1], torch.zeros(B, T, E)
+    turned = spec_rope(q / (q.square().mean(-1, keepdim=True) + eps).sqrt(), cos, sin, False)
+    for b, t in itertools.product(range(B), range(T)):
+        window, chosen = visible(args, b, t)
+        score = turned[b, t] @ torch.cat((kv[b, window], entries[b, chosen])).T * q.shape[3] ** -0.5
+        share[b, t, chosen] = torch.cat((score, sink[:, None]), 1).softmax(1)[:, len(window) : -1].mean(0)
+    some = share.sum(-1) > 0
+    assert some.any() and not some.all() and (share.sum(-1) < 0.99).all()
+    told = (share.clamp(min=1e-9).log() + 30).requires_grad_()  # positive, as relu wants it; softmax does not mind
+    index = told[:, :, None], torch.eye(E).expand(B, -1, -1), torch.ones(B, T, 1)
+    loss = form(q, cos, sin, entries, lse, *index, lo, hi, idx, eps)
+    assert loss.abs().max() < 1e-5 and torch.autograd.grad(loss.sum(), told)[0].abs().max() < 1e-5
+    wrong = form(q, cos, sin, entries, lse, 2 * index[0], *index[1:], lo, hi, idx, eps)
+    assert (wrong[share.gt(0).sum(-1) > 1] > 1e-4).all() and wrong[~some].abs().max() == 0
+
+
+@by_form
+@by_kind
+def test_tokens_without_entries_cost_nothing(form, kind):
+    case, args = losses(kind)
+    if kind == "dense":
+        args[9][:, 1::2] = args[8][:, 1::2] - 1
+        args[8][:, 0], args[9][:, 0] = 3, 4  # a single entry
+    else:
+        args[10][:, 1::2], args[10][:, 0] = -1, torch.tensor([4, *[-1] * 6])
+    (loss,), grads = run(form, case, tuple(args))
+    assert not loss[:, 1::2].any() and not loss[:, 0].any() and (loss[:, 2::2] > 0).any()
+    for g in (grads[0], grads[2]):
+        assert g.isfinite().all() and not g[:, 1::2].any() and not g[:, 0].any() and g[:, 2::2].any()
+    args[9], args[10] = args[8], args[10] if kind == "dense" else torch.full_like(args[10], -1)
+    (loss,), grads = run(form, case, tuple(args))
+    assert not loss.any() and not any(g.any() for g in grads)
+
+
+@by_form
+@by_kind
+def test_entries_that_are_hidden_teach_nothing(form, kind):
+    case, args = losses(kind)
+    args[8], args[9], before = args[8].clamp(min=2), args[9].clamp(max=7), None  # nobody sees 0, 1, 7 and 8
+    if kind == "idx":
+        args[10] = torch.where((args[10] < 2) | (args[10] > 6), -1, args[10])
+    for value in (0.0, 1e4):
+        for i in (3, 6):
+            args[i][:, [0, 1, 7, 8]] = value
+        result = run(form, case, tuple(args))
+        same(result, before or result, 0.0)
+        before = result
+    assert not before[1][1][:, [0, 1, 7, 8]].any() and before[1][1][:, 2:7].any()
+
+
+@by_form
+def test_all_entries_chosen_is_the_dense_loss(form):
+    case, args = losses("dense")
+    e = torch.arange(9).expand(2, 7, 9)
+    chosen = torch.where((e >= args[8][..., None]) & (e < args[9][..., None]), e, -1)
+    same(run(form, case, (*args[:10], chosen.flip(-1), args[11])), run(form, case, tuple(args)), 1e-6)
+
+
+@by_form
+@by_kind
+def test_only_the_indexer_learns(form, kind):
+    case, args = losses(kind)
+    leaves = [a.requires_grad_() if i in (0, 3, 4, 5, 6, 7) else a for i, a in enumerate(args)]
+    form(*leaves).sum().backward()
+    assert [a.grad is not None for a in leaves if isinstance(a, torch.Tensor) and a.requires_grad] == [False] * 3 + [True] * 3
+
+
+@by_form
+def test_heads_that_all_but_ignore_the_entries_still_teach(form):
+    """Their probabilities underflow; how they compare does not."""
+    case, args = losses("dense")
+    expected = run(form, case, tuple(args))
+    args[4] = args[4] + 512
+    same(run(form, case, tuple(args)), expected, 1e-4)
+    args[4][:, :, 0] += 512  # one that ignores them more has no say
+    got = run(form, case, tuple(args))
+    del args[1:1]
+    same(got, run(form, case, (args[0][:, :, 1:], *args[1:4], args[4][:, :, 1:], *args[5:])), 1e-4)
+
+
+@by_kind
+def test_the_loss_at_production_size_reads_nothing_back_and_holds_a_chunk(kind):
+    """Flash, 1024 tokens of 8192, on fake tensors: a value read on the host would raise, all scores of all heads be too large."""
+    T, H, D, E, Hi, Di, K = 1024, 64, 512, 2048, 64, 128, 512
+    module = importlib.import_module("ops.indexer_loss")
+    with FakeTensorMode(), Recorder() as recorder:
+        empty = lambda *shape, dtype=torch.bfloat16: torch.empty(1, *shape, dtype=dtype, device="cpu")
+        angle, span = empty(T, 32, dtype=torch.float32), empty(T, dtype=torch.int64)
+        args = (empty(T, H, D), angle, angle, empty(E, D), empty(T, H, dtype=torch.float32), empty(T, Hi, Di), empty(E, Di),
+                empty(T, Hi), span, span, empty(T, K, dtype=torch.int64) if kind == "idx" else None, 1e-6)
+        loss = module.forward_reference(*args)
+        module.backward_reference(loss, *args)
+        if kind == "dense":
+            module.indexer_recall(*args[:10], K, 1e-6)
+    assert loss.shape == (1, T) and recorder.largest == T * H * D < T * H * E  # the queries, an argument
+
+
+def test_recall_counts_what_the_indexer_finds():
+    args, topk = losses("dense")[1], 3
+    found, mass = ops.indexer_recall(*args[:10], topk, args[11])
+    for b, t in itertools.product(range(2), range(7)):
+        q, cos, sin, entries, lse, qi, ki, u, lo, hi, _, eps = tensors(torch.Tensor.double, args)
+        seen = entries_of(lo, hi, None, b, t)
+        q = spec_rope(q / (q.square().mean(-1, keepdim=True) + eps).sqrt(), cos, sin, False)
+        P = (q.shape[3] ** -0.5 * q[b, t] @ entries[b, seen].T - lse[b, t, :, None]).exp().sum(0)
+        best, chosen = (set(x.topk(min(topk, len(seen))).indices.tolist()) for x in (P, u[b, t] @ (qi[b, t] @ ki[b, seen].T).relu()))
+        assert found[b, t] == pytest.approx(len(best & chosen) / len(best) if best else 1)
+        assert mass[b, t] == pytest.approx(float(P[list(chosen)].sum() / P.sum()) if chosen else 1, abs=1e-5)
+    few = args[9] - args[8] <= topk
+    assert few.any() and (found[few] == 1).all() and (mass[few] > 0.9999).all() and 0 < found[~few].mean() < 1
+    for everything in (9, 100):
+        assert all((x > 0.9999).all() for x in ops.indexer_recall(*args[:10], everything, args[11]))
+
+
+def test_recall_is_worked_off_in_chunks(monkeypatch):
+    args = losses("dense")[1]
+    expected = ops.indexer_recall(*args[:10], 3, args[11])
+    monkeypatch.setattr(importlib.import_module("ops.indexer_loss"), "CHUNK", 100)
+    same((expected, ()), (ops.indexer_recall(*args[:10], 3, args[11]), ()), 1e-6)
+
+
+@by_kind
+def test_an_indexer_learns_what_the_attention_looks_at(kind):
+    """Small linear maps of what queries and entries are made of, a new batch every step: recall on held-out tokens rises from
+    chance, 8 of 64. "idx" is the recipe: half of the steps dense, then only the 16 entries that the indexer chooses."""
+    torch.manual_seed(0)
+    B, T, E, H, D, Hi, Di, d = 2, 32, 64, 2, 16, 16, 8, 8
+    w_q, w_k = normal(d, H * D), normal(d, D) * 2 * d**-0.5
+    maps = [(0.3 * normal(d, width)).requires_grad_() for width in (Hi * Di, Di, Hi)]
+    optimizer = torch.optim.AdamW(maps, lr=3e-2)
+    nothing, everything = torch.zeros(B, T, dtype=torch.int64), torch.full((B, T), E)
+    straight = torch.ones(B, T, 2), torch.zeros(B, T, 2)  # no rotation
+
+    def batch():
+        x, c = torch.cat((normal(B, T, d - 1), torch.ones(B, T, 1)), -1), normal(B, E, d)
+        q, entries = (x @ w_q).unflatten(-1, (H, D)), c @ w_k
+        _, lse = ops.sparse_attn(q, normal(B, 3 + T, D), torch.zeros(H), nothing + 4, *straight, entries, nothing, everything, None,
+                                 1e-6, True)
+        qi, ki, u = x @ maps[0], c @ maps[1], x @ maps[2]
+        return q, *straight, entries, lse, qi.unflatten(-1, (Hi, Di)), ki, u, nothing, everything
+
+    costs, recalls = [], []
+    for step in range(201):
+        args = batch()
+        if step in (0, 200):
+            recalls.append([float(share.mean()) for share in ops.indexer_recall(*args, 8, 1e-6)])
+        idx = ops.indexer_topk(*args[5:], 16) if kind == "idx" and step >= 100 else None
+        loss = ops.indexer_loss(*args, idx, 1e-6).mean()
+        costs.append(float(loss.detach()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    (found, mass), (found_then, mass_then) = recalls
+    assert 0.05 < found < 0.25 and found_then > 0.55 and mass_then > mass + 0.25 and costs[-1] < costs[0] / 5
+
+
+@pytest.mark.kernels
 @pytest.mark.parametrize("form", [ops.linear_cross_entropy.reference, ops.linear_cross_entropy.opaque])
 def test_ignored_targets_cost_nothing(form):
     case = Case("linear_cross_entropy", linear_cross_entropy, (65, 9))
@@ -843,7 +1063,8 @@ def called(call: Callable, *args) -> list[str]:
 @by_op
 def test_use_chooses_the_form_within_its_block(case):
     op, args = getattr(ops, case.op), case.args()
-    assert called(op, *args) == []  # the reference on CPU, for these few tokens
+    default = [case.op] * (case.op == "indexer_loss")
+    assert called(op, *args) == default  # else the reference on CPU, for these few tokens
     with ops.use({case.op: "opaque"}):
         assert called(op, *args) == [case.op]
         with ops.use({case.op: "reference"}):
@@ -851,7 +1072,7 @@ def test_use_chooses_the_form_within_its_block(case):
         assert called(op, *args) == [case.op]
     with pytest.raises(KeyError), ops.use({case.op: "reference"}):
         raise KeyError
-    assert called(op, *args) == []
+    assert called(op, *args) == default
 
 
 @pytest.mark.parametrize("case, opaque", [
@@ -1025,6 +1246,10 @@ MISFITS = {  # which of the op's cases in FEW, which argument, and what is wrong
                     (1, 6, shorter(2)), (1, 7, shorter(1)), (1, 7, becomes(None)), (1, 8, shorter(0)), (2, 9, shorter(1))],
     "indexer_topk": [(0, 0, shorter(3)), (0, 0, first), (0, 1, shorter(0)), (0, 2, shorter(2)), (0, 3, shorter(1)),
                      (0, 4, shorter(1)), (0, 5, becomes(0))],
+    "indexer_loss": [(0, 0, shorter(0)), (0, 0, shorter(3)), (0, 0, first), (0, 1, shorter(1)), (0, 1, lambda cos: cos.repeat(1, 1, 4)),
+                     (0, 2, shorter(0)), (0, 3, shorter(1)), (0, 3, shorter(2)), (0, 3, first), (0, 4, shorter(2)),
+                     (0, 5, shorter(1)), (0, 5, first), (0, 6, shorter(2)), (0, 7, shorter(2)), (0, 8, shorter(1)),
+                     (0, 9, shorter(0)), (0, 10, shorter(1)), (0, 10, first)],
     "linear_cross_entropy": [(0, 0, shorter(1)), (0, 0, first), (0, 1, flat), (0, 2, shorter(0))],
     "quant_linear": [(0, 0, shorter(2)), (0, 1, torch.Tensor.float), (0, 1, flat), (0, 2, shorter(0)), (0, 2, shorter(1)),
                      (0, 2, torch.Tensor.long), (0, 3, becomes(7)), (2, 3, becomes(4)), (2, 1, shorter(0)),
