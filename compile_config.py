@@ -196,6 +196,8 @@ KEPT = ("sparse_attn", "moe", "indexer_topk")  # what selective recomputation do
 def recomputed(forward: Callable, how: str) -> Callable:
     """`forward`, whose activations are not kept for the backward but computed again there: "full"; "selective": all but those
     of KEPT; "none": as it is."""
+    if how not in ("none", "selective", "full"):
+        raise ValueError(f"recompute {how!r}: choose none, selective or full")
     if how == "none":
         return forward
     kept = {getattr(torch.ops.dsv4, name).default for name in KEPT}

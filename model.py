@@ -21,6 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ops.formats import dequantize_fp4, dequantize_fp8, quantize_fp4, quantize_fp8
+from ops.indexer_loss import indexer_recall
 from ops.registry import Table, require
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -470,7 +471,10 @@ def quantize_kv(module: nn.Module, kv: torch.Tensor) -> torch.Tensor:
 
 
 class Indexer(nn.Module):
-    """Chooses which entries a token attends to: the index_topk with the highest sum_h u_h relu(q_h . k) (spec 7)."""
+    """Scores entries by sum_h u_h relu(q_h . k); a token attends to the index_topk best (spec 7).
+
+    It learns from an objective of its own alone (spec 12): see judge.
+    """
 
     def __init__(self, model: Transformer, ratio: int):
         super().__init__()
@@ -480,14 +484,33 @@ class Indexer(nn.Module):
         self.weights_proj = Linear(model, args.dim, args.index_n_heads)
         self.compressor = Compressor(model, ratio, args.index_head_dim, rotate=True)
 
-    def forward(self, x: torch.Tensor, qr: torch.Tensor, plan: Plan) -> torch.Tensor:  # -> [B, T, K], -1 = none
-        args, win = self.args, plan.windows[self.ratio]
+    def forward(self, x: torch.Tensor, qr: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        args, x, qr = self.args, x.detach(), qr.detach()
         q = self.wq_b(qr).unflatten(-1, (args.index_n_heads, args.index_head_dim))  # [B, T, Hi, Di]
         q = self.ops.rope(q, *plan.rope[True], False)
         if args.act_quant:
             q = self.ops.act_quant(hadamard(q), 32, "fp4")
         u = self.weights_proj(x) * (args.index_head_dim**-0.5 * args.index_n_heads**-0.5)  # [B, T, Hi]
-        return self.ops.indexer_topk(q, self.compressor(x, plan), u, win.lo, win.hi, args.index_topk)
+        return q, self.compressor(x, plan), u
+
+    def judge(self, attention: tuple[torch.Tensor, ...], index: tuple[torch.Tensor, ...], chosen: torch.Tensor | None, plan: Plan) -> Notes:
+        """How far scores are from the main attention, q, cos, sin, entries, lse of ops.sparse_attn; index is what forward returned.
+
+        index_loss  ()   sum over rows of the mean over tokens of ops.indexer_loss
+        recall      [2]  with watch = "recall": over tokens that see more than index_topk entries, the sum of the share of the
+                         index_topk most attended entries that score among the index_topk best; and their number
+        """
+        win, eps = plan.windows[self.ratio], self.args.norm_eps
+        loss = self.ops.indexer_loss(*attention, *index, win.lo, win.hi, chosen, eps)  # [B, T]
+        notes = {"index_loss": (loss if plan.valid is None else loss * plan.valid).mean(1).sum()}
+        if plan.watch == "recall":
+            found, _ = indexer_recall(*attention, *index, win.lo, win.hi, self.args.index_topk, eps)
+            some = win.hi - win.lo > self.args.index_topk
+            notes["recall"] = torch.stack([(found * some).sum(), some.sum()])
+        return notes
+
+
+INDEXERS_LEARN = ("chosen", "dense", "recall")  # watch
 
 
 class Attention(nn.Module):
@@ -528,10 +551,16 @@ class Attention(nn.Module):
         if self.ratio:
             win = plan.windows[self.ratio]
             entries, lo, hi = self.compressor(x, plan), win.lo, win.hi  # [B, E, D]
-            if self.ratio == 4 and entries.shape[1] > args.index_topk:  # else every visible entry would be chosen
-                chosen = self.indexer(x, qr, plan)  # [B, T, K]
+        learns, many = self.ratio == 4 and plan.watch in INDEXERS_LEARN, self.ratio == 4 and entries.shape[1] > args.index_topk
+        if learns or many:  # else every visible entry would be chosen
+            index = self.indexer(x, qr, plan)
+            if many and plan.watch in (None, "routers", "chosen"):
+                chosen = self.ops.indexer_topk(*index, lo, hi, args.index_topk)  # [B, T, K], -1 = none
         # The op normalises and rotates the queries, and rotates the output back: one pass over each, [B, T, H, D].
-        o = self.ops.sparse_attn(q, keys, self.attn_sink, plan.seen, *rope, entries, lo, hi, chosen, args.norm_eps)
+        o = self.ops.sparse_attn(q, keys, self.attn_sink, plan.seen, *rope, entries, lo, hi, chosen, args.norm_eps, learns)
+        if learns:
+            o, lse = o
+            notes |= self.indexer.judge((q, *rope, entries, lse), index, chosen, plan)
         return self.wo_b(self.wo_a(o.flatten(2).unflatten(-1, (args.o_groups, -1))).flatten(2))
 
 
@@ -808,6 +837,7 @@ class Transformer(nn.Module):
 
     def prepare(self, tokens, ratios, input_pos, lengths, doc_ids, watch=None) -> tuple[torch.Tensor, Plan]:
         """Check the combination of arguments, blank padding tokens, and plan the call."""
+        require(watch in (None, "routers", *INDEXERS_LEARN), f"watch {watch!r}: choose routers, {', '.join(INDEXERS_LEARN)} or None")
         if input_pos is None and lengths is not None:
             raise ValueError("lengths needs input_pos")
         if input_pos is not None:
@@ -848,8 +878,8 @@ class Transformer(nn.Module):
         logits    "all", "last" (each row's last valid position, [B, 1, V]) or None (skip the head)
         return_hidden        return (logits, hidden): the residual streams [B, T, n, d] after the last block
         watch                return (logits, hidden, notes): of each layer what training wants besides, a dict. "routers": see
-                             balance. "dense", "chosen": the indexer's objective as well, see Indexer.loss; "dense" lets
-                             attention see every visible entry.
+                             balance. "chosen", "dense", "recall": see Indexer.judge as well; the latter two let attention see
+                             every visible entry.
         """
         tokens, plan, X = self.start(tokens, input_pos, lengths, doc_ids, watch)
         notes = [{}] * len(self.layers)

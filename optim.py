@@ -3,7 +3,7 @@
     Muon   ops/muon.py; all matrices but the embedding, the head and `ape`; experts one by one, W1 and W3 apart, groups of
            wo_a apart
     AdamW  as torch.optim.AdamW, betas (0.9, 0.95), eps 1e-20; vectors do not decay
-    bias   b += rate * sign(mean load - load), per router
+    bias   b += rate * sign(mean load - load), per router that is trained
 
 Parameters below fp32 are updated through fp32 masters.
 """
@@ -26,7 +26,7 @@ class Optimizer:
             raise ValueError(f"optimizer {kind!r}: choose muon or adamw")
         self.betas, self.eps, self.decay, self.momentum, self.clip, self.bias_rate = betas, eps, decay, momentum, clip, bias_rate
         groups = {m.weight: m.groups for m in model.modules() if isinstance(m, Linear)}
-        self.biases = [m.bias for m in model.modules() if isinstance(m, Gate) and hasattr(m, "bias")]
+        self.biases = [m.bias for m in model.modules() if isinstance(m, Gate) and hasattr(m, "bias") and m.weight.requires_grad]
         self.muon: list[tuple[str, torch.Tensor, int]] = []  # name, parameter, matrices along its rows
         self.adam: list[tuple[str, torch.Tensor]] = []
         self.state: dict[str, dict[str, torch.Tensor]] = {}
@@ -79,7 +79,7 @@ class Optimizer:
                 weight.mul_(1 - lr * (self.decay if p.dim() > 1 else 0.0)).sub_(lr * u)
                 if weight is not p:
                     p.copy_(weight)
-        if load is not None:
+        if load is not None and self.biases:
             for bias, row in zip(self.biases, load):
                 bias += self.bias_rate * (row.mean() - row).sign()
         return norm

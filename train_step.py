@@ -102,6 +102,17 @@ def held_out_loss(model: torch.nn.Module, ids: np.ndarray, length: int, batch: i
 
 
 @torch.no_grad()
+def index_recall(model: Transformer, ids: np.ndarray, length: int, bos: int, count: int = 8) -> float | None:
+    """Of the index_topk entries most attended to, the share that the indexers choose, over `count` rows; None if all are seen."""
+    found = torch.zeros(2)
+    for row in torch.from_numpy(ids[: len(ids) // (length + 1) * (length + 1)].astype(np.int64)).view(-1, length + 1)[:count]:
+        tokens, _, doc_ids = dataset.packed(row[None].to(model.embed.weight.device), bos)
+        notes = model(tokens, doc_ids=doc_ids, logits=None, watch="recall")[2]
+        found += sum(note["recall"] for note in notes if "recall" in note).cpu()
+    return float(found[0] / found[1]) if found[1] else None
+
+
+@torch.no_grad()
 def sample(model: Transformer, tokenizer, prompt: str, count: int, seed: int) -> str:
     """`count` tokens after a prompt, drawn at temperature 0.8, run eagerly."""
     from generate import Generator, Sampling
@@ -407,7 +418,13 @@ def run(argv: list[str] | None) -> None:
     if first >= last:
         raise ValueError(f"--checkpoints {flags.checkpoints}: is already at step {first}; ask for more --steps")
     log = Log(flags.metrics, first, total, peak_flops(device, getattr(torch, flags.dtype)), flops_per_token(model, flags.seq_len), device, say)
-    interrupt, seconds = Interrupt(say), 0.0
+    interrupt, seconds, recall = Interrupt(say), 0.0, []
+
+    def judge_indexers() -> None:
+        if flags.index_loss or flags.index_warmup:
+            recall.append(index_recall(model, data.held_out, flags.seq_len, data.tokenizer.bos_id))
+            say("indexers: rows are too short for a choice" if recall[-1] is None else
+                f"indexers choose {100 * recall[-1]:.0f} % of the entries attended to most")
 
     def after(done: int) -> bool:
         if interrupt.asked or flags.checkpoints and (done % flags.save_every == 0 or done == last):
@@ -428,17 +445,19 @@ def run(argv: list[str] | None) -> None:
                 say(f"going on from {checkpoints.path(first)}")
             step = compile_train_step(model, optimizer, PRESETS[flags.compile], weights=Weights(index=flags.index_loss or 1.0),
                                       watch=stage.watch, micro_batch=flags.micro_batch, recompute=flags.recompute)
+            judge_indexers()
             seconds += train(step, rows, device, steps=min(stage.end, last), batch=flags.batch, rate=stage.rate,
                              first=max(stage.begin, first), after=after, log=log)
             if interrupt.asked:
                 raise KeyboardInterrupt
+    judge_indexers()
     seen, newest = (last - first) * flags.batch * flags.seq_len, log.history[-1]
     scored = data.held_out[: max(seen, 2 * flags.seq_len)]  # short runs are judged on as much text as they read
     loss = held_out_loss(model, scored, flags.seq_len, flags.batch, data.tokenizer.bos_id)
     report = {"steps": last, "tokens": seen, "seconds": seconds, "held_out_loss": loss,
               "held_out_nats_per_char": loss * len(data.held_out) / data.held_out_chars,
               **{key: newest.get(key) for key in ("loss", "mtp_loss", "index_loss", "tok_per_s", "share_of_peak")},
-              "memory_bytes": peak_memory(device), "threads": threads, "device": flags.device, "torch": torch.__version__}
+              "index_recall": recall or None, "memory_bytes": peak_memory(device), "threads": threads, "device": flags.device, "torch": torch.__version__}
     say(f"held out: {loss:.3f} nats per token, {report['held_out_nats_per_char']:.3f} per character; "
         f"peak memory {report['memory_bytes'] / 2**20:,.0f} MiB")
     if flags.plot:

@@ -155,8 +155,9 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, g):
-    g_x, g_w13, g_w2, g_weight = _backward_op(g, *ctx.saved_tensors, ctx.limit, ctx.act_quant)
-    if ctx.saved_tensors[5] is not None:
+    saved = ctx.saved_tensors  # read once: recomputation allows no more
+    g_x, g_w13, g_w2, g_weight = _backward_op(g, *saved, ctx.limit, ctx.act_quant)
+    if saved[5] is not None:
         g_w13 = g_w2 = None
     return g_x, g_w13, g_w2, None, g_weight, None, None, None, None
 

@@ -130,7 +130,7 @@ def state_of(folder: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(folder / f"step-{step:06d}" / "state.safetensors")
 
 
-@pytest.mark.parametrize("more", ((), ("--dtype", "bfloat16", "--optimizer", "adamw")))
+@pytest.mark.parametrize("more", ((), ("--dtype", "bfloat16", "--optimizer", "adamw"), ("--index-warmup", "2", "--index-loss", "1")))
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(capsys, folder, more):
     """Also across the end of the indexers' warm-up, after step 2, and within it."""
     total = 4 + 2 * ("--index-warmup" in more)
