@@ -551,10 +551,11 @@ class Attention(nn.Module):
         if self.ratio:
             win = plan.windows[self.ratio]
             entries, lo, hi = self.compressor(x, plan), win.lo, win.hi  # [B, E, D]
-        learns, many = self.ratio == 4 and plan.watch in INDEXERS_LEARN, self.ratio == 4 and entries.shape[1] > args.index_topk
-        if learns or many:  # else every visible entry would be chosen
+        learns = hasattr(self, "indexer") and plan.watch in INDEXERS_LEARN
+        many = hasattr(self, "indexer") and entries.shape[1] > args.index_topk  # else every visible entry would be chosen
+        if learns or many:
             index = self.indexer(x, qr, plan)
-            if many and plan.watch in (None, "routers", "chosen"):
+            if many and plan.watch not in ("dense", "recall"):
                 chosen = self.ops.indexer_topk(*index, lo, hi, args.index_topk)  # [B, T, K], -1 = none
         # The op normalises and rotates the queries, and rotates the output back: one pass over each, [B, T, H, D].
         o = self.ops.sparse_attn(q, keys, self.attn_sink, plan.seen, *rope, entries, lo, hi, chosen, args.norm_eps, learns)
