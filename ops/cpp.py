@@ -28,6 +28,7 @@ static Tensor floats(const Tensor& t) { return packed(t, ScalarType::Float); }
 static float* data(const Tensor& t) { return (float*)t.data_ptr(); }
 
 typedef float Vec8 __attribute__((vector_size(32), aligned(4), may_alias));
+static Vec8& vec(float* x) { return *(Vec8*)x; }
 typedef int32_t Int8 __attribute__((vector_size(32), aligned(4), may_alias));
 
 struct Matrix { const float* at; int64_t row, col; };  // element (i, j) is at[i row + j col]
@@ -47,6 +48,20 @@ template <int R> static void tile(const float* a, int64_t row, int64_t col, cons
   for (int r = 0; r < R; r++) for (int i = 0; i < 2; i++) *(Vec8*)(c + r * stride + 8 * i) = sum[r][i];
 }
 
+// 8 rows of 8 -> 8 columns, in rows of 16
+static void transpose(const float* from, int64_t stride, float* to) {
+  Vec8 r[8], s[8];
+  for (int i = 0; i < 8; i++) r[i] = *(const Vec8*)(from + i * stride);
+  for (int round = 0; round < 3; round++) {
+    for (int i = 0; i < 4; i++) {
+      s[2 * i] = __builtin_shufflevector(r[i], r[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
+      s[2 * i + 1] = __builtin_shufflevector(r[i], r[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
+    }
+    std::memcpy(r, s, sizeof r);
+  }
+  for (int i = 0; i < 8; i++) vec(to + 16 * i) = r[i];
+}
+
 // c [M, N] (rows `stride` apart) = or += a [M, K] b [K, N]
 static void product(Matrix a, Matrix b, float* c, int64_t stride, int64_t M, int64_t N, int64_t K, bool add) {
   static thread_local std::vector<float> panel;
@@ -55,8 +70,10 @@ static void product(Matrix a, Matrix b, float* c, int64_t stride, int64_t M, int
   for (int64_t n = 0; n < N; n += 16) {
     const int64_t width = std::min<int64_t>(16, N - n);
     const float* from = b.at + n * b.col;
-    if (width == 16 && b.col == 1) for (int64_t k = 0; k < K; k++) std::memcpy(p + 16 * k, from + k * b.row, 64);
-    else for (int64_t j = 0; j < 16; j++) for (int64_t k = 0; k < K; k++) p[16 * k + j] = j < width ? from[k * b.row + j * b.col] : 0;
+    int64_t k = 0;
+    if (width == 16 && b.col == 1) for (; k < K; k++) std::memcpy(p + 16 * k, from + k * b.row, 64);
+    if (width == 16 && b.row == 1) for (; k + 8 <= K; k += 8) for (int j = 0; j < 16; j += 8) transpose(from + k + j * b.col, b.col, p + 16 * k + j);
+    for (; k < K; k++) for (int64_t j = 0; j < 16; j++) p[16 * k + j] = j < width ? from[k * b.row + j * b.col] : 0;
     for (int64_t m = 0; m < M; m += 6) {
       const int64_t rows = std::min<int64_t>(6, M - m), step = width == 16 ? stride : 16;
       float *out = c + m * stride + n, *to = width == 16 ? out : edge;

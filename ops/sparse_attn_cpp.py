@@ -96,13 +96,15 @@ struct Block {
       const int64_t at = token(i), last = t + i + a.W - first, begin = last - a.seen[at];
       int64_t from = 0, to = 0;
       if (a.idx) choose(i), to = list.size();
-      else if (a.entries) from = std::max<int64_t>(a.lo[at] - e, 0), to = std::min(a.hi[at] - e, ents);
+      else if (a.entries) from = std::min(std::max<int64_t>(a.lo[at] - e, 0), ents), to = std::min(a.hi[at] - e, ents);
       for (int64_t h = 0; h < a.H; h++) {
         float* row = p.data() + (i * a.H + h) * ld;
-        for (int64_t j = 0; j < ld; j++) row[j] = (j >= begin && j < last) || (j >= keys + from && j < keys + to) ? row[j] * a.scale : -INFINITY;
+        hide(row, 0, begin), hide(row, last, keys + from), hide(row, keys + std::max(from, to), ld);
+        for (int64_t j = 0; j < ld; j++) row[j] *= a.scale;
       }
     }
   }
+  static void hide(float* row, int64_t begin, int64_t end) { std::fill(row + begin, row + end, -INFINITY); }
 };
 
 std::tuple<Tensor, Tensor> sparse_attn(const Tensor& q, const Tensor& kv, const Tensor& sink, const Tensor& seen, const Tensor& cos,
@@ -120,9 +122,9 @@ std::tuple<Tensor, Tensor> sparse_attn(const Tensor& q, const Tensor& kv, const 
       for (int64_t row = 0; row < block.rows; row++) {
         float *p = block.p.data() + row * ld, top = a.sink[row % a.H];
         Vec8 high = Vec8{} + top, sum = {};
-        for (int64_t j = 0; j < ld; j += 8) { const Vec8 s = *(Vec8*)(p + j); high = s > high ? s : high; }
+        for (int64_t j = 0; j < ld; j += 8) { const Vec8 s = vec(p + j); high = s > high ? s : high; }
         for (int i = 0; i < 8; i++) top = std::max(top, high[i]);
-        for (int64_t j = 0; j < ld; j += 8) sum += *(Vec8*)(p + j) = exponential(*(Vec8*)(p + j) - top);
+        for (int64_t j = 0; j < ld; j += 8) sum += vec(p + j) = exponential(vec(p + j) - top);
         l[row] = top + std::log(total(sum) + std::exp(a.sink[row % a.H] - top));
         const float share = std::exp(top - l[row]);
         for (int64_t j = 0; j < ld; j++) p[j] *= share;
@@ -164,7 +166,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_attn_backward(const Tensor& g_
         float *p = block.p.data() + row * ld, *s = g_p.data() + row * ld;
         const float l = data(lses)[at * a.H + row];
         Vec8 sum = {};
-        for (int64_t j = 0; j < ld; j += 8) sum += (*(Vec8*)(p + j) = exponential(*(Vec8*)(p + j) - l)) * *(Vec8*)(s + j);
+        for (int64_t j = 0; j < ld; j += 8) sum += (vec(p + j) = exponential(vec(p + j) - l)) * vec(s + j);
         const float delta = total(sum);
         for (int64_t j = 0; j < ld; j++) s[j] = p[j] * (s[j] - delta) * a.scale;
         sum_sink[row % a.H] -= std::exp(a.sink[row % a.H] - l) * delta;
