@@ -135,7 +135,7 @@ struct Sums {
   Sums(const Tensor& t, int64_t parts) : others(parts - 1), first(data(t)), n(t.numel()) { std::fill(first, first + n, 0.f); }
   float* of(int64_t part) {
     if (!part) return first;
-    others[part - 1].assign(n, 0.f);
+    if (others[part - 1].empty()) others[part - 1].assign(n, 0.f);
     return others[part - 1].data();
   }
   void finish() { for (const auto& other : others) if (!other.empty()) add_scaled(first, 1, other.data(), n); }
