@@ -151,11 +151,13 @@ def plain(*args) -> bool:
 
 
 class CppKernel:
-    """The CPU implementation of an op that has C++ source, a function of the op's own name and schema."""
+    """The CPU implementation of an op that has C++ source, a function of the op's own name and schema.
+
+    Ops that share their source are built together.
+    """
 
     def __init__(self, namespace: str, name: str, python: Callable, source: str):
-        self.namespace, self.name, self.python, self.built = namespace, name, python, None
-        self.source = f"{HEADER}{source}\nSTABLE_TORCH_LIBRARY_IMPL({namespace}, CPU, m) {{ m.impl(\"{name}\", TORCH_BOX(&{name})); }}\n"
+        self.namespace, self.name, self.python, self.source, self.built = namespace, name, python, source, None
         self._use_python()
         KERNELS[name] = self
 
@@ -166,12 +168,19 @@ class CppKernel:
     def build(self) -> bool:
         """Compile, once a machine, and register the C++ in place of the Python. -> whether that was possible."""
         if self.built is None:
-            del self.library  # two registrations at a time would be a warning
+            together = [kernel for kernel in KERNELS.values() if kernel.source == self.source]
+            names = "\n".join(f'm.impl("{kernel.name}", TORCH_BOX(&{kernel.name}));' for kernel in together)
+            for kernel in together:
+                del kernel.library  # two registrations at a time would be a warning
             try:
                 from torch._inductor.codecache import CppCodeCache
-                CppCodeCache.load(self.source, extra_flags=FLAGS)
-                self.built = True
+                CppCodeCache.load(f"{HEADER}{self.source}\nSTABLE_TORCH_LIBRARY_IMPL({self.namespace}, CPU, m) {{\n{names}\n}}\n",
+                                  extra_flags=FLAGS)
+                built = True
             except Exception:  # no compiler, other headers: many classes, all of them mean the same
-                self._use_python()
-                self.built = False
+                built = False
+            for kernel in together:
+                kernel.built = built
+                if not built:
+                    kernel._use_python()
         return self.built
