@@ -28,7 +28,9 @@ static Tensor floats(const Tensor& t) { return packed(t, ScalarType::Float); }
 static float* data(const Tensor& t) { return (float*)t.data_ptr(); }
 
 typedef float Vec8 __attribute__((vector_size(32), aligned(4), may_alias));
+// Not an argument of templates: they drop its alignment, and expect 32
 static Vec8& vec(float* x) { return *(Vec8*)x; }
+static const Vec8& vec(const float* x) { return *(const Vec8*)x; }
 typedef int32_t Int8 __attribute__((vector_size(32), aligned(4), may_alias));
 
 struct Matrix { const float* at; int64_t row, col; };  // element (i, j) is at[i row + j col]
@@ -36,22 +38,22 @@ struct Matrix { const float* at; int64_t row, col; };  // element (i, j) is at[i
 // R rows of c, 16 columns: c = or += a b, with b packed [K, 16]
 template <int R> static void tile(const float* a, int64_t row, int64_t col, const float* b, float* c, int64_t stride, int64_t K, bool add) {
   Vec8 sum[R][2] = {};
-  for (int r = 0; add && r < R; r++) for (int i = 0; i < 2; i++) sum[r][i] = *(Vec8*)(c + r * stride + 8 * i);
+  for (int r = 0; add && r < R; r++) for (int i = 0; i < 2; i++) sum[r][i] = vec(c + r * stride + 8 * i);
   for (int64_t k = 0; k < K; k++) {
-    const Vec8 left = *(const Vec8*)(b + 16 * k), right = *(const Vec8*)(b + 16 * k + 8);
+    const Vec8 left = vec(b + 16 * k), right = vec(b + 16 * k + 8);
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++) {
       const float v = a[r * row + k * col];
       sum[r][0] += v * left, sum[r][1] += v * right;
     }
   }
-  for (int r = 0; r < R; r++) for (int i = 0; i < 2; i++) *(Vec8*)(c + r * stride + 8 * i) = sum[r][i];
+  for (int r = 0; r < R; r++) for (int i = 0; i < 2; i++) vec(c + r * stride + 8 * i) = sum[r][i];
 }
 
 // 8 rows of 8 -> 8 columns, in rows of 16
 static void transpose(const float* from, int64_t stride, float* to) {
   Vec8 r[8], s[8];
-  for (int i = 0; i < 8; i++) r[i] = *(const Vec8*)(from + i * stride);
+  for (int i = 0; i < 8; i++) r[i] = vec(from + i * stride);
   for (int round = 0; round < 3; round++) {
     for (int i = 0; i < 4; i++) {
       s[2 * i] = __builtin_shufflevector(r[i], r[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
@@ -97,7 +99,7 @@ static float total(Vec8 v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v
 static float dot(const float* x, const float* y, int64_t n) {
   Vec8 sum = {};
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8) sum += *(const Vec8*)(x + i) * *(const Vec8*)(y + i);
+  for (; i + 8 <= n; i += 8) sum += vec(x + i) * vec(y + i);
   float rest = total(sum);
   for (; i < n; i++) rest += x[i] * y[i];
   return rest;

@@ -9,9 +9,9 @@ static Vec8 sigmoid(Vec8 x) { return 1 / (1 + exponential(-x)); }
 
 struct Constants { int64_t n, d, rows, iters; float norm_eps, hc_eps; const float *fn, *base, *scale; };
 
-// In place, c [n, n]: softmax of rows plus eps, then columns, rows, columns .. divided by sums plus eps. Steps: all that
-// backward needs, [softmax], then [matrix, 1 / sums] of every division
-static void sinkhorn(Vec8* c, const Constants& k, std::vector<Vec8>* steps) {
+// In place, c [n, n]: softmax of rows plus eps, then columns, rows, columns .. divided by sums plus eps. steps, if given: all
+// that backward needs, the softmax, then the matrix and 1 / sums of every division
+static void sinkhorn(Vec8* c, const Constants& k, Vec8* steps) {
   const int64_t n = k.n;
   for (int64_t i = 0; i < n; i++) {
     Vec8 *row = c + i * n, top = row[0], sum = {};
@@ -19,7 +19,7 @@ static void sinkhorn(Vec8* c, const Constants& k, std::vector<Vec8>* steps) {
     for (int64_t j = 0; j < n; j++) sum += row[j] = exponential(row[j] - top);
     for (int64_t j = 0; j < n; j++) row[j] /= sum;
   }
-  if (steps) steps->assign(c, c + n * n);
+  if (steps) std::memcpy(steps, c, n * n * sizeof *c), steps += n * n;
   for (int64_t i = 0; i < n * n; i++) c[i] += k.hc_eps;
   for (int64_t step = 0; step < 2 * k.iters - 1; step++) {
     const int64_t along = step % 2 ? 1 : n, across = step % 2 ? n : 1;
@@ -30,14 +30,14 @@ static void sinkhorn(Vec8* c, const Constants& k, std::vector<Vec8>* steps) {
       inverse[i] = 1 / sum;
       for (int64_t j = 0; j < n; j++) c[i * across + j * along] *= inverse[i];
     }
-    if (steps) steps->insert(steps->end(), c, c + n * n), steps->insert(steps->end(), inverse, inverse + n);
+    if (steps) std::memcpy(steps, c, n * n * sizeof *c), std::memcpy(steps + n * n, inverse, n * sizeof *c), steps += n * (n + 1);
   }
 }
 
-static void sinkhorn_backward(Vec8* g, const Constants& k, const std::vector<Vec8>& steps) {
+static void sinkhorn_backward(Vec8* g, const Constants& k, const Vec8* steps) {
   const int64_t n = k.n;
   for (int64_t step = 2 * k.iters - 2; step >= 0; step--) {
-    const Vec8 *c = steps.data() + n * n + step * n * (n + 1), *inverse = c + n * n;
+    const Vec8 *c = steps + n * n + step * n * (n + 1), *inverse = c + n * n;
     const int64_t along = step % 2 ? 1 : n, across = step % 2 ? n : 1;
     for (int64_t i = 0; i < n; i++) {
       Vec8 sum = {};
@@ -67,8 +67,8 @@ static Vec8 logit(const Constants& k, float* u, float* r, int64_t i, int64_t lan
 
 static void pre(const Constants& k, const float* x, int64_t count, float* y, float* post, float* comb) {
   const int64_t n = k.n, d = k.d;
-  std::vector<float> u(k.rows * BLOCK);
-  std::vector<Vec8> c(n * n);
+  std::vector<float> u(k.rows * BLOCK), room(LANES * n * n);
+  Vec8* c = &vec(room.data());
   float r[BLOCK];
   mix(k, x, count, u.data(), r);
   for (int64_t lane = 0; lane < count; lane += LANES) {
@@ -76,7 +76,7 @@ static void pre(const Constants& k, const float* x, int64_t count, float* y, flo
     const int64_t some = std::min(LANES, count - lane);
     for (int64_t j = 0; j < n; j++) share[j] = sigmoid(logit(k, u.data(), r, j, lane)) + k.hc_eps;
     for (int64_t j = 0; j < n * n; j++) c[j] = logit(k, u.data(), r, 2 * n + j, lane);
-    sinkhorn(c.data(), k, nullptr);
+    sinkhorn(c, k, nullptr);
     for (int64_t j = 0; j < n; j++) {
       const Vec8 p = 2 * sigmoid(logit(k, u.data(), r, n + j, lane));
       for (int64_t t = 0; t < some; t++) post[(lane + t) * n + j] = p[t];
@@ -93,8 +93,8 @@ static void pre(const Constants& k, const float* x, int64_t count, float* y, flo
 static void pre_backward(const Constants& k, const float* x, int64_t count, const float* g_y, const float* g_post, const float* g_comb,
                          const float* g_in, float* g_x, float* g_fn, float* g_base, float* g_scale) {
   const int64_t n = k.n, d = k.d, width = n * d;
-  std::vector<float> u(k.rows * BLOCK), g_u(k.rows * BLOCK);
-  std::vector<Vec8> c(n * n), g(n * n), steps;
+  std::vector<float> u(k.rows * BLOCK), g_u(k.rows * BLOCK), room(LANES * (3 * n * n + (2 * k.iters - 1) * n * (n + 1)));
+  Vec8 *c = &vec(room.data()), *g = c + n * n, *steps = g + n * n;
   float r[BLOCK], along[BLOCK], share[16][BLOCK];
   mix(k, x, count, u.data(), r);
   for (int64_t lane = 0; lane < count; lane += LANES) {
@@ -103,8 +103,8 @@ static void pre_backward(const Constants& k, const float* x, int64_t count, cons
       c[j] = logit(k, u.data(), r, 2 * n + j, lane), g[j] = Vec8{};
       for (int64_t t = 0; t < some; t++) g[j][t] = g_comb[(lane + t) * n * n + j];
     }
-    sinkhorn(c.data(), k, &steps);
-    sinkhorn_backward(g.data(), k, steps);
+    sinkhorn(c, k, steps);
+    sinkhorn_backward(g, k, steps);
     Vec8 sum = {};
     for (int64_t i = 0; i < k.rows; i++) {
       Vec8 g_logit = {};
@@ -134,19 +134,49 @@ static void pre_backward(const Constants& k, const float* x, int64_t count, cons
   product({g_u.data(), BLOCK, 1}, {x, width, 1}, g_fn, width, k.rows, width, count, true);
 }
 
+// One token: whole vectors of four streams in one pass, all else stream by stream
 static void post(int64_t n, int64_t d, const float* y, const float* x, const float* post, const float* comb, float* out) {
+  int64_t c = 0;
+  for (; n == 4 && c + 8 <= d; c += 8) {
+    Vec8 in[4], from = vec(y + c);
+    for (int j = 0; j < 4; j++) in[j] = vec(x + j * d + c);
+    for (int k = 0; k < 4; k++) {
+      Vec8 sum = post[k] * from;
+      for (int j = 0; j < 4; j++) sum += comb[j * 4 + k] * in[j];
+      vec(out + k * d + c) = sum;
+    }
+  }
   for (int64_t k = 0; k < n; k++) {
-    for (int64_t i = 0; i < d; i++) out[k * d + i] = post[k] * y[i];
-    for (int64_t j = 0; j < n; j++) add_scaled(out + k * d, comb[j * n + k], x + j * d, d);
+    for (int64_t i = c; i < d; i++) out[k * d + i] = post[k] * y[i];
+    for (int64_t j = 0; j < n; j++) add_scaled(out + k * d + c, comb[j * n + k], x + j * d + c, d - c);
   }
 }
 
 static void post_backward(int64_t n, int64_t d, const float* g, const float* y, const float* x, const float* post, const float* comb,
                           float* g_y, float* g_x, float* g_post, float* g_comb) {
-  std::fill(g_y, g_y + d, 0.f), std::fill(g_x, g_x + n * d, 0.f);
+  Vec8 sums[20] = {};
+  int64_t c = 0;
+  for (; n == 4 && c + 8 <= d; c += 8) {
+    Vec8 in[4], of_y = {}, from = vec(y + c);
+    for (int k = 0; k < 4; k++) in[k] = vec(g + k * d + c), of_y += post[k] * in[k], sums[k] += from * in[k];
+    vec(g_y + c) = of_y;
+    for (int j = 0; j < 4; j++) {
+      Vec8 of_x = {};
+      from = vec(x + j * d + c);
+      for (int k = 0; k < 4; k++) of_x += comb[j * 4 + k] * in[k], sums[4 + j * 4 + k] += from * in[k];
+      vec(g_x + j * d + c) = of_x;
+    }
+  }
+  std::fill(g_y + c, g_y + d, 0.f);
+  for (int64_t j = 0; j < n; j++) std::fill(g_x + j * d + c, g_x + (j + 1) * d, 0.f);
   for (int64_t k = 0; k < n; k++) {
-    add_scaled(g_y, post[k], g + k * d, d), g_post[k] = dot(g + k * d, y, d);
-    for (int64_t j = 0; j < n; j++) add_scaled(g_x + j * d, comb[j * n + k], g + k * d, d), g_comb[j * n + k] = dot(x + j * d, g + k * d, d);
+    const float* from = g + k * d + c;
+    add_scaled(g_y + c, post[k], from, d - c);
+    g_post[k] = dot(from, y + c, d - c) + (c ? total(sums[k]) : 0);
+    for (int64_t j = 0; j < n; j++) {
+      add_scaled(g_x + j * d + c, comb[j * n + k], from, d - c);
+      g_comb[j * n + k] = dot(x + j * d + c, from, d - c) + (c ? total(sums[4 + j * 4 + k]) : 0);
+    }
   }
 }
 
