@@ -1,7 +1,7 @@
 """The CPU suite: this model against Transformers' eager deepseek_v4, on the same weights, in one process, alternating.
 
     python -m bench.cpu            everything; records bench/results/cpu.json and cpu.svg (about 15 minutes)
-    python -m bench.cpu decode     some of: decode prefill train experts memory cache start
+    python -m bench.cpu decode     some of: decode prefill train train_memory experts memory cache start
 
 Both sides run the embedded model in fp32 without activation quantisation, on one thread, and are fed varying tokens.
 Times are the least CPU time of several rounds in which the sides take turns; wall time is kept beside it, and a case whose
@@ -147,11 +147,10 @@ def prefill(result: dict, length: int, chunk: int = 256) -> None:
     result[f"prefill {length}"] = case | {"chunk": chunk, "rms": rms(now[-1][:, -1], hf(prompts[0]).logits[:, -1])}
 
 
-def train(result: dict, length: int = 256) -> None:
-    """Forward, backward and AdamW on one row, cross-entropy of the next token alone."""
-    ours, hf = models()
+def train_sides(ours, hf, batch: int, length: int) -> dict:
+    """One step each: forward, backward and AdamW, cross-entropy of the next token alone."""
     ours.train().requires_grad_(True), hf.train()
-    batches = [tokens_of(1, length + 1, seed=i) for i in range(ROUNDS + 1)]
+    batches = [tokens_of(batch, length + 1, seed=i) for i in range(ROUNDS + 1)]
     rate = torch.tensor(1e-4)
 
     def loss(model, tokens, targets, doc_ids):
@@ -171,7 +170,43 @@ def train(result: dict, length: int = 256) -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-    result[f"train step {length}"] = versus(side_by_side({**transformers_sides(hf, theirs), "ours compiled": mine}))
+    sides = transformers_sides(hf, theirs)
+    del sides["transformers eager, batched_mm"]  # gathers the weights of every token: ten times slower
+    return sides | {"ours compiled": mine}
+
+
+def train(result: dict, batch: int, length: int) -> None:
+    case = versus(side_by_side(train_sides(*models(), batch, length)))
+    result[f"train step {batch} x {length}"] = case | {"tok_per_s": batch * length / case["ours compiled"]["ms"] * 1e3}
+
+
+def train_memory(result: dict, batch: int, length: int) -> None:
+    """What a training step adds to what is held between steps, and that with the optimizer's state, per side and process.
+
+    Each side has trained one step before (it compiles, and makes the state). Freed memory is handed back to the system
+    before the peak is measured: gradients, activations and temporaries count, and nothing else.
+    """
+    script = """
+import ctypes, gc, re, sys, torch
+from bench.cpu import models, train_sides
+torch.set_num_threads(1)
+ours, hf = models()
+step = train_sides(ours, hf, {batch}, {length})[sys.argv[1]]
+step(0)
+gc.collect(), ctypes.CDLL(None).malloc_trim(0)
+def status(key):
+    return 1024 * int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
+open("/proc/self/clear_refs", "w").write("5")  # the peak so far is forgotten
+before = status("VmRSS")
+step(1), step(2)
+print(status("VmHWM") - before)
+""".format(batch=batch, length=length)
+    sides = {side: int(subprocess.run([sys.executable, "-c", script, side], capture_output=True, text=True, check=True,
+                                      cwd=ROOT).stdout.split()[-1]) for side in ("ours compiled", "transformers eager, grouped_mm")}
+    mine, theirs = sides.values()
+    state = 2 * sum(p.nbytes for name, p in models()[0].named_parameters() if not name.startswith("mtp."))
+    result[f"memory of a train step {batch} x {length}"] = {f"{side}_bytes": used for side, used in sides.items()} | {
+        "optimizer_state_bytes": state, "ratio": theirs / mine, "ratio_with_optimizer_state": (theirs + state) / (mine + state)}
 
 
 @torch.no_grad()
@@ -247,7 +282,9 @@ def start(result: dict) -> None:
 CASES = {
     "decode": lambda result: (decode(result, 1), decode(result, 8)),
     "prefill": lambda result: (prefill(result, 512), prefill(result, 1800)),
-    "train": train, "experts": experts, "memory": memory, "cache": cache, "start": start,
+    "train": lambda result: (train(result, 1, 256), train(result, 4, 256), train(result, 1, 1024)),
+    "train_memory": lambda result: (train_memory(result, 1, 256), train_memory(result, 4, 256), train_memory(result, 1, 1024)),
+    "experts": experts, "memory": memory, "cache": cache, "start": start,
 }
 
 

@@ -1,6 +1,7 @@
 """C++ kernels of ops on CPU: built when an op is first traced there, by Inductor's toolchain, against torch's stable ABI.
 
-Until then, and where nothing can be compiled, the op runs its Python function.
+Until then, and where nothing can be compiled, the op runs its Python function. HEADER has what kernels share: a product of
+small matrices that is as fast as the library's and may be called within a thread, and sums and exponentials of vectors.
 """
 from __future__ import annotations
 
@@ -24,16 +25,141 @@ static Tensor packed(const Tensor& t, ScalarType dtype) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 static Tensor floats(const Tensor& t) { return packed(t, ScalarType::Float); }
+static float* data(const Tensor& t) { return (float*)t.data_ptr(); }
+
+typedef float Vec8 __attribute__((vector_size(32), aligned(4), may_alias));
+// Not an argument of templates: they drop its alignment, and expect 32
+static Vec8& vec(float* x) { return *(Vec8*)x; }
+static const Vec8& vec(const float* x) { return *(const Vec8*)x; }
+typedef int32_t Int8 __attribute__((vector_size(32), aligned(4), may_alias));
+
+struct Matrix { const float* at; int64_t row, col; };  // element (i, j) is at[i row + j col]
+
+// R rows of c, 16 columns: c = or += a b, with b packed [K, 16]
+template <int R> static void tile(const float* a, int64_t row, int64_t col, const float* b, float* c, int64_t stride, int64_t K, bool add) {
+  Vec8 sum[R][2] = {};
+  for (int r = 0; add && r < R; r++) for (int i = 0; i < 2; i++) sum[r][i] = vec(c + r * stride + 8 * i);
+  for (int64_t k = 0; k < K; k++) {
+    const Vec8 left = vec(b + 16 * k), right = vec(b + 16 * k + 8);
+#pragma GCC unroll 6
+    for (int r = 0; r < R; r++) {
+      const float v = a[r * row + k * col];
+      sum[r][0] += v * left, sum[r][1] += v * right;
+    }
+  }
+  for (int r = 0; r < R; r++) for (int i = 0; i < 2; i++) vec(c + r * stride + 8 * i) = sum[r][i];
+}
+
+// 8 rows of 8 -> 8 columns, in rows of 16
+static void transpose(const float* from, int64_t stride, float* to) {
+  Vec8 r[8], s[8];
+  for (int i = 0; i < 8; i++) r[i] = vec(from + i * stride);
+  for (int round = 0; round < 3; round++) {
+    for (int i = 0; i < 4; i++) {
+      s[2 * i] = __builtin_shufflevector(r[i], r[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
+      s[2 * i + 1] = __builtin_shufflevector(r[i], r[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
+    }
+    std::memcpy(r, s, sizeof r);
+  }
+  for (int i = 0; i < 8; i++) vec(to + 16 * i) = r[i];
+}
+
+// c [M, N] (rows `stride` apart) = or += a [M, K] b [K, N]
+static void product(Matrix a, Matrix b, float* c, int64_t stride, int64_t M, int64_t N, int64_t K, bool add) {
+  static thread_local std::vector<float> panel;
+  if ((int64_t)panel.size() < 16 * K) panel.resize(16 * K);
+  float edge[6 * 16], *p = panel.data();
+  for (int64_t n = 0; n < N; n += 16) {
+    const int64_t width = std::min<int64_t>(16, N - n);
+    const float* from = b.at + n * b.col;
+    int64_t k = 0;
+    if (width == 16 && b.col == 1) for (; k < K; k++) std::memcpy(p + 16 * k, from + k * b.row, 64);
+    if (width == 16 && b.row == 1) for (; k + 8 <= K; k += 8) for (int j = 0; j < 16; j += 8) transpose(from + k + j * b.col, b.col, p + 16 * k + j);
+    for (; k < K; k++) for (int64_t j = 0; j < 16; j++) p[16 * k + j] = j < width ? from[k * b.row + j * b.col] : 0;
+    for (int64_t m = 0; m < M; m += 6) {
+      const int64_t rows = std::min<int64_t>(6, M - m), step = width == 16 ? stride : 16;
+      float *out = c + m * stride + n, *to = width == 16 ? out : edge;
+      if (to == edge && add) for (int64_t r = 0; r < rows; r++) std::memcpy(edge + 16 * r, out + r * stride, 4 * width);
+      const float* in = a.at + m * a.row;
+      switch (rows) {
+        case 1: tile<1>(in, a.row, a.col, p, to, step, K, add); break;
+        case 2: tile<2>(in, a.row, a.col, p, to, step, K, add); break;
+        case 3: tile<3>(in, a.row, a.col, p, to, step, K, add); break;
+        case 4: tile<4>(in, a.row, a.col, p, to, step, K, add); break;
+        case 5: tile<5>(in, a.row, a.col, p, to, step, K, add); break;
+        default: tile<6>(in, a.row, a.col, p, to, step, K, add);
+      }
+      if (to == edge) for (int64_t r = 0; r < rows; r++) std::memcpy(out + r * stride, edge + 16 * r, 4 * width);
+    }
+  }
+}
+
+static float total(Vec8 v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
+
+static float dot(const float* x, const float* y, int64_t n) {
+  Vec8 sum = {};
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) sum += vec(x + i) * vec(y + i);
+  float rest = total(sum);
+  for (; i < n; i++) rest += x[i] * y[i];
+  return rest;
+}
+
+// y += a x
+static void add_scaled(float* y, float a, const float* x, int64_t n) { for (int64_t i = 0; i < n; i++) y[i] += a * x[i]; }
+
+// e^x to a relative 1e-7; 0 where it would be subnormal
+static Vec8 exponential(Vec8 x) {
+  const Vec8 low = Vec8{} - 87.3f, high = Vec8{} + 88.3f, zero = {};
+  const Vec8 v = x < low ? low : x > high ? high : x, n = (v * 1.44269504f + 12582912.f) - 12582912.f;
+  const Vec8 r = (v - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vec8 y = 1.9875691500e-4f * r + 1.3981999507e-3f;
+  for (float next : {8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) y = y * r + next;
+  y = y * r * r + r + 1;
+  const Int8 power = (__builtin_convertvector(n, Int8) + 127) << 23;
+  return x < low ? zero : y * (Vec8)power;
+}
+
+// f(part, begin, end) for ranges that cover 0 .. count; parts, at most parts_of(count), run at the same time
+static int64_t parts_of(int64_t count) { return std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), count)); }
+template <class F> static void in_parts(int64_t count, F f) {
+  const int64_t parts = parts_of(count);
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; p++) f(p, count * p / parts, count * (p + 1) / parts);
+  });
+}
+
+// What the parts added up, each in zeros of its own: part 0 in `first` itself
+struct Sums {
+  std::vector<std::vector<float>> others;
+  float* first;
+  int64_t n;
+  Sums(const Tensor& t, int64_t parts) : others(parts - 1), first(data(t)), n(t.numel()) { std::fill(first, first + n, 0.f); }
+  float* of(int64_t part) {
+    if (!part) return first;
+    if (others[part - 1].empty()) others[part - 1].assign(n, 0.f);
+    return others[part - 1].data();
+  }
+  void finish() { for (const auto& other : others) if (!other.empty()) add_scaled(first, 1, other.data(), n); }
+};
 """
+FLAGS = ("-ffp-contract=fast",)  # fused multiply-add
 KERNELS: dict[str, CppKernel] = {}
 
 
+def plain(*args) -> bool:
+    """Whether these are values that kernels take: float32, and indices."""
+    return all(t.dtype in (torch.float32, torch.int64) for t in args if isinstance(t, torch.Tensor))
+
+
 class CppKernel:
-    """The CPU implementation of an op that has C++ source, a function of the op's own name and schema."""
+    """The CPU implementation of an op that has C++ source, a function of the op's own name and schema.
+
+    Ops that share their source are built together.
+    """
 
     def __init__(self, namespace: str, name: str, python: Callable, source: str):
-        self.namespace, self.name, self.python, self.built = namespace, name, python, None
-        self.source = f"{HEADER}{source}\nSTABLE_TORCH_LIBRARY_IMPL({namespace}, CPU, m) {{ m.impl(\"{name}\", TORCH_BOX(&{name})); }}\n"
+        self.namespace, self.name, self.python, self.source, self.built = namespace, name, python, source, None
         self._use_python()
         KERNELS[name] = self
 
@@ -44,12 +170,19 @@ class CppKernel:
     def build(self) -> bool:
         """Compile, once a machine, and register the C++ in place of the Python. -> whether that was possible."""
         if self.built is None:
-            del self.library  # two registrations at a time would be a warning
+            together = [kernel for kernel in KERNELS.values() if kernel.source == self.source]
+            names = "\n".join(f'm.impl("{kernel.name}", TORCH_BOX(&{kernel.name}));' for kernel in together)
+            for kernel in together:
+                del kernel.library  # two registrations at a time would be a warning
             try:
                 from torch._inductor.codecache import CppCodeCache
-                CppCodeCache.load(self.source)
-                self.built = True
+                CppCodeCache.load(f"{HEADER}{self.source}\nSTABLE_TORCH_LIBRARY_IMPL({self.namespace}, CPU, m) {{\n{names}\n}}\n",
+                                  extra_flags=FLAGS)
+                built = True
             except Exception:  # no compiler, other headers: many classes, all of them mean the same
-                self._use_python()
-                self.built = False
+                built = False
+            for kernel in together:
+                kernel.built = built
+                if not built:
+                    kernel._use_python()
         return self.built

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import torch
 
+from .cpp import plain
+from .hc_cpp import SOURCE
 from .launch import cdiv, jit, launch, power_of_two, tiles, tl
 from .registry import Op, register, require
 from .sinkhorn import IN_REGISTERS, as_columns
@@ -136,7 +138,7 @@ def _flops(y, x, *args, out_shape=None, **kw):
 _backward_op = register(
     "hc_post_backward(Tensor g, Tensor y, Tensor x, Tensor post, Tensor comb) -> (Tensor, Tensor, Tensor, Tensor)",
     impl=backward_reference, fake=lambda g, *inputs: tuple(t.new_empty(t.shape) for t in inputs), flops=_flops,
-    kernel=backward_kernel)
+    kernel=backward_kernel, cpp=SOURCE, takes=plain)
 
 
 def _setup(ctx, inputs, output):
@@ -149,6 +151,12 @@ def _backward(ctx, g):
 
 _opaque = register("hc_post(Tensor y, Tensor x, Tensor post, Tensor comb) -> Tensor", impl=reference,
                    fake=lambda y, x, post, comb: x.new_empty(x.shape), flops=_flops, setup_context=_setup, backward=_backward,
-                   kernel=kernel)
+                   kernel=kernel, cpp=SOURCE, takes=plain)
 
-hc_post = Op("hc_post", reference, _opaque, check)
+
+def _on_cpu(*args):
+    """Compiled with gradients, a node in C++."""
+    return (_opaque if torch.compiler.is_compiling() and torch.is_grad_enabled() else reference)(*args)
+
+
+hc_post = Op("hc_post", reference, _opaque, check, on_cpu=_on_cpu)

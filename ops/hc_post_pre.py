@@ -20,6 +20,8 @@ from .hc_post import (backward_kernel as post_backward_kernel, backward_referenc
 from .hc_pre import (FEW, _fake as pre_fake, _flops as pre_flops, _on_cpu as pre_on_cpu, add_mix,
                      backward_kernel as pre_backward_kernel, backward_reference as pre_backward, key, launch_finish,
                      reference as pre_reference, row_sums, split, store_mix)
+from .cpp import plain
+from .hc_cpp import SOURCE
 from .launch import cdiv, jit, launch, power_of_two, tiles, tl
 from .registry import Op, register, require
 from .sinkhorn import IN_REGISTERS
@@ -109,7 +111,7 @@ _backward_op = register(
     fake=lambda g_x, g_y, g_post, g_comb, y, x, post, comb, out, fn, base, scale, *args:
         tuple(t.new_empty(t.shape) for t in (y, x, post, comb, fn, base, scale)),
     flops=lambda g_x, g_y, g_post, g_comb, y, x, post, comb, out, fn, *args, out_shape=None, **kw: 3 * pre_flops(x, fn),
-    kernel=_backwards(pre_backward_kernel, post_backward_kernel))
+    kernel=_backwards(pre_backward_kernel, post_backward_kernel), cpp=SOURCE, takes=plain)
 
 
 def _setup(ctx, inputs, output):
@@ -125,10 +127,12 @@ _opaque = register(
     "hc_post_pre(Tensor y, Tensor x, Tensor post, Tensor comb, Tensor fn, Tensor base, Tensor scale, float norm_eps, float hc_eps, "
     "int iters) -> (Tensor, Tensor, Tensor, Tensor)", impl=reference,
     fake=lambda y, x, post, comb, *rest: (x.new_empty(x.shape), *pre_fake(x, *rest)), flops=_flops, setup_context=_setup,
-    backward=_backward, kernel=kernel)
+    backward=_backward, kernel=kernel, cpp=SOURCE, takes=plain)
 
 
 def _on_cpu(y, x, post, comb, *rest):
+    if torch.compiler.is_compiling() and torch.is_grad_enabled():
+        return _opaque(y, x, post, comb, *rest)
     x = post_reference(y, x, post, comb)
     return x, *pre_on_cpu(x, *rest)
 

@@ -32,6 +32,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .cpp import plain
+from .hc_cpp import SOURCE
 from .launch import cdiv, jit, launch, power_of_two, processors, tiles, tl
 from .registry import Op, register, require
 from .sinkhorn import (IN_REGISTERS, as_columns, backward_reference as sinkhorn_backward, columns, doubly_stochastic,
@@ -419,7 +421,8 @@ _backward_op = register(
     "hc_pre_backward(Tensor g_y, Tensor g_post, Tensor g_comb, Tensor x, Tensor fn, Tensor base, Tensor scale, float norm_eps, "
     "float hc_eps, int iters) -> (Tensor, Tensor, Tensor, Tensor)", impl=backward_reference,
     fake=lambda g_y, g_post, g_comb, x, fn, base, scale, *args: tuple(t.new_empty(t.shape) for t in (x, fn, base, scale)),
-    flops=lambda g_y, g_post, g_comb, x, fn, *args, out_shape=None, **kw: 3 * _flops(x, fn), kernel=backward_kernel)
+    flops=lambda g_y, g_post, g_comb, x, fn, *args, out_shape=None, **kw: 3 * _flops(x, fn), kernel=backward_kernel, cpp=SOURCE,
+    takes=plain)
 
 
 def _setup(ctx, inputs, output):
@@ -433,7 +436,7 @@ def _backward(ctx, g_y, g_post, g_comb):
 
 _opaque = register("hc_pre(Tensor x, Tensor fn, Tensor base, Tensor scale, float norm_eps, float hc_eps, int iters) "
                    "-> (Tensor, Tensor, Tensor)", impl=reference, fake=_fake, flops=_flops, setup_context=_setup,
-                   backward=_backward, kernel=kernel)
+                   backward=_backward, kernel=kernel, cpp=SOURCE, takes=plain)
 
 
 def _on_cpu(*args):

@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import torch
 
+from .cpp import plain
 from .formats import dequantize_fp4, dequantize_fp8
+from .moe_cpp import SOURCE
 from .moe_few import gathered, moe_few, quantized, swiglu
 from .moe_kernels import backward, forward
 from .registry import Op, register, require
@@ -136,6 +138,10 @@ def _flops(x, w13, w2, idx, *args, out_shape=None, **kw):
     return 2 * 3 * idx[0] * idx[1] * x[1] * (w13[1] // 2)
 
 
+def _takes(*args):
+    return plain(*args) and not args[-1]
+
+
 def _fake_backward(g, x, w13, w2, idx, weight, s13, *args):
     weights = (x.new_empty(w.shape if s13 is None else 0) for w in (w13, w2))
     return x.new_empty(x.shape), *weights, weight.new_empty(weight.shape)
@@ -144,6 +150,7 @@ def _fake_backward(g, x, w13, w2, idx, weight, s13, *args):
 _backward_op = register(
     "moe_backward(Tensor g, Tensor x, Tensor w13, Tensor w2, Tensor idx, Tensor weight, Tensor? s13, Tensor? s2, float limit, "
     "bool act_quant) -> (Tensor, Tensor, Tensor, Tensor)", impl=backward_reference, kernel=backward, fake=_fake_backward,
+    cpp=SOURCE, takes=_takes,
     # two gradients each (one if packed), and h13 again
     flops=lambda g, x, w13, w2, idx, weight, s13=None, *args, out_shape=None, **kw:
         (8 if s13 is None else 5) * _flops(x, w13, w2, idx) // 3)
@@ -163,7 +170,7 @@ def _backward(ctx, g):
 
 
 _opaque = register("moe(Tensor x, Tensor w13, Tensor w2, Tensor idx, Tensor weight, Tensor? s13, Tensor? s2, float limit, "
-                   "bool act_quant) -> Tensor", impl=grouped, kernel=forward,
+                   "bool act_quant) -> Tensor", impl=grouped, kernel=forward, cpp=SOURCE, takes=_takes,
                    fake=lambda x, *rest: x.new_empty(x.shape, dtype=torch.float32),
                    flops=_flops, setup_context=_setup, backward=_backward)
 

@@ -20,16 +20,17 @@ from torch.utils.flop_counter import register_flop_formula
 from .cpp import CppKernel
 from .launch import INTERPRETING
 
-NAMESPACE = "dsv4"
+NAMESPACE, CPP = "dsv4", "dsv4_cpp"
 OPS: dict[str, "Op"] = {}
 LAUNCHERS: dict[str, Callable] = {}  # what launches Triton for an opaque op, by the op's name
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
+_cpp_library = torch.library.Library(CPP, "FRAGMENT")  # C++ for some of an op's arguments
 _modes: dict[str, str] = {}  # the choices of `use`; a plain dict, so that compiled code can read and guard it
 
 
 def register(schema: str, impl: Callable, fake: Callable, flops: Callable | None = None,
              setup_context: Callable | None = None, backward: Callable | None = None, cpp: str | None = None,
-             kernel: Callable | None = None):
+             kernel: Callable | None = None, takes: Callable | None = None):
     """Define `torch.ops.dsv4.<name>` and return its overload.
 
     schema          "name(Tensor x, ...) -> Tensor"
@@ -38,6 +39,7 @@ def register(schema: str, impl: Callable, fake: Callable, flops: Callable | None
     flops           FLOPs from argument shapes, as torch.utils.flop_counter passes them
     setup_context, backward   as in torch.library.register_autograd; backward calls an op of its own
     cpp             C++ source of a CPU kernel, see cpp.py
+    takes           whether the C++ takes these arguments; impl takes the others. None: it takes all
     kernel          as impl, by Triton: runs instead of it on a GPU, and on CPU in Triton's interpreter
     """
     name = schema.split("(")[0]
@@ -50,10 +52,14 @@ def register(schema: str, impl: Callable, fake: Callable, flops: Callable | None
     if cpp is None:
         _library.impl(name, impl, "CPU")
     else:
-        native, shapes = CppKernel(NAMESPACE, name, impl, cpp), fake
+        native, shapes = CppKernel(NAMESPACE if takes is None else CPP, name, impl, cpp), fake
+        if takes is not None:
+            _cpp_library.define(schema)
+            chosen = getattr(getattr(torch.ops, CPP), name).default
+            _library.impl(name, lambda *args: (chosen if takes(*args) else impl)(*args), "CPU")
 
         def fake(x, *args):
-            if x.device.type == "cpu":
+            if x.device.type == "cpu" and (takes is None or takes(x, *args)):
                 native.build()
             return shapes(x, *args)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)

@@ -27,9 +27,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .cpp import plain
 from .launch import arch, cdiv, jit, launch, power_of_two, processors, tiles, tl
 from .registry import Op, register, require
 from .rope import reference as rotate
+from .sparse_attn_cpp import SOURCE
 
 CHUNK = 1 << 24  # elements (scores and gathered entries) held at a time
 BLOCK = 64  # tokens that share one band of W - 1 + BLOCK window keys
@@ -534,7 +536,7 @@ def _flops(q, kv, sink, seen, cos, sin, entries=None, lo=None, hi=None, idx=None
 _backward_op = register(
     "sparse_attn_backward(Tensor g, Tensor lse, Tensor q, Tensor kv, Tensor sink, Tensor seen, Tensor cos, "
     "Tensor sin, Tensor? entries, Tensor? lo, Tensor? hi, Tensor? idx, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
-    impl=backward_reference, kernel=backward_kernel,
+    impl=backward_reference, kernel=backward_kernel, cpp=SOURCE, takes=plain,
     fake=lambda g, lse, q, kv, sink, seen, cos, sin, entries, *rest: (
         q.new_empty(q.shape), kv.new_empty(kv.shape), sink.new_empty(sink.shape),
         q.new_empty(0 if entries is None else entries.shape)),
@@ -556,8 +558,15 @@ def _backward(ctx, g, _):
 
 _opaque = register("sparse_attn(Tensor q, Tensor kv, Tensor sink, Tensor seen, Tensor cos, Tensor sin, Tensor? entries, "
                    "Tensor? lo, Tensor? hi, Tensor? idx, float eps) -> (Tensor, Tensor)", impl=forward_reference, kernel=forward_kernel,
+                   cpp=SOURCE, takes=plain,
                    fake=lambda q, *rest: (q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)),
                    flops=_flops, setup_context=_setup, backward=_backward)
+
+
+def _on_cpu(q, *rest):
+    """Compiled for more tokens than are decoded, in fp32: a node, in C++."""
+    compiled = torch.compiler.is_compiling() and q.shape[1] > 8 and plain(q, *rest)
+    return (_opaque if compiled else forward_reference)(q, *rest)
 
 
 def _form(form):
@@ -567,4 +576,4 @@ def _form(form):
     return call
 
 
-sparse_attn = Op("sparse_attn", _form(forward_reference), _form(_opaque), check)
+sparse_attn = Op("sparse_attn", _form(forward_reference), _form(_opaque), check, on_cpu=_form(_on_cpu))

@@ -1128,12 +1128,20 @@ def test_moe_decodes_by_moe_few_when_compiled_for_cpu(options, dtype, grad, node
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.op in KERNELS], ids=str)
 def test_cpp_kernels_equal_their_references(case):
-    args, op = case.args(), ops.OPS[case.op]
-    assert KERNELS[case.op].build()
-    close(op.opaque(*args), op.reference(*args), 1e-6)
+    """Outputs and gradients, on one thread and on three."""
+    args, op, before = case.args(), ops.OPS[case.op], torch.get_num_threads()
+    assert all(kernel.build() for name, kernel in KERNELS.items() if name in (case.op, f"{case.op}_backward"))
+    expected = run(op.reference, case, args)
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            got = run(op.opaque, case, args)
+            same(got, expected, 5e-6)
+    finally:
+        torch.set_num_threads(before)
     if args[0].numel() > 1:
         strided = tuple(a.mT.contiguous().mT if isinstance(a, torch.Tensor) and a.dim() > 1 else a for a in args)
-        assert torch.equal(op.opaque(*strided), op.opaque(*args))
+        same(run(op.opaque, case, strided), got, 1e-6)
 
 
 def test_cpp_kernels_round_small_values_to_the_scale_of_their_block():
