@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 
 import ops
-from bench.gpu_measure import Bench, Side, against, backward_of, both, case, double, nbytes
+from bench.gpu_measure import Bench, Side, Skipped, against, backward_of, both, case, double, nbytes
 from model import ModelArgs, make_plan, rope_frequencies
-from ops.formats import dequantize_fp4, dequantize_fp8, quantize_fp4, quantize_fp8
-from ops.launch import jit, launch, power_of_two, tl
+from ops.formats import dequantize_fp4, dequantize_fp8, quantize_fp4, quantize_fp8, scale_to_float
+from ops.launch import INTERPRETING, jit, launch, power_of_two, tl
 from ops.moe_few import swiglu
 from ops.registry import LAUNCHERS
 
@@ -125,13 +125,28 @@ def pre_hf():
     return call
 
 
-def pre_bf16(x, fn, base, scale, norm_eps, hc_eps, iters):
-    """The published faster form: the mix as a bf16 linear."""
-    n, v = x.shape[2], x.flatten(2)
-    m = F.linear(v, fn.to(x.dtype)).float() * torch.rsqrt(v.float().square().mean(-1, keepdim=True) + norm_eps)
+def pre_of(mix, square, x, base, scale, norm_eps, hc_eps, iters):
+    """hc_pre from x fn^T and the mean square of x, in their precision."""
+    n = x.shape[2]
+    m = mix * torch.rsqrt(square + norm_eps)
     pre, post, comb = (m * torch.cat([s.expand(k) for s, k in zip(scale, (n, n, n * n))]) + base).split([n, n, n * n], -1)
-    y = ((torch.sigmoid(pre) + hc_eps)[..., None] * x.float()).sum(2).to(x.dtype)
+    y = ((torch.sigmoid(pre) + hc_eps)[..., None] * wide(x)).sum(2).to(x.dtype)
     return y, 2 * torch.sigmoid(post), doubly_stochastic(comb.unflatten(-1, (n, n)), hc_eps, iters)
+
+
+def pre_bf16(x, fn, *rest):
+    """The published faster form: the mix as a bf16 linear."""
+    v = x.flatten(2)
+    return pre_of(F.linear(v, fn.to(x.dtype)).float(), v.float().square().mean(-1, keepdim=True), x, *rest)
+
+
+def pre_deepgemm(x, fn, *rest):
+    """The mix and the squares by SGLang's kernel, in TF32."""
+    import deep_gemm
+    v, new = x.flatten(2)[0], lambda *shape: torch.empty(shape, device=x.device)
+    mix, square = new(len(v), len(fn)), new(len(v))
+    deep_gemm.tf32_hc_prenorm_gemm(v, fn, mix, square)
+    return pre_of(mix[None], (square / v.shape[1])[None, :, None], x, *rest)
 
 
 @case("G1.2", "hc_pre with Sinkhorn", 25, 20, "hc_pre", "hc_post_pre")
@@ -143,11 +158,12 @@ def hc_pre(b: Bench) -> None:
         make = lambda: (b.normal(1, T, 4, d, grad=True), *weights, *constants)
         inputs, g = b.sets(make), (b.normal(1, T, d), b.normal(1, T, 4, dtype=torch.float32), b.normal(1, T, 4, 4, dtype=torch.float32))
         x = double(inputs[0][0][:, -SLICE:])
-        sides = {"ours": ours("hc_pre"), "transformers": pre_hf(), "bf16 linear": pre_bf16, "compiled": b.compiled(reference("hc_pre"))}
+        sides = {"ours": ours("hc_pre"), "transformers": pre_hf(), "bf16 linear": pre_bf16, "compiled": b.compiled(reference("hc_pre")),
+                 "deep_gemm": pre_deepgemm}
         b.compare(f"{label}, forward", sides, inputs, moved=T * d * 2 * 5, flops=2 * T * 24 * 4 * d, judge=against(fp64_pre(x, weights, constants), tail(SLICE)))
         sliced = lambda: torch.autograd.grad(fp64_pre(x.requires_grad_(), weights, constants)(), x, [double(t[:, -SLICE:]) for t in g])
         b.compare(f"{label}, forward and backward", {name: Side(both(side.call if isinstance(side, Side) else side, (0, 1, 2, 3)), True)
-                                                     for name, side in sides.items()}, [(*args, g) for args in inputs],
+                                                     for name, side in sides.items() if name != "deep_gemm"}, [(*args, g) for args in inputs],
                   moved=T * d * 2 * (5 + 4 + 1 + 4), flops=6 * T * 24 * 4 * d, judge=against(with_grad(sliced), lambda out: out[0][:, -SLICE:]))
         if "hc_post_pre" in LAUNCHERS:
             inputs = b.sets(lambda: (*streams(b, T, d), *weights, *constants))
@@ -166,12 +182,8 @@ def with_grad(function):
 def fp64_pre(x, weights, constants):
     """hc_pre in fp64 throughout, as its module's docstring says."""
     def call():
-        (fn, base, scale), (norm_eps, hc_eps, iters), n = double(weights), constants, x.shape[2]
-        v = x.flatten(2)
-        m = F.linear(v, fn) * torch.rsqrt(v.square().mean(-1, keepdim=True) + norm_eps)
-        pre, post, comb = (m * torch.cat([s.expand(k) for s, k in zip(scale, (n, n, n * n))]) + base).split([n, n, n * n], -1)
-        y = ((torch.sigmoid(pre) + hc_eps)[..., None] * x).sum(2)
-        return y, 2 * torch.sigmoid(post), doubly_stochastic(comb.unflatten(-1, (n, n)), hc_eps, iters)
+        (fn, *rest), v = double(weights), x.flatten(2)
+        return pre_of(F.linear(v, fn), v.square().mean(-1, keepdim=True), x, *rest, *constants)
     return call
 
 
@@ -184,11 +196,14 @@ def sinkhorn(b: Bench) -> None:
         launches = lambda call: (b.profile(lambda: call(*inputs[0])) or {}).get("kernels")
         b.compare(f"{label}, forward", {"ours": ours("sinkhorn"), "eager": eager, "compiled": b.compiled(eager)}, inputs, moved=2 * nbytes(inputs[0]),
                   judge=against(lambda: eager(double(inputs[0][0]), EPS, 20)), launches={"ours": launches(ours("sinkhorn")), "eager": launches(eager)})
-        if not b.toy:  # an op has it only as a part of hc_pre_backward
-            inputs = [(*args, b.normal(1, T, 4, 4, dtype=torch.float32)) for args in inputs]
-            sides = {"ours": Side(lambda x, eps, iters, g: LAUNCHERS["sinkhorn_backward"](g, x, eps, iters), True),
-                     "eager": backward_of(eager, (0,)), "compiled": backward_of(b.compiled(eager).call, (0,))}
-            b.compare(f"{label}, backward", sides, inputs, moved=3 * nbytes(inputs[0][0]))
+        inputs = [(*args, b.normal(1, T, 4, 4, dtype=torch.float32)) for args in inputs]
+        kernels = INTERPRETING or not b.toy  # in a model it is no op, but a part of hc_pre_backward
+        mine = LAUNCHERS["sinkhorn_backward"] if kernels else importlib.import_module("ops.sinkhorn").backward_reference
+        sides = {"ours": Side(lambda x, eps, iters, g: mine(g, x, eps, iters), True),
+                 "eager": backward_of(eager, (0,)), "compiled": backward_of(b.compiled(eager).call, (0,))}
+        exact = lambda x, g: both(lambda x: eager(x, EPS, 20), (0,))(x.requires_grad_(), g)
+        b.compare(f"{label}, backward", sides, inputs, moved=3 * nbytes(inputs[0][0]), launches={"ours": launches(sides["ours"].call)},
+                  judge=against(lambda: exact(*double(inputs[0][::3]))))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -231,6 +246,8 @@ def single_sort(q, k, u, lo, hi, scratch, idx, E, K, H: tl.constexpr, D: tl.cons
 
 
 def sorted_topk(q, k, u, lo, hi, topk):
+    if not (q.is_cuda or INTERPRETING):
+        raise Skipped("a Triton kernel, and there is neither a GPU nor TRITON_INTERPRET=1")
     (_, T, H, D), E = q.shape, k.shape[1]
     EP, K = power_of_two(E, 16), min(topk, E)
     idx, scratch = lo.new_empty(1, T, K), torch.empty(T, EP, device=q.device)
@@ -546,15 +563,57 @@ def compressor(b: Bench) -> None:
 # Experts
 
 
-def grouped_mm(x, w13, w2, idx, weight, limit):
-    """The torch._grouped_mm form: rows sorted by expert, two grouped products."""
+def grouped_mm(x, w13, w2, idx, weight, limit, product=lambda rows, ends, w: torch._grouped_mm(rows, w.transpose(1, 2), offs=ends)):
+    """The torch._grouped_mm form: rows sorted by expert, two grouped products; w13 and w2 as `product` wants them."""
+    w13, w2 = ((w,) if isinstance(w, torch.Tensor) else w for w in (w13, w2))
     K = idx.shape[1]
     experts, order = idx.flatten().sort(stable=True)
-    ends = torch.searchsorted(experts, torch.arange(len(w13), device=x.device), right=True, out_int32=True)
-    h = torch._grouped_mm(x[order // K], w13.transpose(1, 2), offs=ends)
-    h = swiglu(h, weight.flatten()[order, None], limit).to(x.dtype)
-    y = torch._grouped_mm(h, w2.transpose(1, 2), offs=ends)
+    ends = torch.searchsorted(experts, torch.arange(len(w13[0]), device=x.device), right=True, out_int32=True)
+    h = swiglu(product(x[order // K], ends, *w13), weight.flatten()[order, None], limit).to(x.dtype)
+    y = product(h, ends, *w2)
     return torch.zeros(x.shape, dtype=torch.float32, device=x.device).index_add_(0, order // K, y.float())
+
+
+def scaled_grouped_mm(w13, s13, w2, s2, limit):
+    """torch._scaled_grouped_mm: FP8 by FP8 with a scale per row, which the weights are rounded to anew."""
+    def by_row(t):
+        scale = t.float().abs().amax(-1).clamp(min=1e-12) / 448
+        return (t / scale[..., None]).to(torch.float8_e4m3fn), scale
+    kept = []
+
+    def call(x, idx, weight):
+        if not kept:
+            for w, s in ((w13, s13), (w2, s2)):
+                parts = [by_row(dequantize_fp8(*one, torch.float32)) for one in zip(w, s)]
+                kept.append([torch.stack(t) for t in zip(*parts)])
+
+        def product(rows, ends, weights, scales):
+            rows, scale = by_row(rows)
+            return torch._scaled_grouped_mm(rows, weights.transpose(1, 2), scale, scales, offs=ends, out_dtype=x.dtype)
+        return grouped_mm(x, kept[0], kept[1], idx, weight, limit, product)
+    return call
+
+
+def deepgemm_experts(w13, s13, w2, s2, limit):
+    """DeepGEMM's grouped product of FP8, experts padded to the rows that it wants."""
+    def product(rows, ends, weights, scales):
+        import deep_gemm
+        begins, E = torch.cat((ends.new_zeros(1), ends[:-1])), len(weights)
+        counts = (ends - begins + 127) // 128 * 128
+        first, at = counts.cumsum(0) - counts, torch.arange(len(rows), device=rows.device)
+        expert = torch.searchsorted(ends, at, right=True)
+        to = first[expert] + at - begins[expert]
+        size = len(rows) + 127 * min(E, len(rows)) + 127 & -128
+        owner = torch.full((size,), -1, dtype=torch.int32, device=rows.device).index_copy_(0, to, expert.int())
+        v = rows.float().unflatten(1, (-1, 128))
+        scale = v.abs().amax(-1).clamp(min=1e-12) / 448
+        padded = torch.zeros(size, rows.shape[1], dtype=torch.float8_e4m3fn, device=rows.device)
+        padded[to] = (v / scale[..., None]).flatten(1).to(padded.dtype)
+        padded_scale = scale.new_zeros(size, scale.shape[1]).index_copy_(0, to, scale)
+        out = rows.new_empty(size, weights.shape[1])
+        deep_gemm.m_grouped_fp8_gemm_nt_contiguous((padded, padded_scale), (weights, scale_to_float(scales)), out, owner)
+        return out[to]
+    return lambda x, idx, weight: grouped_mm(x, (w13, s13), (w2, s2), idx, weight, limit, product)
 
 
 def experts_hf(implementation: str, w13, w2, limit: float):
@@ -600,7 +659,7 @@ def experts_of(b: Bench, form: str, E: int, I: int, d: int):
     return w13, w2, s13, s2
 
 
-@case("G1.9", "experts", 45, 40, "moe", "moe_backward")
+@case("G1.9", "experts", 60, 60, "moe", "moe_backward")
 def experts(b: Bench) -> None:
     limit, d, I, K = 10.0, b.at(4096, 64), b.at(2048, 128), b.at(6, 2)
     for form in ("bf16", "fp8", "fp4"):
@@ -608,6 +667,10 @@ def experts(b: Bench) -> None:
         w13, w2, s13, s2 = experts_of(b, form, E, I, d)
         plain = {"bf16": lambda w, s, e: w[e].double(), "fp8": lambda w, s, e: dequantize_fp8(w[e], s[e], torch.float64),
                  "fp4": lambda w, s, e: dequantize_fp4(w[e], s[e], torch.float64)}[form]
+        if form != "bf16":  # what baselines without such weights are given
+            unpacked = [torch.stack([(dequantize_fp8 if form == "fp8" else dequantize_fp4)(*one, torch.bfloat16) for one in zip(w, s)])
+                        for w, s in ((w13, s13), (w2, s2))]
+            scaled = scaled_grouped_mm(w13, s13, w2, s2, limit) if form == "fp8" else None
         for N in b.at((1, 8, 64, 4096, 8192), (1, 8192)):
             tokens = b.at(N, min(N, 12))
             make = lambda: (b.normal(tokens, d), torch.rand(tokens, E, generator=b.random, device=b.device).topk(K).indices,
@@ -618,12 +681,17 @@ def experts(b: Bench) -> None:
                 sides["grouped_mm"] = lambda x, idx, weight: grouped_mm(x, w13, w2, idx, weight, limit)
                 for name in ("eager", "grouped_mm", *(("batched_mm",) if N < 64 else ())):
                     sides[f"transformers {name}"] = Side(experts_hf(name, w13, w2, limit), graph=name != "eager")
+            else:
+                sides["grouped_mm of bf16"] = lambda x, idx, weight: grouped_mm(x, *unpacked, idx, weight, limit)
+            if form == "fp8":
+                sides |= {"scaled_grouped_mm": scaled, "deep_gemm": deepgemm_experts(w13, s13, w2, s2, limit)}
             touched = sum(len(idx.unique()) for _, idx, _ in inputs) / len(inputs)
             few = lambda: experts_fp64(*[t[:4] for t in inputs[0][:1]], lambda e: plain(w13, s13, e), lambda e: plain(w2, s2, e),
                                        *[t[:4] for t in inputs[0][1:]], limit)
             b.compare(f"{form}, {N} tokens", sides, inputs, flops=6 * tokens * K * d * I, experts_touched=touched,
                       moved=touched / E * nbytes(w13, w2, s13, s2) + tokens * d * 6, judge=against(few, lambda out: out[:4]))
         del w13, w2, s13, s2
+        unpacked = scaled = None
     E, tokens = b.at(32, 4), b.at(8192, 12)
     w13, w2 = (w.requires_grad_() for w in experts_of(b, "bf16", E, I, d)[:2])
     inputs = [(b.normal(tokens, d, grad=True), w13, w2, torch.rand(tokens, E, generator=b.random, device=b.device).topk(K).indices,

@@ -39,6 +39,10 @@ def case(name: str, title: str, seconds: float, parts: float | dict[str, float],
     return add
 
 
+class Skipped(Exception):
+    """A side that cannot take part here, and why."""
+
+
 class Side(NamedTuple):
     """One contender. made: it has code that the warm phase compiles; graph: it may be captured into a CUDA graph."""
 
@@ -214,6 +218,8 @@ class Bench:
                 try:
                     side.call(*inputs[0])
                     self.sync()
+                except (ImportError, Skipped):
+                    pass
                 except Exception as error:  # the measured phase records it
                     failed[name] = f"{type(error).__name__}: {error}"[:300]
         self.rows[row] = {"failed": failed}
@@ -226,7 +232,8 @@ class Bench:
                 results[name], *entered[name] = self._enter(side, inputs, judge)
                 times[name] = []
             except Exception as error:  # whatever a contender raises is its result
-                results[name] = {"failed": f"{type(error).__name__}: {error}".strip()[:300]}
+                how = "absent" if isinstance(error, ImportError) else "skipped" if isinstance(error, Skipped) else "failed"
+                results[name] = {how: f"{type(error).__name__}: {error}".strip()[:300]}
             gc.collect()
         for i in range(max((shots for *_, shots in entered.values()), default=0)):
             for name, (call, calls, shots) in entered.items():
@@ -250,7 +257,7 @@ class Bench:
                      "wall_ratio": {name: result["wall_ms"] / mine["wall_ms"] for name, result in results.items()
                                     if name != ours and "wall_ms" in result and "wall_ms" in mine}}
         self.rows[row] = kept
-        print(f"  {row}: " + ", ".join(f"{name} {result['ms']:.3f} ms" if "ms" in result else f"{name} failed" for name, result in results.items()),
+        print(f"  {row}: " + ", ".join(f"{name} {result['ms']:.3f} ms" if "ms" in result else f"{name} {next(iter(result))}" for name, result in results.items()),
               file=sys.stderr, flush=True)
         return kept
 

@@ -147,12 +147,6 @@ def decode_scale(scale):
 
 
 @jit
-def nearest_even(x):
-    """Round fp32 of magnitude below 2^22 to an integer, ties to even."""
-    return (x + 12582912.0) - 12582912.0  # 1.5 * 2^23: the sum has no fraction bits left
-
-
-@jit
 def power_above(x):
     """pow2_ceil: the least power of two >= x; x > 0 normal fp32."""
     bits = x.to(tl.int32, bitcast=True)
@@ -168,21 +162,3 @@ def scale_e4m3(amax):
 @jit
 def scale_e2m1(amax):
     return power_above(tl.maximum(amax, 7.052966104933725e-38) * (1 / 6))  # 6 * 2^-126
-
-
-@jit
-def nearest_e4m3(x):
-    """round_e4m3: fp32 -> the nearest e4m3 value in fp32, saturating."""
-    v = tl.minimum(tl.maximum(x, -448.0), 448.0)
-    power = (v.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    step = tl.maximum(power, 0.015625) * 0.125
-    return nearest_even(v / step) * step
-
-
-@jit
-def nearest_e2m1(x):
-    """round_e2m1: fp32 -> the nearest e2m1 value in fp32, saturating."""
-    v = tl.minimum(tl.maximum(x, -6.0), 6.0)
-    a = tl.abs(v)
-    step = tl.where(a < 2, 0.5, tl.where(a < 4, 1.0, 2.0))
-    return nearest_even(v / step) * step

@@ -3,8 +3,11 @@
 The interpreter of every released Triton (3.6 to 3.9) keeps bfloat16 as uint16 and computes on those bits, truncates
 where hardware rounds to nearest even, and loses carries and subnormals of e4m3. Here values of these types pass through
 torch, whose casts are right, and arithmetic on bfloat16 happens in float32 with one rounding at the end, as on a GPU.
+And a kernel that touches memory of none of its arguments is stopped, also where it makes nothing of what it reads there.
 """
 from __future__ import annotations
+
+import inspect
 
 import numpy as np
 import torch
@@ -52,6 +55,9 @@ def install() -> None:
     interpreter._convert_float = _convert_float
     builder.cast_impl = _cast
     builder.create_dot = _dot
+    interpreter.GridExecutor.__call__ = _within_arguments(interpreter.GridExecutor.__call__)
+    for name in ("create_masked_load", "create_masked_store", "create_atomic_rmw"):
+        setattr(builder, name, _guarded(getattr(builder, name)))
     builder.get_bf16 = lambda self, value: narrow(interpreter.TensorHandle(np.array([value], np.float32), tl.float32))
     for name in COMPUTED_IN_FP32:
         setattr(builder, name, lambda self, handle, target: self.cast_impl(handle, target))
@@ -88,3 +94,32 @@ def _in_fp32(operation):
             return narrow(operation(self, *[widen(a) if is_bf16(a) else a for a in args]))
         return operation(self, *args)
     return call
+
+
+def _within_arguments(call):
+    def launch(self, *args, **kwargs):
+        """Note where the arguments lie: sorted beginnings, and ends; the first ones are of nothing."""
+        storages = [t.untyped_storage() for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
+        spans = sorted((s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages)
+        starts, ends = np.array([(0, 0), *spans], np.uint64).T
+        interpreter.interpreter_builder.memory = starts.copy(), np.maximum.accumulate(ends)
+        return call(self, *args, **kwargs)
+    return launch
+
+
+def _guarded(access):
+    names = list(inspect.signature(access).parameters)
+    pointer, mask = (next(i for i, name in enumerate(names) if name in of) for of in (("ptrs", "ptr"), ("mask",)))
+
+    def checked(self, *args):
+        pointers = args[pointer - 1]
+        at, (starts, ends) = pointers.data[args[mask - 1].data], self.memory
+        if at.size:
+            least, most, size = at.min(), at.max(), pointers.get_element_ty().primitive_bitwidth // 8
+            if most + size > ends[np.searchsorted(starts, least, "right") - 1]:  # not all in the same tensor
+                at = np.unique(at)
+                outside = at[at + size > ends[np.searchsorted(starts, at, "right") - 1]]
+                if len(outside):
+                    raise IndexError(f"{access.__name__}: {len(outside)} addresses outside of all arguments")
+        return access(self, *args)
+    return checked

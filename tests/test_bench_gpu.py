@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import gpu
-from bench.gpu_measure import CASES, Bench, Side, against
+from bench.gpu_measure import CASES, Bench, Side, Skipped, against
 from bench.gpu_models import decode_bytes, flops, numbers
 from model import ModelArgs, Transformer
 from ops.registry import LAUNCHERS
@@ -40,6 +40,7 @@ def test_the_scoreboard_scores_what_was_measured_and_leaves_the_rest_open(result
     line = gpu.Headline("x", "2", 2, 1, lambda cases: cases["a"], most=True)
     assert line.score({"a": 1.5}) == {"headline": "x", "published": "2", "match": 2, "beat": 1, "reached": 1.5, "matched": True, "beaten": False}
     assert line.score({})["matched"] is None
+    assert all(row["reached"] is None and row["matched"] is None for row in gpu.scoreboard(results, toy=True)[0])
 
 
 def test_sides_take_turns_and_one_that_fails_stops_nothing():
@@ -50,12 +51,19 @@ def test_sides_take_turns_and_one_that_fails_stops_nothing():
 
     def broken(x):
         raise RuntimeError("no such thing\nas this")
+
+    def absent(x):
+        import no_such_library
+
+    def skipped(x):
+        raise Skipped("not here")
     x = torch.ones(4)
-    row = bench.compare("row", {"ours": side("a", 1e-4), "worse": side("b", 1e-2), "broken": broken}, [(x,)], moved=32, flops=8,
+    row = bench.compare("row", {"ours": side("a", 1e-4), "worse": side("b", 1e-2), "broken": broken, "absent": absent, "skipped": skipped}, [(x,)], moved=32, flops=8,
                         judge=against(lambda: x), note="kept")
     turns = [name for name in called[-8:-4]]  # then come the calls by the host's clock
     assert turns == ["a", "b", "a", "b"] and row["note"] == "kept"
     assert row["sides"]["broken"] == {"failed": "RuntimeError: no such thing\nas this"} and set(row["ratio"]) == {"worse"}
+    assert "no_such_library" in row["sides"]["absent"]["absent"] and "not here" in row["sides"]["skipped"]["skipped"]
     assert row["sides"]["worse"]["less_accurate"] and not row["sides"]["ours"]["less_accurate"]
     assert row["sides"]["ours"]["error"] == pytest.approx(1e-4, rel=1e-2)
 

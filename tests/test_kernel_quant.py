@@ -156,6 +156,15 @@ def test_products_are_the_same_by_any_tile(tile, rows, o, groups):
             assert rms(got, expected) < (FP8_SUMS if act_quant else SUMS + 1.02 * rms(expected.bfloat16(), expected))
 
 
+@pytest.mark.parametrize("path", ["decode", "fp8"])
+def test_the_last_tile_of_a_group_may_be_empty(take, path):
+    """It begins past the last row of scales: the interpreter stops what reads there, though nothing would be made of it."""
+    take(path)
+    x, weight, scale = linear(3, 20, 384, 4)
+    with choose({"quant_linear_decode": module.DECODE[0], "quant_linear_product": module.PRODUCT[0]}):
+        assert rms(module.forward(x, weight, scale, 4, True), exact(x, weight, scale, 4, True)) < FP8_SUMS
+
+
 def test_many_tiles_are_each_computed_once():
     """More than eight tiles high, and a last few that are fewer."""
     x, weight, scale = linear(147, 20, 70)
