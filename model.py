@@ -485,7 +485,7 @@ class Indexer(nn.Module):
         self.compressor = Compressor(model, ratio, args.index_head_dim, rotate=True)
 
     def forward(self, x: torch.Tensor, qr: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        args, x, qr = self.args, x.detach(), qr.detach()
+        args = self.args
         q = self.wq_b(qr).unflatten(-1, (args.index_n_heads, args.index_head_dim))  # [B, T, Hi, Di]
         q = self.ops.rope(q, *plan.rope[True], False)
         if args.act_quant:
@@ -554,7 +554,7 @@ class Attention(nn.Module):
         learns = hasattr(self, "indexer") and plan.watch in INDEXERS_LEARN
         many = hasattr(self, "indexer") and entries.shape[1] > args.index_topk  # else every visible entry would be chosen
         if learns or many:
-            index = self.indexer(x, qr, plan)
+            index = self.indexer(x.detach(), qr.detach(), plan) if learns else self.indexer(x, qr, plan)
             if many and plan.watch not in ("dense", "recall"):
                 chosen = self.ops.indexer_topk(*index, lo, hi, args.index_topk)  # [B, T, K], -1 = none
         # The op normalises and rotates the queries, and rotates the output back: one pass over each, [B, T, H, D].
