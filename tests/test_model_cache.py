@@ -24,7 +24,7 @@ ARGS = {
 def whole(config: str, batch: int, length: int):
     """A model, random tokens [batch, length], and the logits of the training forward."""
     model = randomize(Transformer(ARGS[config]), seed=1)
-    tokens = torch.randint(0, 256, (batch, length), generator=torch.Generator().manual_seed(batch))
+    tokens = torch.randint(0, 256, (batch, length), generator=torch.Generator().manual_seed(100 + batch))
     with torch.no_grad():
         return model, tokens, model(tokens)
 
