@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 import ops
 import report
 from model import Linear, Transformer
-from ops.launch import Launch, record
+from ops.launch import Launch, choose, record
 from ops.registry import LAUNCHERS
 
 
@@ -32,22 +32,25 @@ PHASES = [phase for model in ("flash", "pro") for phase in (
     Phase(model, "prefill", report.Shape(1, 8192, 8192)), Phase(model, "train", report.Shape(1, 8192, 8192)),
     Phase(model, "decode", report.Shape(1, 1, MILLION)), Phase(model, "decode", report.Shape(8, 1, 4096)),
     Phase(model, "prefill", report.Shape(1, 8192, 8192), "fp4"), Phase(model, "decode", report.Shape(1, 1, MILLION), "fp4"),
-    Phase(model, "prefill", report.Shape(1, 8192, 8192), "fp8"), Phase(model, "decode", report.Shape(1, 1, MILLION), "fp8"))]
-PHASES.append(Phase("flash", "train", report.Shape(1, 4096, 4096), "fp32"))
+    Phase(model, "prefill", report.Shape(1, 8192, 8192), "fp8"), Phase(model, "decode", report.Shape(1, 1, MILLION), "fp8"),
+    Phase(model, "verify", report.Shape(1, 1 + report.DRAFTED, MILLION)), Phase(model, "decode", report.Shape(1, 1, MILLION), "fp32"))]
+PHASES += [Phase("flash", "train", report.Shape(1, 4096, 4096), "fp32"), Phase("flash", "prefill", report.Shape(1, 8192, 8192), "fp32")]
 TOKENS = {"moe": (64, 512, 1024), "quant_linear": (16, 128)}  # other lengths than those of a phase that want tiles of their own
+PARTED = dict(BM=16, BN=64, BK=128, num_warps=4, num_stages=3, SWAP=1)  # a tile of moe_up that others must finish, split or not
 
 
 class Call(NamedTuple):
-    """One op with its arguments; tensors are fake and belong to one mode."""
+    """One op with its arguments; tensors are fake and belong to one mode. tiles: of kernels that are not to take the table's."""
 
     op: str
     args: tuple
+    tiles: dict[str, dict] = {}
 
     @property
     def key(self) -> str:
         """Equal for calls that launch the same."""
         leaves, spec = tree_flatten(self.args)
-        return f"{self.op} {[(tuple(x.shape), x.stride(), str(x.dtype)) if isinstance(x, torch.Tensor) else x for x in leaves]} {spec}"
+        return f"{self.op} {[(tuple(x.shape), x.stride(), str(x.dtype)) if isinstance(x, torch.Tensor) else x for x in leaves]} {spec} {self.tiles}"
 
     @property
     def mode(self) -> FakeTensorMode:
@@ -56,7 +59,7 @@ class Call(NamedTuple):
 
     def launches(self, arch: str) -> list[Launch]:
         """What the op launches on an architecture."""
-        with self.mode, torch.no_grad(), record(arch) as launched:
+        with self.mode, torch.no_grad(), choose(self.tiles), record(arch) as launched:
             LAUNCHERS[self.op](*self.args)
         return launched
 
@@ -81,12 +84,18 @@ def pack(model: Transformer, experts: str) -> None:
 
 
 def others(call: Call, phase: Phase) -> Iterator[Call]:
-    """Calls that the graphs do not make, but users may: fewer tokens, and what is a part of other kernels or in place."""
+    """Calls that the graphs do not make, but users may: fewer tokens, gradients through packed experts, and what is
+    a part of other kernels, finishes their work, or is in place."""
     long = phase.phase == "prefill"
     for n in TOKENS.get(call.op, ()) if long else ():
         per_token = {0, 3, 4} if call.op == "moe" else {0}  # which arguments have rows of tokens, and how many dims those have
         dims = 2 if call.op == "quant_linear" and call.args[3] > 1 else 1
         yield Call(call.op, tuple(x.new_empty(n, *x.shape[-dims:]) if i in per_token else x for i, x in enumerate(call.args)))
+    if call.op == "moe" and call.args[5] is not None:  # packed
+        if long:
+            yield Call("moe_backward", (call.args[0].new_empty(call.args[0].shape, dtype=torch.float32), *call.args))
+        else:
+            yield from (Call("moe", call.args, {"moe_up": {**PARTED, "SPLIT": split}}) for split in (1, 2))
     if call.op == "rope" and long and call.args[0].dim() == 4:
         yield Call("rope_", call.args)
     if call.op == "hc_pre" and long:

@@ -1,14 +1,16 @@
 """Compile the kernels ahead of time for GPUs that are not there, and read what they need of them.
 
-    python -m bench.offline [--arch sm_90,gfx942] [--op sparse_attn] [--record]
+    python -m bench.offline [--arch sm_90,gfx942] [--op sparse_attn] [--record [--new]]
 
 Every opaque op that the graphs of Flash and Pro call (cases.py) is launched with fake tensors of those shapes, and each
 kernel compiled with Triton's own assembler: registers, spills, shared memory, matrix instructions. Compilers differ:
-put another Triton first in PYTHONPATH to see its figures. --record writes results/kernels_triton<version>.json.
+put another Triton first in PYTHONPATH to see its figures. --record writes results/kernels_triton<version>.json;
+with --new only kernels that are not in there are compiled, and those that no call launches any more are dropped.
 """
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
 import re
@@ -24,7 +26,7 @@ from triton.compiler import ASTSource
 
 import cli
 from bench import cases
-from bench.record import record
+from bench.record import RESULTS, record
 from ops.launch import Launch
 from ops.registry import require
 
@@ -131,10 +133,14 @@ def _compile(key: tuple[str, str]) -> tuple[tuple[str, str], dict]:
     return key, compile_quietly(_shared[key], key[0])
 
 
-def compile_all(calls: list[cases.Call], archs: list[str], processes: int | None = None) -> Iterator[tuple[str, str, dict]]:
+def all_launches(calls: list[cases.Call], archs: list[str]) -> dict[tuple[str, str], Launch]:
+    return {(arch, name): launch for arch in archs for name, launch in launches(calls, arch).items()}
+
+
+def compile_all(wanted: dict[tuple[str, str], Launch], processes: int | None = None) -> Iterator[tuple[str, str, dict]]:
     """Yields (architecture, kernel, resources or {"error": ..}) as the compilations end."""
     _shared.clear()
-    _shared.update({(arch, name): launch for arch in archs for name, launch in launches(calls, arch).items()})
+    _shared.update(wanted)
     with multiprocessing.get_context("fork").Pool(processes or os.cpu_count()) as pool:
         for (arch, name), result in pool.imap_unordered(_compile, list(_shared)):
             yield arch, name, result
@@ -159,16 +165,22 @@ def run(argv: list[str] | None) -> None:
     parser.add_argument("--arch", default=",".join(TARGETS), help="architectures, comma-separated")
     parser.add_argument("--op", help="only this op (and its backward)")
     parser.add_argument("--record", action="store_true", help="write bench/results/kernels_triton<version>.json")
+    parser.add_argument("--new", action="store_true", help="only kernels that it lacks")
     args = parser.parse_args(argv)
     archs = args.arch.split(",")
     check_archs(archs)
+    wanted, name = all_launches(all_calls(args.op), archs), f"kernels_triton{triton.__version__}"
+    known = json.loads((RESULTS / f"{name}.json").read_text())["kernels"] if args.new else {}
     table: dict = {}
-    for arch, name, result in compile_all(all_calls(args.op), archs):
-        table.setdefault(name, {})[arch] = result
+    for arch, kernel in wanted:
+        if arch in known.get(kernel, {}):
+            table.setdefault(kernel, {})[arch] = known[kernel][arch]
+    for arch, kernel, result in compile_all({key: launch for key, launch in wanted.items() if key[0] not in table.get(key[1], {})}):
+        table.setdefault(kernel, {})[arch] = result
         over = "" if result.get("shared", 0) <= SHARED[arch] * 1024 else "  TOO MUCH SHARED MEMORY"
-        print(f"{arch:7} {' '.join(f'{k} {v}' for k, v in result.items())}{over}  {name}", flush=True)
+        print(f"{arch:7} {' '.join(f'{k} {v}' for k, v in result.items())}{over}  {kernel}", flush=True)
     if args.record:
-        record(f"kernels_triton{triton.__version__}", {"kernels": {name: table[name] for name in sorted(table)}})
+        record(name, {"kernels": {kernel: table[kernel] for kernel in sorted(table)}})
 
 
 if __name__ == "__main__":

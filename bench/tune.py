@@ -1,12 +1,12 @@
 """Choose the kernels' tiles and write them into ops/tuned.json.
 
-    python -m bench.tune [--arch sm_90,gfx942] [--op sparse_attn]    by what the compiler makes of them: no GPU needed
+    python -m bench.tune [--arch sm_90,gfx942] [--op sparse_attn] [--new]    by what the compiler makes of them: no GPU needed
     python -m bench.tune --measure [--only G1.5,G1.9]                by time, on the GPU that is here, at the shapes of bench.gpu
 
 A kernel offers candidates (launch.tiles), from the largest to the smallest. Without a GPU the first one is taken that
 compiles, fits into shared memory, keeps its matrix instructions, hardly spills and occupies every multiprocessor; if all
 fall short, the one that does least.
-Entries that the run does not come upon stay as they are.
+Entries that the run does not come upon stay as they are; with --new all do, and only what the table lacks is chosen.
 """
 from __future__ import annotations
 
@@ -42,9 +42,11 @@ def shortcoming(found: dict, launch: Launch, where: str, tile: dict) -> float:
     return idle + (spills + found["spilling"] if spills > IN_ALL or found["spilling"] > IN_LOOPS else 0.0)
 
 
-def by_resources(where: str, calls: list[cases.Call]) -> Table:
-    """Tiles of all kernels that the calls launch on an architecture; a tile is judged by all that its call launches."""
-    table, compiled = {}, {}
+def by_resources(where: str, calls: list[cases.Call], known: dict | None = None) -> Table:
+    """Tiles of all kernels that the calls launch on an architecture; a tile is judged by all that its call launches.
+    known: of what is chosen already, by kernel, architecture and key."""
+    table = {(name, key): tile for name, archs in (known or {}).items() for key, tile in archs.get(where, {}).items()}
+    compiled = {}
 
     def worst(call: cases.Call, tile: dict) -> float:
         total = 0.0
@@ -58,7 +60,7 @@ def by_resources(where: str, calls: list[cases.Call]) -> Table:
     def open_questions(call: cases.Call) -> dict:
         with choose(table), asked() as questions:
             call.launches(where)
-        return {question: candidates for question, candidates in questions.items() if question not in table}
+        return {question: candidates for question, candidates in questions.items() if table.get(question) not in candidates}
 
     for call in calls:
         while questions := open_questions(call):  # an answer may change what is asked next
@@ -75,10 +77,11 @@ def by_resources(where: str, calls: list[cases.Call]) -> Table:
 
 
 _calls: list[cases.Call] = []  # what the forked workers find
+_known: dict = {}
 
 
 def _of_arch(where: str) -> Table:
-    return by_resources(where, _calls)
+    return by_resources(where, _calls, _known)
 
 
 class Tuning(gpu_measure.Bench):
@@ -138,6 +141,7 @@ def run(argv: list[str] | None) -> None:
     parser = cli.Parser(prog="python -m bench.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", default=",".join(TARGETS), help="architectures, comma-separated")
     parser.add_argument("--op", help="only this op (and its backward)")
+    parser.add_argument("--new", action="store_true", help="only what the table lacks")
     parser.add_argument("--measure", action="store_true", help="by time, on this GPU")
     parser.add_argument("--only", default=",".join(gpu_measure.CASES), metavar="A,B", help="with --measure: cases of bench.gpu")
     args = parser.parse_args(argv)
@@ -149,6 +153,7 @@ def run(argv: list[str] | None) -> None:
     archs = args.arch.split(",")
     check_archs(archs)
     _calls.extend(all_calls(args.op))
+    _known.update(json.loads(TUNED.read_text()) if args.new else {})
     with multiprocessing.get_context("fork").Pool(min(len(archs), os.cpu_count() or 1)) as pool:
         write(dict(zip(archs, pool.map(_of_arch, archs, chunksize=1))))
 

@@ -94,6 +94,7 @@ def compress_pool(rows, first, end, index, inside, c, D: tl.constexpr, R: tl.con
                   BE: tl.constexpr, G: tl.constexpr, U: tl.constexpr, BD: tl.constexpr):
     """-> highest logit, sum of weights, weighted sum of values: [BE, BD] each."""
     channel = ((c >= 0) & (c < D))[None, :]
+    # Finite, as -inf - -inf is none, and lower than any logit.
     top, total = tl.full([BE * G, BD], -1e30, tl.float32), tl.zeros([BE * G, BD], tl.float32)
     e = total
     for lane in tl.static_range(LANES):

@@ -27,6 +27,7 @@ CHUNK = 1 << 24  # scores per head, or values of k, held at a time
 LARGEST_K = 4096  # more are left to the reference
 DENSE = 2048  # entries of a split whose scores go to the merge all
 WIDEST = 16384  # scores that one program merges
+assert WIDEST >= 2 * LARGEST_K  # so that every round of merging leaves fewer lists
 
 # Columns (tokens x heads) and rows (entries) of a product; scores of the buffer (more for large K) and of a step of moving them;
 # programs per processor.

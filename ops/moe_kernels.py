@@ -105,7 +105,8 @@ def moe_block(order, blocks, NT, ROUTED: tl.constexpr, BM: tl.constexpr):
 
 @jit
 def moe_last(counter, n):
-    """Whether this program is the last of n to come by: it then sees what the others have stored."""
+    """Whether this program is the last of n to come by: it then sees what the others have stored. Not on CDNA, where
+    stores may still be on their way to L2, which programs share, when a barrier is passed."""
     tl.debug_barrier()
     seen = tl.atomic_add(counter, 1, sem="acq_rel")
     tl.debug_barrier()
@@ -555,7 +556,9 @@ def _load(n: int, E: int) -> tuple[str, int]:
 
 
 def _up_tile(w: _Weights, d: int, I: int, key: str, rows: int, x, quant: bool = False) -> dict:
-    return tiles("moe_up", f"{w.name} d{d} I{I} {key}" + " quant" * quant, _tiles(UP, w, rows, d), x)
+    found = _tiles(UP, w, rows, d)
+    whole = [tile for tile in found if tile["BN"] % 128 == 0]  # others round h by way of fp32 sums, gigabytes for long prompts
+    return tiles("moe_up", f"{w.name} d{d} I{I} {key}" + " quant" * quant, quant and rows > 16 and whole or found, x)
 
 
 def _down_tile(w: _Weights, I: int, O: int, BM: int, key: str, x, transposed: bool = False) -> dict:

@@ -220,7 +220,11 @@ def sparse_attn_rows(x, at, real, cos, sin, D, R: tl.constexpr, BD: tl.constexpr
 
 @jit
 def sparse_attn_store(o_, at, real, o, cos, sin, D, R: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr):
-    """Store o' [n, BD] and turn its last dims back: they are read again in pairs."""
+    """Store o' [n, BD] and turn its last dims back: they are read again in pairs.
+
+    The program itself reads what it stored, here as in indexer_topk and sinkhorn: behind a barrier that is ordered on CDNA too,
+    whose waves of a program share one L1 in which accesses keep their order. Between programs it would not be (see moe_last).
+    """
     d, i = tl.arange(0, BD), tl.arange(0, BR // 2)
     tl.store(o_ + at + d[None], o.to(o_.dtype.element_ty), mask=real & (d < D)[None])
     tl.debug_barrier()
