@@ -10,6 +10,7 @@ with --new only kernels that are not in there are compiled, and those that no ca
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -49,11 +50,24 @@ class Resources(NamedTuple):
     dots: int  # matrix products in the source, after inlining and unrolling, but of fp32: those may be without such instructions
 
 
-def compile_launch(launch: Launch, arch: str) -> Resources:
+class Kernel(NamedTuple):
+    """What is compiled of a launch; another process, with another Triton, may do it."""
+
+    module: str
+    name: str
+    specialization: tuple
+
+
+def kernel_of(launch: Launch) -> Kernel:
+    return Kernel(launch.kernel.fn.__module__, launch.name, launch.specialization())
+
+
+def compile_launch(launch: Launch | Kernel, arch: str) -> Resources:
     """Resources of one launch on one architecture. Raises what the compiler raises."""
-    types, constants, aligned, options = launch.specialization()
-    names = launch.kernel.arg_names
-    source = ASTSource(launch.kernel, types, constexprs=constants,
+    module, name, (types, constants, aligned, options) = launch if isinstance(launch, Kernel) else kernel_of(launch)
+    kernel = getattr(importlib.import_module(module), name)
+    names = kernel.arg_names
+    source = ASTSource(kernel, types, constexprs=constants,
                        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned})
     compiled = triton.compile(source, target=TARGETS[arch], options=options)
     return (_nvidia if "cubin" in compiled.asm else _amd)(compiled)
@@ -116,10 +130,7 @@ def launches(calls: list[cases.Call], arch: str) -> dict[str, Launch]:
     return {name_of(launch): launch for call in calls for launch in call.launches(arch)}
 
 
-_shared: dict[tuple[str, str], Launch] = {}  # what the forked workers find
-
-
-def compile_quietly(launch: Launch, arch: str) -> dict:
+def compile_quietly(launch: Launch | Kernel, arch: str) -> dict:
     """Resources as a dict, or {"error": why it does not compile}; compilers that fail print pages."""
     with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet), contextlib.redirect_stdout(quiet):
         try:
@@ -129,21 +140,20 @@ def compile_quietly(launch: Launch, arch: str) -> dict:
             return {"error": next((line for line in lines if "error" in line.lower() or "fatal" in line), lines[-1])[:200]}
 
 
-def _compile(key: tuple[str, str]) -> tuple[tuple[str, str], dict]:
-    return key, compile_quietly(_shared[key], key[0])
+def _compile(wanted: tuple[tuple[str, str], Kernel]) -> tuple[str, str, dict]:
+    (arch, name), kernel = wanted
+    return arch, name, compile_quietly(kernel, arch)
 
 
-def all_launches(calls: list[cases.Call], archs: list[str]) -> dict[tuple[str, str], Launch]:
-    return {(arch, name): launch for arch in archs for name, launch in launches(calls, arch).items()}
+def all_kernels(calls: list[cases.Call], archs: list[str]) -> dict[tuple[str, str], Kernel]:
+    """By architecture and name."""
+    return {(arch, name): kernel_of(launch) for arch in archs for name, launch in launches(calls, arch).items()}
 
 
-def compile_all(wanted: dict[tuple[str, str], Launch], processes: int | None = None) -> Iterator[tuple[str, str, dict]]:
+def compile_all(wanted: dict[tuple[str, str], Kernel], processes: int | None = None) -> Iterator[tuple[str, str, dict]]:
     """Yields (architecture, kernel, resources or {"error": ..}) as the compilations end."""
-    _shared.clear()
-    _shared.update(wanted)
     with multiprocessing.get_context("fork").Pool(processes or os.cpu_count()) as pool:
-        for (arch, name), result in pool.imap_unordered(_compile, list(_shared)):
-            yield arch, name, result
+        yield from pool.imap_unordered(_compile, wanted.items())
 
 
 def check_archs(archs: list[str]) -> None:
@@ -169,13 +179,13 @@ def run(argv: list[str] | None) -> None:
     args = parser.parse_args(argv)
     archs = args.arch.split(",")
     check_archs(archs)
-    wanted, name = all_launches(all_calls(args.op), archs), f"kernels_triton{triton.__version__}"
+    wanted, name = all_kernels(all_calls(args.op), archs), f"kernels_triton{triton.__version__}"
     known = json.loads((RESULTS / f"{name}.json").read_text())["kernels"] if args.new else {}
     table: dict = {}
     for arch, kernel in wanted:
         if arch in known.get(kernel, {}):
             table.setdefault(kernel, {})[arch] = known[kernel][arch]
-    for arch, kernel, result in compile_all({key: launch for key, launch in wanted.items() if key[0] not in table.get(key[1], {})}):
+    for arch, kernel, result in compile_all({key: kernel for key, kernel in wanted.items() if key[0] not in table.get(key[1], {})}):
         table.setdefault(kernel, {})[arch] = result
         over = "" if result.get("shared", 0) <= SHARED[arch] * 1024 else "  TOO MUCH SHARED MEMORY"
         print(f"{arch:7} {' '.join(f'{k} {v}' for k, v in result.items())}{over}  {kernel}", flush=True)

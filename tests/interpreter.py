@@ -113,7 +113,7 @@ def _guarded(access):
 
     def checked(self, *args):
         pointers = args[pointer - 1]
-        at, (starts, ends) = pointers.data[args[mask - 1].data], self.memory
+        at, (starts, ends) = pointers.data[args[mask - 1].data.astype(bool)], self.memory
         if at.size:
             least, most, size = at.min(), at.max(), pointers.get_element_ty().primitive_bitwidth // 8
             if most + size > ends[np.searchsorted(starts, least, "right") - 1]:  # not all in the same tensor

@@ -159,7 +159,7 @@ def test_entries_that_are_no_numbers_are_still_entries(value, T, tight):
 def test_scratch_is_small(arch):
     """Whatever the length; the scores of 8192 x 2048 alone would be 67 MB."""
     for B, T, E, K, limit in ((1, 8192, 2048, 512, 30), (1, 16384, 4096, 1024, 65), (1, 2048, 250000, 1024, 65),
-                              (1, 1, 262144, 512, 5), (8, 4, 262144, 1024, 65), (1, 300, 262144, 512, 65)):
+                              (1, 1, 262144, 512, 5), (8, 4, 262144, 1024, 95), (1, 300, 262144, 512, 65)):
         with FakeTensorMode(), record(arch) as launches:
             q, k, u = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((B, T, 64, 128), (B, E, 128), (B, T, 64)))
             module.kernels(q, k, u, *torch.empty(2, B, T, dtype=torch.int64), K)

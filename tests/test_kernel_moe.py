@@ -109,6 +109,18 @@ def test_scales_far_from_one_are_exact(fmt, exponent):
     check((2, 2, 1, 128, 128, fmt, False), torch.bfloat16, tile(16, 128, 128, 1), change=change, backward=False)
 
 
+def test_weights_may_have_more_values_than_an_int32_counts():
+    """Only the last expert's memory is ever touched."""
+    E, d, I = 32769, 500, 66
+    x, w13, w2, idx, weight, s13, s2, *rest = low(Case("moe", moe, (2, 1, 1, d, I, "fp8", False)))
+    many = [torch.empty(E, *t.shape[1:], dtype=t.dtype) for t in (w13, w2, s13, s2)]
+    for t, last in zip(many, (w13, w2, s13, s2)):
+        t[-1] = last[0]
+    assert many[0].numel() > 1 << 31
+    got = kernels.forward(x, *many[:2], idx + E - 1, weight, *many[2:], *rest)
+    assert torch.equal(got, kernels.forward(x, w13, w2, idx, weight, s13, s2, *rest))
+
+
 def test_scales_of_fp4_may_be_fp32():
     def change(x, w13, w2, idx, weight, s13, s2, limit, quantized):
         return x, w13, w2, idx, weight, *(ops.formats.scale_to_float(s) * (1 + torch.rand(s.shape)) for s in (s13, s2)), limit, quantized

@@ -1,29 +1,31 @@
 """Contracts of the kernels as compiled code, for GPUs that need not be there (bench/offline.py): each compiles, fits into
 shared memory, spills no more than recorded, and keeps its matrix instructions.
 
-The record is bench/results/kernels_triton<version>.json; `python -m bench.offline --record` rewrites it. Another Triton than
-the pinned one is tested where TRITON_360 names a folder that holds it (pip install --no-deps --target FOLDER triton==3.6.0).
+The record is bench/results/kernels_triton<version>.json; `python -m bench.offline --record` rewrites it, --new adds to it. Compiled
+are, of every kernel on every architecture, the shape that spills most, or takes most shared memory, and all with -m slow; with the
+Triton that is installed, and with 3.6.0 where TRITON_360 names a folder that holds it.
 """
 from __future__ import annotations
 
 import functools
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import triton
 
 from bench import cases, tune
-from bench.offline import SHARED, TARGETS, compile_all, compile_launch, launches
+from bench.offline import SHARED, TARGETS, all_kernels, compile_all, compile_launch
 from bench.record import RESULTS
 import ops.launch as launch_module
 from ops.launch import TUNED, Launch, asked, choose, jit, launch, record, tiles, tl
 
 SLACK = 1.1  # spills may grow by this and a few before somebody must look
-SOME = {"flash": ["sm_90", "sm_120", "gfx942"], "pro": []}  # the latter two have the least shared memory; the rest is slow
 
 
 @functools.cache
@@ -63,33 +65,57 @@ def judge(results, table) -> list[str]:
     return wrong
 
 
-def cases_of(model: str, archs: list[str]):
-    return [pytest.param(model, arch, marks=() if arch in archs else pytest.mark.slow) for arch in TARGETS]
+@functools.cache
+def kernels() -> dict:
+    return all_kernels(calls("flash") + calls("pro"), list(TARGETS))
 
 
-@pytest.mark.parametrize("model, arch", cases_of("flash", SOME["flash"]) + cases_of("pro", SOME["pro"]))
-def test_kernels_fit_the_gpu(model, arch, tell):
-    import triton
-    table = recorded(triton.__version__)
-    results = list(compile_all(calls(model), [arch]))
-    spills = sum(result.get("spills", 0) > 0 for _, _, result in results)
-    tell(f"{model:6} {arch:7} {len(results):3} kernels, {spills} of them spill; "
-         f"at most {max(r.get('shared', 0) for *_, r in results) >> 10} KiB shared and {max(r.get('registers', 0) for *_, r in results)} registers")
+def heaviest(table) -> dict:
+    """Of the recorded shapes of each kernel on each architecture, the one that spills most, then has most shared memory."""
+    found = {}
+    for arch, name in kernels():
+        was = table.get(name, {}).get(arch, {})
+        rank = was.get("spills", 0), was.get("shared", 0), name
+        found[arch, name.split()[0]] = max(rank, found.get((arch, name.split()[0]), rank))
+    return {(arch, name): kernels()[arch, name] for (arch, _), (*_, name) in found.items()}
+
+
+def compiled_elsewhere(folder: str, wanted: dict, tmp_path: Path) -> list:
+    """What compile_all gives with the Triton in a folder."""
+    (tmp_path / "wanted").write_bytes(pickle.dumps(wanted))
+    code = "import json, pickle, sys; from bench import offline; print(json.dumps(list(offline.compile_all(pickle.load(sys.stdin.buffer)))))"
+    root = str(Path(__file__).parent.parent)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([folder, root])}
+    with open(tmp_path / "wanted", "rb") as file:
+        done = subprocess.run([sys.executable, "-c", code], stdin=file, capture_output=True, text=True, env=env, cwd=root)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("everything", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["heaviest", "all"])
+@pytest.mark.parametrize("version", ["installed", "3.6.0"])
+def test_kernels_fit_the_gpu(version, everything, tell, tmp_path):
+    folder = os.environ.get("TRITON_360", "")
+    if version == "3.6.0" and not folder:
+        pytest.skip("no kernel is compiled with Triton 3.6.0: set TRITON_360=FOLDER, after pip install --no-deps --target FOLDER triton==3.6.0")
+    table = recorded(triton.__version__ if version == "installed" else version)
+    wanted = kernels() if everything else heaviest(table)
+    results = list(compile_all(wanted) if version == "installed" else compiled_elsewhere(folder, wanted, tmp_path))
+    assert {(arch, name) for arch, name, _ in results} == set(wanted)
+    for arch in TARGETS:
+        of = [now for where, _, now in results if where == arch]
+        tell(f"Triton {version:9} {arch:7} {len(of):3} kernels, {sum(r.get('spills', 0) > 0 for r in of)} of them spill; at most "
+             f"{max(r.get('shared', 0) for r in of) >> 10} KiB shared and {max(r.get('registers', 0) for r in of)} registers")
     wrong = judge(results, table)
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.skipif("TRITON_360" not in os.environ, reason="TRITON_360 names no folder with another Triton")
-def test_kernels_fit_the_h200_with_its_triton():
-    code = ("import json; from bench import cases, offline; import triton\n"
-            "calls = {c.key: c for p in cases.PHASES if p.model == 'flash' for c in cases.calls(p)}\n"
-            "print(json.dumps([triton.__version__, list(offline.compile_all(list(calls.values()), ['sm_90']))]))")
-    root = str(Path(__file__).parent.parent)
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([os.environ["TRITON_360"], root])}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=root)
-    assert done.returncode == 0, done.stderr
-    version, results = json.loads(done.stdout.splitlines()[-1])
-    wrong = judge(results, recorded(version))
+@pytest.mark.parametrize("version", [triton.__version__, "3.6.0"])
+def test_every_kernel_is_in_the_record_and_fits_there(version):
+    """All that the graphs launch and nothing else; each compiled and within the GPU's limits when it was recorded."""
+    table = recorded(version)
+    assert {(arch, name) for name, archs in table.items() for arch in archs} == set(kernels())
+    wrong = judge([(arch, name, table[name][arch]) for arch, name in kernels()], table)
     assert not wrong, "\n".join(wrong)
 
 
