@@ -86,9 +86,9 @@ def reference(x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, idx: torch.T
 
 
 def _groups(idx, E):
-    """Yield (expert, flat positions in idx that chose it) for every expert that was chosen."""
+    """Yield (expert, flat positions in idx that chose it) for every expert that was chosen; there is none beyond E - 1."""
     order = idx.flatten().argsort(stable=True)
-    for e, rows in enumerate(order.split(torch.bincount(idx.flatten(), minlength=E).tolist())):
+    for e, rows in enumerate(order.split(torch.bincount(idx.flatten(), minlength=E).tolist())[:E]):
         if len(rows):
             yield e, rows
 
