@@ -294,7 +294,8 @@ def rope_frequencies(args: ModelArgs, compressed: bool) -> torch.Tensor:
 
 
 def make_plan(args: ModelArgs, freqs: torch.Tensor, tokens: torch.Tensor, ratios: set[int], max_seq_len: int,
-              input_pos: torch.Tensor | None, lengths: torch.Tensor | None, doc_ids: torch.Tensor | None) -> Plan:
+              input_pos: torch.Tensor | None, lengths: torch.Tensor | None, doc_ids: torch.Tensor | None,
+              watch: str | None = None) -> Plan:
     """Positions, window boundaries, visibility and RoPE angles of a call. freqs [2, r/2]: sliding, compressed."""
     (B, T), device = tokens.shape, tokens.device
     row, col = torch.arange(B, device=device)[:, None], torch.arange(T, device=device)[None]
@@ -327,7 +328,7 @@ def make_plan(args: ModelArgs, freqs: torch.Tensor, tokens: torch.Tensor, ratios
         windows[R] = Windows(end, index, slot, pos % R, lo, lo + (pos + 1) // R, *angles(index * R, True))
     rope = {compressed: angles(pos, compressed) for compressed in (False, True)}
     return Plan(row, pos, (pos + 1).clamp(max=args.window_size), input_pos, lengths, rope, windows,
-                None if doc_ids is None else doc_ids >= 0)
+                None if doc_ids is None else doc_ids >= 0, watch)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -849,7 +850,7 @@ class Transformer(nn.Module):
             if tokens.shape[0] > self.cache_size[0]:
                 raise ValueError(f"batch {tokens.shape[0]} exceeds max_batch_size {self.cache_size[0]} of setup_caches")
         max_seq_len = self.cache_size[1] if input_pos is not None else tokens.shape[1]
-        plan = make_plan(self.args, self.freqs, tokens, ratios, max_seq_len, input_pos, lengths, doc_ids)._replace(watch=watch)
+        plan = make_plan(self.args, self.freqs, tokens, ratios, max_seq_len, input_pos, lengths, doc_ids, watch)
         if lengths is not None:
             tokens = tokens.masked_fill(torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None], 0)
         elif doc_ids is not None:

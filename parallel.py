@@ -165,6 +165,7 @@ class Ranks:
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
+        model._get_fsdp_state()._lazy_init()  # while all parameters learn: those of a later stage are known then, too
         return model
 
     @staticmethod
