@@ -474,7 +474,8 @@ def _export(path, args: ModelArgs, plan: dict[str, Info], recode: dict[str, tupl
 
 @torch.no_grad()
 def save(model: Transformer, path, *, experts: str | None = None, linears: str | None = None,
-         dtype: torch.dtype | None = torch.bfloat16, shard_bytes: int = SHARD_BYTES, tokenizer=None) -> None:
+         dtype: torch.dtype | None = torch.bfloat16, shard_bytes: int = SHARD_BYTES, tokenizer=None,
+         get: Callable[[str], torch.Tensor] | None = None) -> None:
     """Write a model as a folder in the released layout (spec 11), which other engines read too.
 
     experts      "fp4", "fp8" or "bf16" (not quantised); None: as in the model, packed ones unchanged
@@ -482,6 +483,7 @@ def save(model: Transformer, path, *, experts: str | None = None, linears: str |
     dtype        of all that is not quantised, fp32 islands excepted; bfloat16 is the released one, None the model's own
     shard_bytes  a larger checkpoint is split into files of at most this size, or of one tensor
     tokenizer    folder whose tokenizer files are copied; None: the one that the model was loaded from, if it has any
+    get          released name -> tensor, called once for each in the order of `released`; None: the model holds them itself
 
     Holds one tensor at a time beside the model. Files get their names when all are complete, so an error or an interrupt
     leaves the checkpoint that was there. CheckpointError when the disk is too full or `tokenizer` holds none.
@@ -490,7 +492,7 @@ def save(model: Transformer, path, *, experts: str | None = None, linears: str |
         raise CheckpointError(f"{tokenizer}: holds no {', '.join(TOKENIZER_FILES)}")
     tokenizer, views = tokenizer or getattr(model, "source", None), released(model)
     plan, recode = make_plan(released(empty_model(model.args)), infos(views), experts, linears, dtype)
-    _export(path, model.args, plan, recode, lambda name: views[name][1], shard_bytes, tokenizer, {})
+    _export(path, model.args, plan, recode, get or (lambda name: views[name][1]), shard_bytes, tokenizer, {})
 
 
 def convert(path, out, *, experts: str | None = None, linears: str | None = None, layers: int | None = None,

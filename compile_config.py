@@ -210,7 +210,8 @@ def recomputed(forward: Callable, how: str) -> Callable:
 
 
 def compile_train_step(model: Transformer, optimizer, cfg: CompileConfig, loss: Callable | None = None, *, weights: Weights = Weights(),
-                       watch: str = "routers", micro_batch: int | None = None, recompute: str = "none") -> Callable:
+                       watch: str = "routers", micro_batch: int | None = None, recompute: str = "none",
+                       add_up: Callable[[list[torch.Tensor]], list[torch.Tensor]] | None = None) -> Callable:
     """-> step(tokens, targets, doc_ids, lr) -> {"loss", "mtp_loss", ...}: detached 0-D tensors, see training_loss.
 
     tokens, targets [B, S] int64, doc_ids likewise or None; lr a 0-D tensor.
@@ -220,6 +221,7 @@ def compile_train_step(model: Transformer, optimizer, cfg: CompileConfig, loss: 
                  and watch
     micro_batch  rows whose activations are held at a time; their gradients add up. None: all
     recompute    activations that are computed again in the backward: "none", "selective" or "full", block by block
+    add_up       tensors -> their sums over the processes that share the step's rows; None: there is one
     """
     compiled, patches = lambda function, name: compile_function(function, name, cfg), {}
     layerwise = regional(model, cfg, "train")
@@ -244,6 +246,8 @@ def compile_train_step(model: Transformer, optimizer, cfg: CompileConfig, loss: 
 
     def step(tokens, targets, doc_ids, lr):
         targets, size, metrics = prepare(tokens, targets, doc_ids), micro_batch or len(tokens), {}
+        if add_up:
+            targets = targets._replace(counts=add_up([targets.counts])[0])
         try:  # within the step only: what else is done with the model stays eager
             for (module, name), function in patches.items():
                 module.__dict__[name] = function
@@ -254,6 +258,8 @@ def compile_train_step(model: Transformer, optimizer, cfg: CompileConfig, loss: 
         finally:
             for module, name in patches:
                 del module.__dict__[name]
+        if add_up:
+            metrics = dict(zip(metrics, add_up([*metrics.values()])))
         load = metrics.pop("load", None)
         if isinstance(optimizer, torch.optim.Optimizer):
             for group in optimizer.param_groups:

@@ -294,7 +294,8 @@ def rope_frequencies(args: ModelArgs, compressed: bool) -> torch.Tensor:
 
 
 def make_plan(args: ModelArgs, freqs: torch.Tensor, tokens: torch.Tensor, ratios: set[int], max_seq_len: int,
-              input_pos: torch.Tensor | None, lengths: torch.Tensor | None, doc_ids: torch.Tensor | None) -> Plan:
+              input_pos: torch.Tensor | None, lengths: torch.Tensor | None, doc_ids: torch.Tensor | None,
+              watch: str | None = None) -> Plan:
     """Positions, window boundaries, visibility and RoPE angles of a call. freqs [2, r/2]: sliding, compressed."""
     (B, T), device = tokens.shape, tokens.device
     row, col = torch.arange(B, device=device)[:, None], torch.arange(T, device=device)[None]
@@ -327,7 +328,7 @@ def make_plan(args: ModelArgs, freqs: torch.Tensor, tokens: torch.Tensor, ratios
         windows[R] = Windows(end, index, slot, pos % R, lo, lo + (pos + 1) // R, *angles(index * R, True))
     rope = {compressed: angles(pos, compressed) for compressed in (False, True)}
     return Plan(row, pos, (pos + 1).clamp(max=args.window_size), input_pos, lengths, rope, windows,
-                None if doc_ids is None else doc_ids >= 0)
+                None if doc_ids is None else doc_ids >= 0, watch)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -849,7 +850,7 @@ class Transformer(nn.Module):
             if tokens.shape[0] > self.cache_size[0]:
                 raise ValueError(f"batch {tokens.shape[0]} exceeds max_batch_size {self.cache_size[0]} of setup_caches")
         max_seq_len = self.cache_size[1] if input_pos is not None else tokens.shape[1]
-        plan = make_plan(self.args, self.freqs, tokens, ratios, max_seq_len, input_pos, lengths, doc_ids)._replace(watch=watch)
+        plan = make_plan(self.args, self.freqs, tokens, ratios, max_seq_len, input_pos, lengths, doc_ids, watch)
         if lengths is not None:
             tokens = tokens.masked_fill(torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None], 0)
         elif doc_ids is not None:
@@ -917,7 +918,7 @@ class Targets(NamedTuple):
     next       [B, S]  the token that follows each token; negative = ignored
     after      [B, S]  the token after that, the MTP block's target; -1 where it lies outside the document or row
     following  [B, S]  the token that follows, known even where it is no target
-    counts     [3]     of the whole step: targets, the MTP block's targets, rows (fp32)
+    counts     [3]     of the whole step, in all processes: targets, the MTP block's targets, rows (fp32)
     """
 
     next: torch.Tensor
@@ -935,7 +936,7 @@ def aim(tokens: torch.Tensor, targets: torch.Tensor, doc_ids: torch.Tensor | Non
     if doc_ids is not None:
         after = after.masked_fill(F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (0, 1)), -1)
     count = (targets >= 0).sum()
-    counts = torch.stack([count, (after >= 0).sum(), torch.full_like(count, len(tokens))]).clamp(min=1).float()
+    counts = torch.stack([count, (after >= 0).sum(), torch.full_like(count, len(tokens))]).float()
     return Targets(targets, after, torch.cat([tokens[:, 1:], targets[:, -1:].clamp(min=0)], 1), counts)
 
 
@@ -962,15 +963,16 @@ def sum_up(model: Transformer, hidden: torch.Tensor, ahead: torch.Tensor | None,
     def cross_entropy(x, target):
         return model.ops.linear_cross_entropy(x.flatten(0, 1), model.head.weight, target.flatten()).sum()
 
-    parts = {"loss": cross_entropy(model.head_input(hidden), targets.next) / targets.counts[0]}
+    counts = targets.counts.clamp(min=1)
+    parts = {"loss": cross_entropy(model.head_input(hidden), targets.next) / counts[0]}
     total = parts["loss"]
     if ahead is not None:
-        parts["mtp_loss"] = cross_entropy(model.mtp.head_input(ahead), targets.after) / targets.counts[1]
+        parts["mtp_loss"] = cross_entropy(model.mtp.head_input(ahead), targets.after) / counts[1]
         total = total + weights.mtp * parts["mtp_loss"]
     for name, weight in (("balance", weights.balance), ("index_loss", weights.index)):
         values = [note[name] for note in notes if name in note]
         if values:
-            parts[name] = torch.stack(values).sum() / targets.counts[2]
+            parts[name] = torch.stack(values).sum() / counts[2]
             total = total + weight * parts[name]
     loads = [note["load"] for note in notes if "load" in note]
     if loads:

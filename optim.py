@@ -55,20 +55,31 @@ class Optimizer:
         lr is a 0-D tensor; load [routers with a bias, E]: tokens that chose each expert, or None.
         -> grad_norm, of all gradients before they are clipped.
         """
-        grads = {name: p.grad for name, p, *_ in (*self.muon, *self.adam) if p.grad is not None}
-        norm = self._run(grads, lr, load)
-        for _, p, *_ in (*self.muon, *self.adam):
-            p.grad = None
-        return {"grad_norm": norm}
+        return {"grad_norm": self._run(self.gradients(), lr, load)}
 
-    def _update(self, grads: dict[str, torch.Tensor], lr: torch.Tensor, load: torch.Tensor | None) -> torch.Tensor:
-        norm, (b1, b2) = grad_norm(list(grads.values())), self.betas
-        scale = (self.clip / (norm + 1e-6)).clamp(max=1.0)
-        self.count += 1
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """By name; the language-model loss does not reach the indexer. The parameters let go of them."""
+        grads = {}
+        for name, p, *_ in (*self.muon, *self.adam):
+            if p.grad is not None:
+                grads[name], p.grad = p.grad, None
+        return grads
+
+    def norm(self, grads: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Of all gradients, () fp32."""
+        return grad_norm(list(grads.values()))
+
+    def update_matrices(self, grads: dict[str, torch.Tensor], scale: torch.Tensor, lr: torch.Tensor) -> None:
         for name, p, blocks in self.muon:
-            if name in grads:  # the language-model loss does not reach the indexer
+            if name in grads:
                 state = self.state[name]
                 muon(p, state["first"], state.get("master"), grads[name], scale, lr, blocks, self.momentum, self.decay)
+
+    def _update(self, grads: dict[str, torch.Tensor], lr: torch.Tensor, load: torch.Tensor | None) -> torch.Tensor:
+        norm, (b1, b2) = self.norm(grads), self.betas
+        scale = (self.clip / (norm + 1e-6)).clamp(max=1.0)
+        self.count += 1
+        self.update_matrices(grads, scale, lr)
         for name, p in self.adam:
             if name in grads:
                 state, g = self.state[name], grads[name].float() * scale

@@ -10,6 +10,7 @@ DeepSeek-V3.2: V4's own is not published. (Spec 12.)
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -148,23 +149,37 @@ class Checkpoints:
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}"
 
+    def begin(self, step: int) -> Path:
+        """A folder to fill; what a killed run left half-filled goes."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for stale in self.folder.glob(".step-*"):
+            shutil.rmtree(stale)
+        return self.folder / f".step-{step:06d}"
+
+    def finish(self, temporary: Path, step: int) -> Path:
+        """The folder that begin gave is complete."""
+        shutil.rmtree(self.path(step), ignore_errors=True)
+        os.rename(temporary, self.path(step))
+        for old in self.steps()[: -self.keep]:
+            shutil.rmtree(self.path(old))
+        return self.path(step)
+
+    @staticmethod
+    def compare(path: Path, then: dict, facts: dict) -> None:
+        for key, value in facts.items():
+            if then.get(key) != value:
+                raise ValueError(f"{path}: was trained with {key} {then.get(key)!r}, not {value!r}: name another folder")
+
     def save(self, model: Transformer, optimizer: Optimizer, step: int, facts: dict, **layout) -> Path:
         """facts: what must be equal for a run to go on from here."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for stale in self.folder.glob(".step-*"):  # of a run that was killed
-            shutil.rmtree(stale)
-        temporary = self.folder / f".step-{step:06d}"
+        temporary = self.begin(step)
         save(model, temporary, **layout)
         masters = {name for name, state in optimizer.state.items() if "master" in state}
         tensors = {f"weight.{name}": t for name, t in model.state_dict().items() if name not in masters}
         tensors |= {f"optimizer.{name}": t for name, t in optimizer.state_dict().items()}
         save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary / "state.safetensors",
                   {"step": str(step), "facts": json.dumps(facts)})
-        shutil.rmtree(self.path(step), ignore_errors=True)
-        os.rename(temporary, self.path(step))
-        for old in self.steps()[: -self.keep]:
-            shutil.rmtree(self.path(old))
-        return self.path(step)
+        return self.finish(temporary, step)
 
     def load(self, model: Transformer, optimizer: Optimizer, facts: dict) -> int:
         """Bring model and optimizer to where the newest checkpoint left them -> its step; 0 if there is none."""
@@ -178,9 +193,7 @@ class Checkpoints:
             step, then = int(about["step"]), json.loads(about["facts"])
         except Exception as error:  # a torn or foreign file fails in as many ways
             raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]}); remove {path.parent}") from None
-        for key, value in facts.items():
-            if then.get(key) != value:
-                raise ValueError(f"{path}: was trained with {key} {then.get(key)!r}, not {value!r}: name another folder")
+        self.compare(path, then, facts)
         weights = {name.removeprefix("weight."): t for name, t in tensors.items() if name.startswith("weight.")}
         optimizer.load_state_dict({name.removeprefix("optimizer."): t for name, t in tensors.items() if name.startswith("optimizer.")})
         masters = {name: state["master"] for name, state in optimizer.state.items() if "master" in state}
@@ -190,6 +203,16 @@ class Checkpoints:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
+
+
+class Solo:
+    """One process. parallel.Ranks is the same for those that torchrun starts, which share the work."""
+
+    size, lead, total = 1, True, None
+    first = staticmethod(lambda make: make())
+    any = bool
+    shard = share = preset = checkpoints = staticmethod(lambda it: it)
+    optimizer, save = staticmethod(Optimizer), staticmethod(save)
 
 
 class Interrupt:
@@ -310,6 +333,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     group = parser.add_argument_group("execution").add_argument
     group("--device", choices=("cpu", "cuda"))
     group("--compile", choices=PRESETS, default="regional", metavar="PRESET", help=", ".join(PRESETS))
+    group("--ep", type=int, metavar="SIZE", help="processes that share the routed experts, with torchrun (default: those of a machine)")
     group("--recompute", choices=("none", "selective", "full"), default="none", help="activations computed again in the backward")
     group = parser.add_argument_group("results").add_argument
     group("--out", metavar="DIR", help="save the model and its tokenizer here, in the released layout")
@@ -322,7 +346,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     group("--plot", metavar="FILE", help="draw the losses as PNG")
     group("--json", action="store_true", help="the last line of standard output is one JSON object; progress on standard error")
     flags = parser.parse_args(argv)
-    for name in ("steps", "batch", "seq_len", "save_every", "keep", "micro_batch", "stop_after"):
+    for name in ("steps", "batch", "seq_len", "save_every", "keep", "micro_batch", "stop_after", "ep"):
         if getattr(flags, name) is not None and getattr(flags, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(flags, name)}: at least 1")
     for name in ("seed", "index_loss", "index_warmup"):
@@ -354,10 +378,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return flags
 
 
-def build(flags: argparse.Namespace) -> Transformer:
-    """The model to train, on its device."""
+def build(flags: argparse.Namespace, device: str) -> Transformer:
+    """The model to train."""
     if flags.init:
-        model = load(flags.init, device=flags.device, dtype=getattr(torch, flags.dtype), act_quant=bool(flags.qat))
+        model = load(flags.init, device=device, dtype=getattr(torch, flags.dtype), act_quant=bool(flags.qat))
         model.args.expert_qat = flags.qat
         return model
     named = {"debug": ModelArgs.debug, "tiny": ModelArgs.tiny}
@@ -366,7 +390,7 @@ def build(flags: argparse.Namespace) -> Transformer:
     torch.manual_seed(flags.seed)
     torch.set_default_dtype(getattr(torch, flags.dtype))
     try:
-        with torch.device(flags.device):
+        with torch.device(device):
             return Transformer(args)
     finally:
         torch.set_default_dtype(torch.float32)
@@ -402,14 +426,24 @@ class Stage:
 
 def run(argv: list[str] | None) -> None:
     flags = parse(argv)
+    if "LOCAL_RANK" in os.environ:  # torchrun
+        from parallel import Ranks
+        with Ranks(flags.device, flags.batch, flags.ep) as ranks:
+            return work(flags, ranks)
+    if flags.ep:
+        raise ValueError(f"--ep {flags.ep}: start the processes with torchrun --nproc-per-node N train_step.py ...")
+    work(flags, Solo)
+
+
+def work(flags: argparse.Namespace, ranks) -> None:
     say = lambda message: print(message, file=sys.stderr if flags.json else sys.stdout, flush=True)
     device, threads = torch.device(flags.device), choose_threads(1 << 28)  # training is compute-bound: every core helps
-    model = build(flags).train()
+    model = build(flags, "cpu" if ranks.size > 1 else flags.device).train()
     if (flags.index_loss or flags.index_warmup) and 4 not in model.args.compress_ratios:
         raise ValueError("--index-loss, --index-warmup: this model has no indexer, which layers of ratio 4 have")
-    data = read_data(flags, model.args)
-    rows = dataset.Rows(data.train, flags.seq_len, data.tokenizer.bos_id, flags.seed)
-    checkpoints, layout = Checkpoints(flags.checkpoints or "interrupted", flags.keep), dict(
+    data, flops = ranks.first(lambda: read_data(flags, model.args)), flops_per_token(model, flags.seq_len)
+    rows, model = ranks.share(dataset.Rows(data.train, flags.seq_len, data.tokenizer.bos_id, flags.seed)), ranks.shard(model)
+    checkpoints, layout = ranks.checkpoints(Checkpoints)(flags.checkpoints or "interrupted", flags.keep), dict(
         experts=flags.experts, linears=flags.linears, tokenizer=data.source)
     facts = {"config": model.args.to_hf(), "data": data.folder.name, **{key: getattr(flags, key) for key in (
         "batch", "seq_len", "seed", "optimizer", "dtype", "index_warmup")}}
@@ -417,8 +451,9 @@ def run(argv: list[str] | None) -> None:
     last, first = min(flags.stop_after or total, total), (checkpoints.steps() or [0])[-1] if flags.checkpoints else 0
     if first >= last:
         raise ValueError(f"--checkpoints {flags.checkpoints}: is already at step {first}; ask for more --steps")
-    log = Log(flags.metrics, first, total, peak_flops(device, getattr(torch, flags.dtype)), flops_per_token(model, flags.seq_len), device, say)
-    interrupt, seconds, recall = Interrupt(say), 0.0, []
+    peak = ranks.size * peak_flops(device, getattr(torch, flags.dtype))
+    log = Log(flags.metrics if ranks.lead else None, first, total, peak, flops, device, say)
+    interrupt, seconds, stopped, recall = Interrupt(say), 0.0, False, []
 
     def judge_indexers() -> None:
         if flags.index_loss or flags.index_warmup:
@@ -427,11 +462,13 @@ def run(argv: list[str] | None) -> None:
                 f"indexers choose {100 * recall[-1]:.0f} % of the entries attended to most")
 
     def after(done: int) -> bool:
-        if interrupt.asked or flags.checkpoints and (done % flags.save_every == 0 or done == last):
+        nonlocal stopped
+        stopped = ranks.any(interrupt.asked)
+        if stopped or flags.checkpoints and (done % flags.save_every == 0 or done == last):
             path = checkpoints.save(model, optimizer, done, facts, **layout)
-            if interrupt.asked:
+            if stopped:
                 say(f"saved {path}; the same command with --checkpoints {checkpoints.folder} goes on from there")
-        return interrupt.asked
+        return stopped
 
     with interrupt:
         for stage in (Stage(flags, True), Stage(flags, False)):
@@ -439,32 +476,32 @@ def run(argv: list[str] | None) -> None:
                 continue
             for name, p in model.named_parameters():
                 p.requires_grad_(stage.trains(name))
-            optimizer = Optimizer(model, flags.optimizer, clip=flags.clip)
+            optimizer = ranks.optimizer(model, flags.optimizer, clip=flags.clip)
             if stage.begin < first:
                 checkpoints.load(model, optimizer, facts)
                 say(f"going on from {checkpoints.path(first)}")
-            step = compile_train_step(model, optimizer, PRESETS[flags.compile], weights=Weights(index=flags.index_loss or 1.0),
-                                      watch=stage.watch, micro_batch=flags.micro_batch, recompute=flags.recompute)
+            step = compile_train_step(model, optimizer, ranks.preset(PRESETS[flags.compile]), weights=Weights(index=flags.index_loss or 1.0),
+                                      watch=stage.watch, micro_batch=flags.micro_batch, recompute=flags.recompute, add_up=ranks.total)
             judge_indexers()
             seconds += train(step, rows, device, steps=min(stage.end, last), batch=flags.batch, rate=stage.rate,
                              first=max(stage.begin, first), after=after, log=log)
-            if interrupt.asked:
+            if stopped:
                 raise KeyboardInterrupt
     judge_indexers()
     seen, newest = (last - first) * flags.batch * flags.seq_len, log.history[-1]
     scored = data.held_out[: max(seen, 2 * flags.seq_len)]  # short runs are judged on as much text as they read
-    loss = held_out_loss(model, scored, flags.seq_len, flags.batch, data.tokenizer.bos_id)
+    loss = held_out_loss(model, scored, flags.seq_len, flags.batch // ranks.size, data.tokenizer.bos_id)
     report = {"steps": last, "tokens": seen, "seconds": seconds, "held_out_loss": loss,
               "held_out_nats_per_char": loss * len(data.held_out) / data.held_out_chars,
               **{key: newest.get(key) for key in ("loss", "mtp_loss", "index_loss", "tok_per_s", "share_of_peak")},
               "index_recall": recall or None, "memory_bytes": peak_memory(device), "threads": threads, "device": flags.device, "torch": torch.__version__}
     say(f"held out: {loss:.3f} nats per token, {report['held_out_nats_per_char']:.3f} per character; "
         f"peak memory {report['memory_bytes'] / 2**20:,.0f} MiB")
-    if flags.plot:
+    if flags.plot and ranks.lead:
         plot(log.history, flags.plot)
         say(f"drew {flags.plot}")
     if flags.out:
-        save(model, flags.out, **layout)
+        ranks.save(model, flags.out, **layout)
         say(f"saved {flags.out}")
     report["sample"] = sample(model, data.tokenizer, "KING RICHARD.\n", 160, flags.seed)
     say(f"\n{report['sample']}")
@@ -473,7 +510,10 @@ def run(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.main("train_step.py", run, argv)
+    if os.environ.get("RANK", "0") == "0":
+        return cli.main("train_step.py", run, argv)
+    with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+        return cli.main("train_step.py", run, argv)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The Triton kernels of moe (see moe.py): route, up, down, sum; and the backward.
 
 A pair is a token with one of its K experts, n = N K of them. All kernels leave pairs in their own order: h and what w2
-makes of it have one row per pair, so that nothing is added atomically and every sum has a fixed order.
+makes of it have one row per pair, so that nothing is added atomically and every sum has a fixed order. Pairs of expert E
+have none: they are in no block, `sum` leaves them out, and the gradient of their weight is not defined.
 
     route    a stable counting sort of the pairs by expert, in blocks of at most BM pairs of one expert. How many blocks
              there are is known only on the GPU: programs are started for as many as there can be, and those left over
@@ -58,7 +59,7 @@ def moe_route(c, idx, counts, order, starts, blocks, n, E, chunks, BM: tl.conste
     seen, numbered = 0, 0  # pairs and blocks of the experts so far
     for e0 in range(0, E, 64):
         e = e0 + tl.arange(0, 64)
-        less, same = e[:, None] < mine[None, :], e[:, None] == mine[None, :]
+        less, same = e[:, None] < mine[None, :], (e[:, None] == mine[None, :]) & (e < E)[:, None]
         if counts is None:
             total = tl.sum(same.to(tl.int32), 1)
         else:
@@ -79,7 +80,7 @@ def moe_route(c, idx, counts, order, starts, blocks, n, E, chunks, BM: tl.conste
     tl.store(starts + E, seen, mask=c == 0)
     tl.store(starts + E + 1, numbered, mask=c == 0)
     tl.store(order + start + rank, i, mask=i < n)
-    leads, block = (i < n) & (rank % BM == 0), blocks + 4 * (first + rank // BM)
+    leads, block = (i < n) & (mine < E) & (rank % BM == 0), blocks + 4 * (first + rank // BM)
     tl.store(block, mine, mask=leads)
     tl.store(block + 1, first, mask=leads)
     tl.store(block + 2, start, mask=leads)
@@ -372,11 +373,12 @@ def moe_act(sums, weight, h, limit, n, I, QUANT: tl.constexpr, ORDER: tl.constex
 
 
 @jit
-def moe_add(pairs, y, row, col, N, d, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """Rows [BM, 1] and columns [1, BN] of y [N, d]: the sum of pairs [N, K, d], in fp32 and in order."""
+def moe_add(pairs, y, idx, row, col, N, d, E, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """Rows [BM, 1] and columns [1, BN] of y [N, d]: the sum of pairs [N, K, d] that have an expert, in fp32 and in order."""
     ok, total = (row < N) & (col < d), tl.zeros([BM, BN], tl.float32)
     for k in tl.static_range(K):
-        total += tl.load(pairs + (row * K + k) * d + col, mask=ok, other=0.0, cache_modifier=".cg").to(tl.float32)
+        has = ok if idx is None else ok & (tl.load(idx + row * K + k, mask=row < N, other=E) < E)
+        total += tl.load(pairs + (row * K + k) * d + col, mask=has, other=0.0, cache_modifier=".cg").to(tl.float32)
     tl.store(y + row * d + col, total.to(y.dtype.element_ty), mask=ok)
 
 
@@ -417,13 +419,13 @@ def moe_down(h, w, s, order, starts, blocks, out, y, seen, K, E, O, I, rows, w_e
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
     if y is not None:
         if moe_last(seen + tile, TERMS):
-            moe_add(out, y, 0, col[None, :], 1, O, TERMS, 1, BN)
+            moe_add(out, y, None, 0, col[None, :], 1, O, E, TERMS, 1, BN)
 
 
 @jit
-def moe_sum(pairs, y, N, d, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def moe_sum(pairs, y, idx, N, d, E, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     row = (tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM))[:, None]
-    moe_add(pairs, y, row, (tl.program_id(1) * BN + tl.arange(0, BN))[None, :], N, d, K, BM, BN)
+    moe_add(pairs, y, idx, row, (tl.program_id(1) * BN + tl.arange(0, BN))[None, :], N, d, E, K, BM, BN)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -581,11 +583,12 @@ def _down(h, w: _Weights, route: _Route, n: int, K: int, O: int, rows: int, cfg:
     return out
 
 
-def _sum(pairs, N: int, dtype):
+def _sum(pairs, idx, E: int, dtype):
     """[N K, d] -> [N, d]"""
+    N = len(idx)
     (n, d), BM = pairs.shape, 8 if N > 64 else 1
     y = pairs.new_empty(N, d, dtype=dtype)
-    launch(moe_sum, (cdiv(N, BM), cdiv(d, 512)), pairs, y, N, d, K=n // N, BM=BM, BN=512, num_warps=8 if N > 64 else 2)
+    launch(moe_sum, (cdiv(N, BM), cdiv(d, 512)), pairs, y, idx, N, d, E, K=n // N, BM=BM, BN=512, num_warps=8 if N > 64 else 2)
     return y
 
 
@@ -610,7 +613,7 @@ def forward(x, w13, w2, idx, weight, s13, s2, limit, act_quant):
     if sums is not None and seen is None:
         launch(moe_act, (n, cdiv(I, 128)), sums, weight, h, limit, n, I, QUANT=act_quant, ORDER=w2.J, SPLIT=up["SPLIT"], num_warps=1)
     out = _down(h, w2, route, n, 1, d, d, down, y=y, seen=seen_y)
-    return _sum(out, N, torch.float32) if y is None else y
+    return _sum(out, idx, E, torch.float32) if y is None else y
 
 
 def _outer(a, b, route: _Route, E: int, n: int, key: str):
@@ -639,7 +642,7 @@ def backward(g, x, w13, w2, idx, weight, s13, s2, limit, act_quant):
     _up(x, rows13, route, weight, K, I, limit, up, None, g_13)
     h = through(g, rows2, K, I, d)
     launch(moe_act_backward, (cdiv(n, 4),), g_13, h, weight, g_weight, limit, n, I, QUANT=act_quant, H=not frozen, BM=4, BN=512, num_warps=4)
-    g_x = _sum(through(g_13, columns13, 1, d, I), N, dtype)
+    g_x = _sum(through(g_13, columns13, 1, d, I), idx, E, dtype)
     if frozen:
         return g_x, x.new_empty(0), x.new_empty(0), g_weight
     return g_x, _outer(g_13, x, route, E, n, key), _outer(g, h, route, E, n, key), g_weight

@@ -1,13 +1,14 @@
-"""muon: one update of a stack of matrices in place, and grad_norm: the norm of many gradients (spec 12).
+"""muon: one update of a stack of matrices in place, muon_direction: its main part, and grad_norm: the norm of many gradients (spec 12).
 
     M = momentum M + scale G;   X = (momentum M + scale G) / its Frobenius norm
     X = a X + (b S + c S S) X,  S = X X^T      ten times: eight with (3.4445, -4.7750, 2.0315), two with (2, -1.5, 0.5)
     W = W (1 - lr decay) - lr 0.18 sqrt(max(n, m)) X
 
     p [..., blocks n, m] any float dtype   first (M), master (W; None: p is) likewise, fp32   g as p   scale, lr () fp32
+    muon_direction: momentum M + scale G [..., blocks n, m] fp32 -> the last X, for matrices in parts (see parallel.py)
     grads: any tensors -> () fp32
 
-Both are opaque on every device: products with their sums in one library call each leave nothing for a compiler to fuse,
+All are opaque on every device: products with their sums in one library call each leave nothing for a compiler to fuse,
 and generated code would be compiled for every shape. Products run in bf16 on a GPU; CPUs multiply fp32 faster.
 The Newton-Schulz steps are those of DeepSeek-V4's paper; torch.optim.Muon has one triple of coefficients and no stacks.
 """
@@ -32,14 +33,27 @@ def orthogonalize(m: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (x if wide else x.mT).reshape(m.shape)
 
 
+def low(m: torch.Tensor) -> torch.dtype:
+    return torch.bfloat16 if m.is_cuda else torch.float32
+
+
+def direction(m: torch.Tensor, blocks: int) -> torch.Tensor:
+    m = m.unflatten(-2, (blocks, -1))
+    return orthogonalize(m, low(m)).flatten(-3, -2).contiguous()
+
+
+def length(shape: torch.Size, blocks: int) -> float:
+    """How far a step goes in the direction X, as a multiple of lr."""
+    return 0.18 * max(shape[-2] // blocks, shape[-1]) ** 0.5
+
+
 def update(p: torch.Tensor, first: torch.Tensor, master: torch.Tensor | None, g: torch.Tensor, scale: torch.Tensor, lr: torch.Tensor,
            blocks: int, momentum: float, decay: float) -> None:
     g = g.float() * scale
     first.mul_(momentum).add_(g)
-    m = g.add_(first, alpha=momentum).unflatten(-2, (blocks, -1))
-    u = orthogonalize(m, torch.bfloat16 if m.is_cuda else torch.float32).flatten(-3, -2)
+    u = direction(g.add_(first, alpha=momentum), blocks)
     weight = p if master is None else master
-    weight.mul_(1 - lr * decay).sub_(u * (lr * (0.18 * max(m.shape[-2:]) ** 0.5)))
+    weight.mul_(1 - lr * decay).sub_(u * (lr * length(p.shape, blocks)))
     if master is not None:
         p.copy_(master)
 
@@ -48,16 +62,18 @@ def norm(grads: list[torch.Tensor]) -> torch.Tensor:
     return torch.linalg.vector_norm(torch.stack([n.float() for n in torch._foreach_norm(grads)]))
 
 
-def _flops(p, *args, out_shape=None, **kw):
+def _flops(m, blocks, *args, out_shape=None, **kw):
     """Three products a step, of the shorter side."""
-    blocks, stack = args[5], 1
-    for size in p[:-2]:
+    stack = 1
+    for size in m[:-2]:
         stack *= size
-    a, b = sorted((p[-2] // blocks, p[-1]))
+    a, b = sorted((m[-2] // blocks, m[-1]))
     return stack * blocks * len(HYBRID) * 2 * (2 * a * a * b + a**3)
 
 
 muon = register("muon(Tensor(a!) p, Tensor(b!) first, Tensor(c!)? master, Tensor g, Tensor scale, Tensor lr, int blocks, float momentum, "
-                "float decay) -> ()", impl=update, fake=lambda *args: None, flops=_flops)
+                "float decay) -> ()", impl=update, fake=lambda *args: None, flops=lambda p, *args, **kw: _flops(p, args[5]))
+muon_direction = register("muon_direction(Tensor m, int blocks) -> Tensor", impl=direction, flops=_flops,
+                          fake=lambda m, blocks: m.new_empty(m.shape, dtype=low(m)))
 grad_norm = register("grad_norm(Tensor[] grads) -> Tensor", impl=norm, fake=lambda grads: grads[0].new_empty((), dtype=torch.float32),
                      flops=lambda *args, out_shape=None, **kw: 0)

@@ -1037,6 +1037,23 @@ def test_experts_that_nobody_chose_have_zero_gradient(form):
 
 
 @pytest.mark.kernels
+@pytest.mark.parametrize("options", [(9, 7, 2, 6, 4, "float", False), (3, 64, 2, 6, 4, "float", False), (300, 3, 2, 6, 4, "float", False),
+                                     (5, 3, 2, 128, 128, "fp4", True)], ids=str)
+def test_pairs_without_an_expert_add_nothing(options):
+    """The opaque form leaves out pairs of expert E, whatever their weight: as valid ones of weight zero. Some tokens have no other."""
+    case = Case("moe", moe, options)
+    x, w13, w2, idx, weight, *rest = low(case) if options[5] == "fp4" else case.args()
+    E, none = options[1], torch.rand(idx.shape) < 0.6
+    none[0] = True
+    (y,), grads = run(ops.moe.opaque, case, (x, w13, w2, idx.masked_fill(none, E), weight, *rest))
+    (expected,), wanted = run(ops.moe.opaque, case, (x, w13, w2, idx, weight.masked_fill(none, 0), *rest))
+    assert (y - expected).norm() <= 2e-6 * expected.norm() and not y[0].any()
+    for leaf, g, e in zip(differentiable(case, (x, w13, w2, idx, weight, *rest)), grads, wanted, strict=True):
+        g, e = (g.masked_fill(none, 0), e.masked_fill(none, 0)) if leaf == 4 else (g, e)  # its gradient is not defined there
+        assert (g - e).float().norm() <= 2e-6 * e.float().norm()
+
+
+@pytest.mark.kernels
 @by_few
 def test_each_gradient_alone_is_the_same(case):
     args, leaves = case.args(), differentiable(case, case.args())
