@@ -56,15 +56,18 @@ class Optimizer:
         -> grad_norm, of all gradients before they are clipped.
         """
         grads = {name: p.grad for name, p, *_ in (*self.muon, *self.adam) if p.grad is not None}
-        norm = self._run(grads, lr, load)
+        self.count += 1
+        complete = [1 - b**self.count for b in self.betas]  # not in the graph, where every few elements would compute the powers
+        norm = self._run(grads, lr, load, complete)
         for _, p, *_ in (*self.muon, *self.adam):
             p.grad = None
         return {"grad_norm": norm}
 
-    def _update(self, grads: dict[str, torch.Tensor], lr: torch.Tensor, load: torch.Tensor | None) -> torch.Tensor:
+    def _update(self, grads: dict[str, torch.Tensor], lr: torch.Tensor, load: torch.Tensor | None,
+                complete: list[torch.Tensor]) -> torch.Tensor:
+        """complete: how much of a moving average is filled by now."""
         norm, (b1, b2) = grad_norm(list(grads.values())), self.betas
         scale = (self.clip / (norm + 1e-6)).clamp(max=1.0)
-        self.count += 1
         for name, p, blocks in self.muon:
             if name in grads:  # the language-model loss does not reach the indexer
                 state = self.state[name]
@@ -74,9 +77,9 @@ class Optimizer:
                 state, g = self.state[name], grads[name].float() * scale
                 state["first"].lerp_(g, 1 - b1)
                 state["second"].lerp_(g.square(), 1 - b2)
-                u = state["first"] / (1 - b1**self.count) / ((state["second"] / (1 - b2**self.count)).sqrt() + self.eps)
+                u = state["first"] / ((state["second"] / complete[1]).sqrt() + self.eps)
                 weight = state.get("master", p)
-                weight.mul_(1 - lr * (self.decay if p.dim() > 1 else 0.0)).sub_(lr * u)
+                weight.mul_(1 - lr * (self.decay if p.dim() > 1 else 0.0)).sub_(lr / complete[0] * u)
                 if weight is not p:
                     p.copy_(weight)
         if load is not None and self.biases:

@@ -30,6 +30,7 @@ from bench.record import RESULTS, record
 from checkpoint import load
 from compile_config import PRESETS, compile_decode, compile_prefill, compile_train_step
 from generate import ROOT
+from optim import Optimizer
 from tests.oracle import hf_model, rms
 
 TINY, ROUNDS = str(ROOT / "assets" / "tiny"), 5
@@ -148,8 +149,8 @@ def prefill(result: dict, length: int, chunk: int = 256) -> None:
 
 
 def train_sides(ours, hf, batch: int, length: int) -> dict:
-    """One step each: forward, backward and AdamW, cross-entropy of the next token alone."""
-    ours.train().requires_grad_(True), hf.train()
+    """One step each: forward, backward and AdamW, cross-entropy of the next token alone. Ours is compiled, AdamW too."""
+    ours.train().requires_grad_(True), hf.train(), ours.mtp.requires_grad_(False)
     batches = [tokens_of(batch, length + 1, seed=i) for i in range(ROUNDS + 1)]
     rate = torch.tensor(1e-4)
 
@@ -158,8 +159,9 @@ def train_sides(ours, hf, batch: int, length: int) -> dict:
         loss = model.ops.linear_cross_entropy(model.head_input(hidden).flatten(0, 1), model.head.weight, targets.next.flatten()).mean()
         return loss, {"loss": loss.detach()}
 
-    adam = lambda model: torch.optim.AdamW((p for name, p in model.named_parameters() if not name.startswith("mtp.")), lr=1e-4)
-    step, optimizer = compile_train_step(ours, adam(ours), PRESETS["regional"], loss), adam(hf)
+    optimizer = torch.optim.AdamW(hf.parameters(), lr=1e-4)
+    adam = Optimizer(ours, "adamw", betas=(0.9, 0.999), eps=1e-8, decay=0.01)  # the same
+    step = compile_train_step(ours, adam, PRESETS["regional"], loss)
 
     def mine(i):
         step(batches[i][:, :-1].contiguous(), batches[i][:, 1:].contiguous(), None, rate)
