@@ -55,7 +55,7 @@ struct Block {
     }
     keys = t + n - 1 + a.W - first, ents = a.idx ? a.K : std::max<int64_t>(end - e, 0), ld = (keys + ents + 7) / 8 * 8;
     turned.assign(a.q + token(0) * a.H * a.D, a.q + (token(0) + n) * a.H * a.D);
-    norms.resize(rows), p.resize(rows * ld);
+    room(norms, rows), room(p, rows * ld);
     for (int64_t row = 0; row < rows; row++) {
       float* x = turned.data() + row * a.D;
       norms[row] = 1 / std::sqrt(dot(x, x, a.D) / a.D + a.eps);
@@ -156,7 +156,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_attn_backward(const Tensor& g_
       block.scores();
       const int64_t ld = block.ld, at = block.token(0);
       g.assign(data(given) + at * size, data(given) + (at + block.n) * size);
-      if ((int64_t)g_p.size() < block.rows * ld) g_p.resize(block.rows * ld);  // finite also where nothing is written: probabilities are 0 there
+      room(g_p, block.rows * ld);  // what is not written below meets probabilities of 0
       for (int64_t i = 0; i < block.n; i++) a.turn(g.data() + i * size, at + i, 1);
       block.products([&](int64_t row, int64_t count, int64_t column, const float* k, int64_t width, float*) {
         product({g.data() + row * a.D, a.D, 1}, {k, 1, a.D}, g_p.data() + row * ld + column, ld, count, width, a.D, false);
