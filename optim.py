@@ -55,7 +55,9 @@ class Optimizer:
         lr is a 0-D tensor; load [routers with a bias, E]: tokens that chose each expert, or None.
         -> grad_norm, of all gradients before they are clipped.
         """
-        return {"grad_norm": self._run(self.gradients(), lr, load)}
+        self.count += 1
+        filled = [1 - b**self.count for b in self.betas]  # not in the graph, where every few elements would compute the powers
+        return {"grad_norm": self._run(self.gradients(), lr, load, filled)}
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """By name; the language-model loss does not reach the indexer. The parameters let go of them."""
@@ -75,19 +77,20 @@ class Optimizer:
                 state = self.state[name]
                 muon(p, state["first"], state.get("master"), grads[name], scale, lr, blocks, self.momentum, self.decay)
 
-    def _update(self, grads: dict[str, torch.Tensor], lr: torch.Tensor, load: torch.Tensor | None) -> torch.Tensor:
+    def _update(self, grads: dict[str, torch.Tensor], lr: torch.Tensor, load: torch.Tensor | None,
+                filled: list[torch.Tensor]) -> torch.Tensor:
+        """filled: how much of each moving average is filled by now."""
         norm, (b1, b2) = self.norm(grads), self.betas
         scale = (self.clip / (norm + 1e-6)).clamp(max=1.0)
-        self.count += 1
         self.update_matrices(grads, scale, lr)
         for name, p in self.adam:
             if name in grads:
                 state, g = self.state[name], grads[name].float() * scale
                 state["first"].lerp_(g, 1 - b1)
                 state["second"].lerp_(g.square(), 1 - b2)
-                u = state["first"] / (1 - b1**self.count) / ((state["second"] / (1 - b2**self.count)).sqrt() + self.eps)
+                u = state["first"] / ((state["second"] / filled[1]).sqrt() + self.eps)
                 weight = state.get("master", p)
-                weight.mul_(1 - lr * (self.decay if p.dim() > 1 else 0.0)).sub_(lr * u)
+                weight.mul_(1 - lr * (self.decay if p.dim() > 1 else 0.0)).sub_(lr / filled[0] * u)
                 if weight is not p:
                     p.copy_(weight)
         if load is not None and self.biases:

@@ -33,6 +33,12 @@ static Vec8& vec(float* x) { return *(Vec8*)x; }
 static const Vec8& vec(const float* x) { return *(const Vec8*)x; }
 typedef int32_t Int8 __attribute__((vector_size(32), aligned(4), may_alias));
 
+// Memory for n values, with whatever is in it
+static float* room(std::vector<float>& v, int64_t n) {
+  if ((int64_t)v.size() < n) v.resize(n);
+  return v.data();
+}
+
 struct Matrix { const float* at; int64_t row, col; };  // element (i, j) is at[i row + j col]
 
 // R rows of c, 16 columns: c = or += a b, with b packed [K, 16]
@@ -67,8 +73,7 @@ static void transpose(const float* from, int64_t stride, float* to) {
 // c [M, N] (rows `stride` apart) = or += a [M, K] b [K, N]
 static void product(Matrix a, Matrix b, float* c, int64_t stride, int64_t M, int64_t N, int64_t K, bool add) {
   static thread_local std::vector<float> panel;
-  if ((int64_t)panel.size() < 16 * K) panel.resize(16 * K);
-  float edge[6 * 16], *p = panel.data();
+  float edge[6 * 16], *p = room(panel, 16 * K);
   for (int64_t n = 0; n < N; n += 16) {
     const int64_t width = std::min<int64_t>(16, N - n);
     const float* from = b.at + n * b.col;

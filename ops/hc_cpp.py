@@ -83,8 +83,8 @@ static void pre(const Constants& k, const float* x, int64_t count, float* y, flo
     }
     for (int64_t t = lane; t < lane + some; t++) {
       for (int64_t j = 0; j < n * n; j++) comb[t * n * n + j] = c[j][t - lane];
-      std::fill(y + t * d, y + (t + 1) * d, 0.f);
-      for (int64_t j = 0; j < n; j++) add_scaled(y + t * d, share[j][t - lane], x + (t * n + j) * d, d);
+      for (int64_t i = 0; i < d; i++) y[t * d + i] = share[0][t - lane] * x[t * n * d + i];
+      for (int64_t j = 1; j < n; j++) add_scaled(y + t * d, share[j][t - lane], x + (t * n + j) * d, d);
     }
   }
 }

@@ -22,11 +22,11 @@ struct Routed {
   void expert(int64_t e, std::vector<float>& xs, std::vector<float>& h13) const {
     const int64_t n = pairs[e].size();
     gather(x, e, xs);
-    h13.resize(n * 2 * P);
+    room(h13, n * 2 * P);
     for (int k = 0; k < 2; k++) product({xs.data(), d, 1}, {w13 + (2 * e + k) * I * d, 1, d}, h13.data() + k * P, 2 * P, n, I, d, false);
   }
   void gather(const float* from, int64_t e, std::vector<float>& to) const {
-    to.resize(pairs[e].size() * d);
+    room(to, pairs[e].size() * d);
     for (size_t i = 0; i < pairs[e].size(); i++) std::memcpy(to.data() + i * d, from + pairs[e][i] / K * d, 4 * d);
   }
   void scatter(const std::vector<float>& from, int64_t e, float* to) const {
@@ -46,13 +46,13 @@ Tensor moe(const Tensor& x, const Tensor& w13, const Tensor& w2, const Tensor& i
   Tensor y = torch::stable::new_empty(x, {r.N, d});
   Sums of_y(y, parts_of(r.E));
   in_parts(r.E, [&](int64_t part, int64_t begin, int64_t end) {
-    std::vector<float> xs, h13, h, ys;
+    static thread_local std::vector<float> xs, h13, h, ys;
     float* sum = of_y.of(part);
     for (int64_t e = begin; e < end; e++) {
       const int64_t n = r.pairs[e].size();
       if (!n) continue;
       r.expert(e, xs, h13);
-      h.resize(n * P), ys.resize(n * d);
+      room(h, n * P), room(ys, n * d);
       for (int64_t t = 0; t < n; t++)
         for (int64_t i = 0; i < P; i += 8) {
           const Vec8 gate = least(vec(h13.data() + t * 2 * P + i), most), up = clamped(vec(h13.data() + t * 2 * P + P + i), most);
@@ -76,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_backward(const Tensor& g_, const 
   Tensor g_w2 = torch::stable::new_empty(x, {r.E, d, I}), g_weight = torch::stable::new_empty(x, {r.N, r.K});
   Sums of_x(g_x, parts_of(r.E));
   in_parts(r.E, [&](int64_t part, int64_t begin, int64_t end) {
-    std::vector<float> xs, gs, h13, h, g_h, g_xs;
+    static thread_local std::vector<float> xs, gs, h13, h, g_h, g_xs;
     float* sum = of_x.of(part);
     for (int64_t e = begin; e < end; e++) {
       const int64_t n = r.pairs[e].size();
@@ -84,7 +84,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_backward(const Tensor& g_, const 
       const float *w13 = r.w13 + e * 2 * I * d, *w2 = r.w2 + e * d * I;
       r.expert(e, xs, h13);
       r.gather(data(g), e, gs);
-      h.resize(n * P), g_h.resize(n * P), g_xs.resize(n * d);
+      room(h, n * P), room(g_h, n * P), room(g_xs, n * d);
       product({gs.data(), d, 1}, {w2, I, 1}, g_h.data(), P, n, I, d, false);
       for (int64_t t = 0; t < n; t++) {  // h13 becomes its gradient
         float *row = h13.data() + t * 2 * P, *to = h.data() + t * P, *from = g_h.data() + t * P;

@@ -39,7 +39,7 @@ struct Attention {
 
 struct Block {
   const Attention& a;
-  std::vector<float> turned, norms, p, chosen, g_chosen;
+  std::vector<float> turned, norms, p, chosen, g_chosen;  // turned: queries, normalised, scaled and rotated
   std::vector<int64_t> list;                // entries chosen by a token
   int64_t b, t, n, rows, first, keys, e, ents, ld;  // tokens t .. t + n of row b; window keys first .., entries e ..; a row of p
   Block(const Attention& a) : a(a) {}
@@ -55,11 +55,11 @@ struct Block {
     }
     keys = t + n - 1 + a.W - first, ents = a.idx ? a.K : std::max<int64_t>(end - e, 0), ld = (keys + ents + 7) / 8 * 8;
     turned.assign(a.q + token(0) * a.H * a.D, a.q + (token(0) + n) * a.H * a.D);
-    norms.resize(rows), p.resize(rows * ld);
+    room(norms, rows), room(p, rows * ld);
     for (int64_t row = 0; row < rows; row++) {
       float* x = turned.data() + row * a.D;
       norms[row] = 1 / std::sqrt(dot(x, x, a.D) / a.D + a.eps);
-      for (int64_t d = 0; d < a.D; d++) x[d] *= norms[row];
+      for (int64_t d = 0; d < a.D; d++) x[d] *= norms[row] * a.scale;
     }
     for (int64_t i = 0; i < n; i++) a.turn(turned.data() + i * a.H * a.D, token(i), 1);
   }
@@ -87,7 +87,7 @@ struct Block {
     }
   }
 
-  // p: scores, scaled, -inf where hidden
+  // p: scores, -inf where hidden
   void scores() {
     products([&](int64_t row, int64_t count, int64_t column, const float* k, int64_t width, float*) {
       product({turned.data() + row * a.D, a.D, 1}, {k, 1, a.D}, p.data() + row * ld + column, ld, count, width, a.D, false);
@@ -100,7 +100,6 @@ struct Block {
       for (int64_t h = 0; h < a.H; h++) {
         float* row = p.data() + (i * a.H + h) * ld;
         hide(row, 0, begin), hide(row, last, keys + from), hide(row, keys + std::max(from, to), ld);
-        for (int64_t j = 0; j < ld; j++) row[j] *= a.scale;
       }
     }
   }
@@ -129,9 +128,8 @@ std::tuple<Tensor, Tensor> sparse_attn(const Tensor& q, const Tensor& kv, const 
         const float share = std::exp(top - l[row]);
         for (int64_t j = 0; j < ld; j++) p[j] *= share;
       }
-      std::fill(o, o + block.rows * a.D, 0.f);
       block.products([&](int64_t row, int64_t count, int64_t column, const float* k, int64_t width, float*) {
-        product({block.p.data() + row * ld + column, ld, 1}, {k, a.D, 1}, o + row * a.D, a.D, count, a.D, width, true);
+        product({block.p.data() + row * ld + column, ld, 1}, {k, a.D, 1}, o + row * a.D, a.D, count, a.D, width, column);  // the window comes first
       });
       for (int64_t i = 0; i < block.n; i++) a.turn(o + i * a.H * a.D, block.token(i), -1);
     }
@@ -157,7 +155,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_attn_backward(const Tensor& g_
       block.start(number);
       block.scores();
       const int64_t ld = block.ld, at = block.token(0);
-      g.assign(data(given) + at * size, data(given) + (at + block.n) * size), g_p.assign(block.rows * ld, 0.f);
+      g.assign(data(given) + at * size, data(given) + (at + block.n) * size);
+      room(g_p, block.rows * ld);  // what is not written below meets probabilities of 0
       for (int64_t i = 0; i < block.n; i++) a.turn(g.data() + i * size, at + i, 1);
       block.products([&](int64_t row, int64_t count, int64_t column, const float* k, int64_t width, float*) {
         product({g.data() + row * a.D, a.D, 1}, {k, 1, a.D}, g_p.data() + row * ld + column, ld, count, width, a.D, false);
@@ -168,14 +167,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_attn_backward(const Tensor& g_
         Vec8 sum = {};
         for (int64_t j = 0; j < ld; j += 8) sum += (vec(p + j) = exponential(vec(p + j) - l)) * vec(s + j);
         const float delta = total(sum);
-        for (int64_t j = 0; j < ld; j++) s[j] = p[j] * (s[j] - delta) * a.scale;
+        for (int64_t j = 0; j < ld; j++) s[j] = p[j] * (s[j] - delta);
         sum_sink[row % a.H] -= std::exp(a.sink[row % a.H] - l) * delta;
       }
       float* out = data(g_q) + at * size;
-      std::fill(out, out + block.rows * a.D, 0.f);
       block.products([&](int64_t row, int64_t count, int64_t column, const float* k, int64_t width, float* g_k) {
         const float *p = block.p.data() + row * ld + column, *s = g_p.data() + row * ld + column;
-        product({s, ld, 1}, {k, a.D, 1}, out + row * a.D, a.D, count, a.D, width, true);
+        product({s, ld, 1}, {k, a.D, 1}, out + row * a.D, a.D, count, a.D, width, column);
         product({s, 1, ld}, {block.turned.data() + row * a.D, a.D, 1}, g_k, a.D, width, a.D, count, true);
         product({p, 1, ld}, {g.data() + row * a.D, a.D, 1}, g_k, a.D, width, a.D, count, true);
       }, sum_kv, sum_entries);
@@ -183,7 +181,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_attn_backward(const Tensor& g_
       for (int64_t row = 0; row < block.rows; row++) {
         const float norm = block.norms[row], *x = a.q + at * size + row * a.D;
         const float along = dot(out + row * a.D, x, a.D) * norm * norm / a.D;
-        for (int64_t d = 0; d < a.D; d++) out[row * a.D + d] = norm * (out[row * a.D + d] - along * x[d]);
+        for (int64_t d = 0; d < a.D; d++) out[row * a.D + d] = norm * a.scale * (out[row * a.D + d] - along * x[d]);
       }
     }
   });
