@@ -245,14 +245,17 @@ def compile_train_step(model: Transformer, optimizer, cfg: CompileConfig, loss: 
         optimizer.compile(compiled)
 
     def step(tokens, targets, doc_ids, lr):
-        targets, size, metrics = prepare(tokens, targets, doc_ids), micro_batch or len(tokens), {}
+        size, metrics = micro_batch or len(tokens), {}
+        parts = list(zip(tokens.split(size), targets.split(size), [None] * len(tokens) if doc_ids is None else doc_ids.split(size)))
+        goals = [prepare(*part) for part in parts]
+        counts = torch.stack([goal.counts for goal in goals]).sum(0)
         if add_up:
-            targets = targets._replace(counts=add_up([targets.counts])[0])
+            counts = add_up([counts])[0]
         try:  # within the step only: what else is done with the model stays eager
             for (module, name), function in patches.items():
                 module.__dict__[name] = function
-            for part in (slice(at, at + size) for at in range(0, len(tokens), size)):
-                total, new = loss(model, tokens[part], targets.rows(part), None if doc_ids is None else doc_ids[part])
+            for (tokens, _, doc_ids), goal in zip(parts, goals):
+                total, new = loss(model, tokens, goal._replace(counts=counts), doc_ids)
                 total.backward()
                 metrics = {name: metrics[name] + value if name in metrics else value for name, value in new.items()}
         finally:

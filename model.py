@@ -913,7 +913,7 @@ class Weights(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """What a training step aims at; parts of its rows share counts.
+    """What some rows of a training step aim at.
 
     next       [B, S]  the token that follows each token; negative = ignored
     after      [B, S]  the token after that, the MTP block's target; -1 where it lies outside the document or row
@@ -925,9 +925,6 @@ class Targets(NamedTuple):
     after: torch.Tensor
     following: torch.Tensor
     counts: torch.Tensor
-
-    def rows(self, part: slice) -> Targets:
-        return Targets(self.next[part], self.after[part], self.following[part], self.counts)
 
 
 def aim(tokens: torch.Tensor, targets: torch.Tensor, doc_ids: torch.Tensor | None) -> Targets:

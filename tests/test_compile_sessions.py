@@ -76,13 +76,13 @@ def test_filtered_sampling_compiles_once(strict):
 
 
 def test_training_compiles_once(strict):
-    """Fifty steps: the rate's schedule, other documents in every row, accumulated counts of the routers."""
+    """Fifty steps: the rate's schedule, other documents in every row, gradients of one to three parts, counts of the routers."""
     model = randomize(Transformer(ModelArgs.debug()), seed=1).train()
-    step = compile_train_step(model, Optimizer(model), CompileConfig(backend="eager", region="model"))
+    step = compile_train_step(model, Optimizer(model), CompileConfig(backend="eager", region="model"), micro_batch=2)
     generator = torch.Generator().manual_seed(0)
     for i in range(50):
-        tokens = torch.randint(0, 256, (2, 33), generator=generator)
-        docs = torch.randint(0, 2, (2, 32), generator=generator).cumsum(1)
+        tokens = torch.randint(0, 256, (2 + i % 3 * 2, 33), generator=generator)
+        docs = torch.randint(0, 2, (len(tokens), 32), generator=generator).cumsum(1)
         docs[:, 32 - i % 5 :] = -1
         losses = step(tokens[:, :-1], tokens[:, 1:], docs, torch.tensor(learning_rate(i, 50, 1e-3)))
         assert losses["loss"].isfinite()
