@@ -62,10 +62,13 @@ def shape_of(args: ModelArgs, phase: str) -> Shape:
     return Shape(1, length, length if phase == "train" or big and phase == "prefill" else args.max_seq_len)
 
 
-def call_of(model: Transformer, phase: str, shape: Shape) -> tuple[Callable, tuple]:
+def call_of(model: Transformer, phase: str, shape: Shape, recompute: str = "none") -> tuple[Callable, tuple]:
     """A function of tensors that runs the phase, and arguments for it."""
     tokens = torch.zeros(shape.batch, shape.length, dtype=torch.int64)
     if phase == "train":
+        from compile_config import recomputed
+        for block in (*model.layers, *model.mtp):
+            block.forward = recomputed(block.forward, recompute)
         return lambda tokens, targets, doc_ids: training_loss(model, tokens, targets, doc_ids)[0], (tokens, tokens + 1, tokens * 0)
     pos, lengths = torch.zeros(shape.batch, dtype=torch.int64), torch.full((shape.batch,), shape.length)
     logits = "last" if phase == "prefill" else "all"
@@ -118,8 +121,9 @@ def capture(function: Callable, *args, grad: bool = False) -> Captured:
 
 
 def capture_fake(args: ModelArgs, phase: str, shape: Shape | None = None, forms: dict[str, str] | None = None,
-                 dtype: torch.dtype | None = None) -> tuple[Captured, Transformer]:
-    """A phase of a model without storage. forms: as in Transformer, default all opaque; dtype bf16 at production size."""
+                 dtype: torch.dtype | None = None, recompute: str = "none") -> tuple[Captured, Transformer]:
+    """A phase of a model without storage. forms: as in Transformer, default all opaque; dtype bf16 at production size;
+    recompute: as in compile_train_step."""
     shape, before = shape or shape_of(args, phase), torch.get_default_dtype()
     torch.set_default_dtype(dtype or (torch.bfloat16 if args.dim >= 4096 else torch.float32))
     try:
@@ -127,7 +131,7 @@ def capture_fake(args: ModelArgs, phase: str, shape: Shape | None = None, forms:
             model = Transformer(args, ops=forms if forms is not None else {name: "opaque" for name in MODEL_OPS})
             if phase != "train":
                 model.setup_caches(shape.batch, shape.context)
-            function, inputs = call_of(model, phase, shape)
+            function, inputs = call_of(model, phase, shape, recompute)
             return capture(function, *inputs, grad=phase == "train"), model
     finally:
         torch.set_default_dtype(before)
@@ -460,6 +464,14 @@ def report_phase(args: ModelArgs, phase: str, full: bool = False, trace: Path | 
             "capture_s": time.perf_counter() - begun}
 
 
+def saved_bytes(args: ModelArgs, recompute: str) -> int:
+    """See `saved`, with activations computed again as compile_train_step does; from one layer of each kind."""
+    captured, model = capture_fake(one_of_each(args), "train", shape_of(args, "train"), recompute=recompute)
+    seen = kinds(model.args)
+    times = {kind: n / seen[kind] for kind, n in kinds(args).items()} | {"rest": 1}
+    return saved(captured, lambda node: times[layer_of(node, model.args)])
+
+
 def report(config: str, phases=PHASES, preset: str = "default", full: bool = False, trace: str | None = None, compiled: bool = True,
            say: Callable[[str], None] = lambda message: None) -> dict:
     """config: see args_of -> {"config", "preset", "phases": {phase: ...}, "versions"}."""
@@ -472,6 +484,8 @@ def report(config: str, phases=PHASES, preset: str = "default", full: bool = Fal
     for phase in phases:
         say(f"capturing {phase} ...")
         result["phases"][phase] = report_phase(args, phase, full, Path(trace) if trace else None)
+        if phase == "train":
+            result["phases"][phase] |= {f"saved_{how}_bytes": saved_bytes(args, how) for how in ("selective", "full")}
         if run:
             result["phases"][phase] |= measured(config, phase, preset, say, Path(trace) if trace else None)
     return result
@@ -481,7 +495,8 @@ ROWS = [  # what the table shows: label, key, unit
     ("new tokens", "length", ""), ("context", "context", ""), ("graphs captured", "graphs", ""), ("graph breaks", "breaks", ""),
     ("operators", "operators", ""), ("largest value", "largest_bytes", "MB"), ("FLOP per token", "flops_per_token", "M"),
     ("FLOP needed per token", "needed_flops_per_token", "M"),
-    ("saved for backward", "saved_bytes", "MB"), ("graphs run", "run_graphs", ""), ("recompiles", "recompiles", ""),
+    ("saved for backward", "saved_bytes", "MB"), ("  --recompute selective", "saved_selective_bytes", "MB"),
+    ("  --recompute full", "saved_full_bytes", "MB"), ("graphs run", "run_graphs", ""), ("recompiles", "recompiles", ""),
     ("kernels generated", "kernels", ""), ("compile, cold", "compile_cold_s", "s"), ("compile, warm", "compile_warm_s", "s"),
     ("capture alone", "capture_s", "s")]
 NOTE = "FLOP needed: as a roofline counts; no MTP block, nothing computed twice, no pair that the causal mask hides"
@@ -513,7 +528,8 @@ def table(result: dict) -> str:
 
 
 COUNTS = ("graphs", "breaks", "run_breaks", "recompiles", "warm_cache_misses")  # may not grow at all, others by a factor:
-MAY_GROW = {"operators": 1.1, "largest_bytes": 1.0, "flops": 1.0, "saved_bytes": 1.0, "kernels": 1.1, "run_graphs": 1.0}
+MAY_GROW = {"operators": 1.1, "largest_bytes": 1.0, "flops": 1.0, "saved_bytes": 1.0, "saved_selective_bytes": 1.0, "saved_full_bytes": 1.0,
+            "kernels": 1.1, "run_graphs": 1.0}
 SIZES = ("batch", "length", "context", "captured_layers")
 TIMES = ("compile_cold_s", "compile_warm_s")
 
