@@ -125,12 +125,10 @@ def backends(tell) -> dict:
         """Of a router, an expert and a norm: Muon, AdamW and the router's bias."""
         block = copy.deepcopy(reference.layers[-1])
         part, generator = torch.nn.ModuleList([block.ffn.gate, block.ffn.shared_experts, block.ffn_norm]), torch.Generator().manual_seed(0)
-        count_load(part)
-        part[0].load.copy_(torch.arange(len(part[0].load)))
-        before, optimizer = copy.deepcopy(part), Optimizer(part)
+        before, load, optimizer = copy.deepcopy(part), torch.arange(args.n_routed_experts).float()[None], Optimizer(part)
         for p in part.parameters():
             p.grad = torch.randn(p.shape, generator=generator) if p.requires_grad else None
-        torch.compile(optimizer.step, backend=backend, fullgraph=True, dynamic=False)(torch.tensor(1e-2))
+        torch.compile(optimizer.step, backend=backend, fullgraph=True, dynamic=False)(torch.tensor(1e-2), load)
         steps = [(p - q).detach().flatten() for p, q in zip(part.parameters(), before.parameters())]
         assert all(step.any() for step in steps)
         return torch.cat([step / step.norm() for step in steps])
