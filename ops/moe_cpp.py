@@ -14,8 +14,8 @@ struct Routed {
         I(w13.size(1) / 2), P((I + 7) / 8 * 8), d(w13.size(2)), pairs(E) {
     for (int64_t p = 0; p < N * K; p++) {
       const int64_t e = ((const int64_t*)idx_.data_ptr())[p];
-      STD_TORCH_CHECK(0 <= e && e < E, "moe: there is no expert ", e);
-      pairs[e].push_back(p);
+      STD_TORCH_CHECK(0 <= e && e <= E, "moe: there is no expert ", e);
+      if (e < E) pairs[e].push_back(p);
     }
   }
   // The rows of x of those who chose e, and their pre-activations [n, 2, P]
@@ -74,6 +74,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_backward(const Tensor& g_, const 
   const Vec8 most = Vec8{} + r.limit, zero = {};
   Tensor g_x = torch::stable::new_empty(x, {r.N, d}), g_w13 = torch::stable::new_empty(x, {r.E, 2 * I, d});
   Tensor g_w2 = torch::stable::new_empty(x, {r.E, d, I}), g_weight = torch::stable::new_empty(x, {r.N, r.K});
+  std::memset(data(g_weight), 0, 4 * r.N * r.K);  // pairs without an expert
   Sums of_x(g_x, parts_of(r.E));
   in_parts(r.E, [&](int64_t part, int64_t begin, int64_t end) {
     static thread_local std::vector<float> xs, gs, h13, h, g_h, g_xs;

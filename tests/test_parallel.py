@@ -172,7 +172,7 @@ def alone():
 
 
 def assert_equal(results: list[dict], case: Case, alone) -> None:
-    """Each step's metrics to 1e-5, what parameters have become to 1e-4 of how far they moved; in every process the same bits.
+    """Each step's metrics to 1e-5, what parameters have become to 1e-4 of how far they moved, and a rounding; in every process the same bits.
 
     Muon turns rounding noise into a direction of its own where a gradient has none: Sinkhorn's result does not change with
     some sums of the rows of hc_*_fn.
@@ -188,7 +188,7 @@ def assert_equal(results: list[dict], case: Case, alone) -> None:
         for name, p in result["parameters"].items():
             assert torch.equal(p, results[0]["parameters"][name]), name
             moved, bound = (end[name] - begin[name]).float().norm(), 5e-2 if case.kind == "muon" and re.search(r"hc_(attn|ffn)_fn", name) else 1e-4
-            assert (p - end[name]).float().norm() <= bound * moved, (name, float((p - end[name]).norm() / moved))
+            assert (p - end[name]).float().norm() <= bound * moved + 2**-23 * end[name].float().norm(), (name, float((p - end[name]).norm() / moved))
 
 
 @pytest.mark.parametrize("name", TWO)
