@@ -58,8 +58,9 @@ FAULTS = {
     "an op that falls back to its traced form": Fault(
         "model.py", "        o = self.ops.sparse_attn(", "        import ops\n        o = ops.sparse_attn.reference(",
         CAPTURE + "test_each_opaque_op_is_one_node", r"'sparse_attn': 4"),
+}
 
-    # Two more of each kind, thought of when the suite was finished.
+MORE = {  # two more of each kind, thought of when the suite was finished
     "a bincount of the experts' load": Fault(
         "model.py", "        weight = score.gather(1, chosen)", "        score = score + 0 * chosen.flatten().bincount().sum()\n"
         "        weight = score.gather(1, chosen)", DECODE, r"(host sync aten\.bincount|symbolic value in aten\.bincount).*model\.py"),
@@ -156,9 +157,9 @@ def seeded(folder: Path, fault: Fault) -> subprocess.CompletedProcess:
                           env=env, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", [*FAULTS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
 def test_a_seeded_fault_fails_a_named_test_that_says_why(name, tmp_path):
-    fault = FAULTS[name]
+    fault = (FAULTS | MORE)[name]
     done = seeded(tmp_path, fault)
     assert done.returncode == 1 and "1 failed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
     assert re.search(fault.says, done.stdout), done.stdout[-6000:]
