@@ -2,8 +2,8 @@
 shared memory, spills no more than recorded, and keeps its matrix instructions.
 
 The record is bench/results/kernels_triton<version>.json; `python -m bench.offline --record` rewrites it, --new adds to it. Compiled
-are, of every kernel on every architecture, the shape that spills most, or takes most shared memory, and all with -m slow; with the
-Triton that is installed, and with 3.6.0 where TRITON_360 names a folder that holds it.
+are, of every kernel on every architecture, the shape that spills most, or takes most shared memory (of those with matrix
+instructions, where there are any), and all with -m slow; with the Triton that is installed, and with 3.6.0 where TRITON_360 names a folder that holds it.
 """
 from __future__ import annotations
 
@@ -71,11 +71,12 @@ def kernels() -> dict:
 
 
 def heaviest(table) -> dict:
-    """Of the recorded shapes of each kernel on each architecture, the one that spills most, then has most shared memory."""
+    """Of the recorded shapes of each kernel on each architecture, the one that spills most, then has most shared memory; fp32,
+    whose products are no matrix instructions, only where a kernel has nothing else."""
     found = {}
     for arch, name in kernels():
         was = table.get(name, {}).get(arch, {})
-        rank = was.get("spills", 0), was.get("shared", 0), name
+        rank = bool(was.get("matrix")), was.get("spills", 0), was.get("shared", 0), name
         found[arch, name.split()[0]] = max(rank, found.get((arch, name.split()[0]), rank))
     return {(arch, name): kernels()[arch, name] for (arch, _), (*_, name) in found.items()}
 
