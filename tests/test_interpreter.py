@@ -112,12 +112,25 @@ def shifted(x, y, n, by_x, by_y, BLOCK: tl.constexpr):
 
 
 @pytest.mark.parametrize("by_x, by_y, n, stopped", [(0, 0, 300, False), (1, 1, 299, False), (1, 0, 300, True), (0, 1, 300, True), (-1, 0, 1, True),
-                                                    (0, -1, 1, True), (1 << 20, 0, 0, False)])
+                                                    (0, -1, 1, True), (-1, 0, 300, True), (0, -1, 300, True), (1 << 20, 0, 0, False)])
 def test_a_kernel_that_leaves_its_arguments_is_stopped(by_x, by_y, n, stopped):
     """Reading or writing one element before or after them; what is masked is not touched."""
     x, y = torch.randn(300), torch.empty(300)
     with pytest.raises(interpreter.InterpreterError, match="outside") if stopped else contextlib.nullcontext():
         launch(shifted, (1,), x, y, n, by_x, by_y, BLOCK=512)
+
+
+@jit
+def counted(y, by):
+    tl.atomic_add(y + by, 1)
+
+
+@pytest.mark.parametrize("by, stopped", [(2, False), (3, True), (-1, True)])
+def test_an_atomic_that_leaves_its_argument_is_stopped(by, stopped):
+    y = torch.zeros(3, dtype=torch.int32)
+    with pytest.raises(interpreter.InterpreterError, match="outside") if stopped else contextlib.nullcontext():
+        launch(counted, (1,), y, by)
+    assert y.tolist() == [0, 0, 0 if stopped else 1]
 
 
 @pytest.mark.parametrize("dtype", TYPES)

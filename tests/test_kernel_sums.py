@@ -47,19 +47,21 @@ def seed():
     torch.manual_seed(0)
 
 
-def test_attention(monkeypatch):
+@pytest.mark.parametrize("T, W", [(1, 640), (48, 48)], ids=["many keys", "many queries of a key"])
+def test_attention(monkeypatch, T, W):
     """Queries that eps makes small give all keys about the same share; they are not split."""
     monkeypatch.setattr(sparse_attn, "processors", lambda x: 1)
-    W, D, r = 640, 16, 4
-    angle = torch.rand(1, 1, r // 2)
-    args = ((torch.randn(1, 1, 16, D) / 50).bfloat16(), positive(1, W, D), torch.zeros(16), torch.full((1, 1), W), angle.cos(), angle.sin(),
+    D, r = 16, 4
+    angle = torch.rand(1, T, r // 2) / 10
+    args = ((torch.randn(1, T, 16, D) / 50).bfloat16(), positive(1, W + T - 1, D), torch.zeros(16), torch.full((1, T), W), angle.cos(), angle.sin(),
             None, None, None, None, 1e-2)
     compare(ops.sparse_attn, spec_sparse_attn, args, (0, 1), 1.3)
 
 
-@pytest.mark.parametrize("N, d, I", [(1, 16, 640), (1, 640, 16), (448, 16, 16)], ids=["wide h", "wide x", "many tokens"])
-def test_experts(N, d, I):
-    args = (positive(N, d), positive(1, 2 * I, d) / d, positive(1, d, I) / I, torch.zeros(N, 1, dtype=torch.int64), torch.ones(N, 1), None, None,
+@pytest.mark.parametrize("N, d, I, K", [(1, 16, 640, 1), (1, 640, 16, 1), (448, 16, 16, 1), (2, 16, 16, 64)],
+                         ids=["wide h", "wide x", "many tokens", "many experts"])
+def test_experts(N, d, I, K):
+    args = (positive(N, d), positive(K, 2 * I, d) / d, positive(K, d, I) / I, torch.arange(K).expand(N, K).contiguous(), torch.ones(N, K), None, None,
             1e9, False)
     compare(ops.moe, spec_moe, args, (0, 1, 2), 2.5)
 

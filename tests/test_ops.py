@@ -340,10 +340,10 @@ LENGTHS = LENGTHS[:4] if INTERPRETING else LENGTHS
 CASES = [  # the first three of each op use every optional argument
     *cases(act_quant, (64, "fp8", 2, 5, 70), (32, "fp4", 3, 33), (128, "fp8", 3, 1, 200), (32, "fp4", 1, 2, 2, 64)),
     *cases(rope, (2, 5, 3, 6, 4, True), (2, 5, 0, 6, 2, False), (3, 65, 0, 4, 4, True), *((*L, 3, 6, 4, False) for L in LENGTHS)),
-    *cases(hc_pre, (2, 5, 4, 7, 20), (1, 2, 3, 5, 1), (3, 2, 2, 1, 2), *((*L, 4, 6, 3) for L in LENGTHS)),
+    *cases(hc_pre, (2, 5, 4, 7, 20), (1, 2, 3, 5, 1), (3, 2, 2, 1, 2), *((*L, 4, 6, 3) for L in LENGTHS), (1, 3, 4, 16, 3), (1, 2, 4, 20, 3)),
     *cases(sinkhorn, (2, 5, 4, 4, 20), (1, 7, 3, 3, 1), (3, 1, 2, 2, 5), (70, 5, 5, 3), (1, 1, 4, 4, 20)),
-    *cases(hc_post, *((*L, 4, 6) for L in LENGTHS), (2, 5, 3, 1)),
-    *cases(hc_post_pre, (2, 5, 4, 7, 20), (1, 2, 3, 5, 1), (3, 2, 2, 1, 2), *((*L, 4, 6, 3) for L in LENGTHS)),
+    *cases(hc_post, *((*L, 4, 6) for L in LENGTHS), (2, 5, 3, 1), (1, 3, 4, 16), (1, 2, 4, 20)),
+    *cases(hc_post_pre, (2, 5, 4, 7, 20), (1, 2, 3, 5, 1), (3, 2, 2, 1, 2), *((*L, 4, 6, 3) for L in LENGTHS), (1, 3, 4, 16, 3), (1, 2, 4, 20, 3)),
     *cases(compress, (3, 5, 4, 6, 4), (2, 5, 128, 4, 4), (3, 1, 2, 6, 6), *((*L, 4, 5, 2) for L in LENGTHS), (2, 130, 128, 6, 2)),
     *cases(sparse_attn, *((*L, W, kind) for L in LENGTHS for W, kind in ((8, "window"), (5, "dense"), (8, "idx"))),
            (2, 5, 1, "idx"), (2, 5, 8, "dense", 1, 4, 1), (2, 3, 8, "idx", 2, 4, 3),
@@ -1042,6 +1042,7 @@ def test_experts_that_nobody_chose_have_zero_gradient(form):
 def test_pairs_without_an_expert_add_nothing(options):
     """The opaque form leaves out pairs of expert E, whatever their weight: as valid ones of weight zero. Some tokens have no other."""
     case = Case("moe", moe, options)
+    assert INTERPRETING or all(KERNELS[name].build() for name in ("moe", "moe_backward"))
     x, w13, w2, idx, weight, *rest = low(case) if options[5] == "fp4" else case.args()
     E, none = options[1], torch.rand(idx.shape) < 0.6
     none[0] = True
@@ -1051,6 +1052,16 @@ def test_pairs_without_an_expert_add_nothing(options):
     for leaf, g, e in zip(differentiable(case, (x, w13, w2, idx, weight, *rest)), grads, wanted, strict=True):
         g, e = (g.masked_fill(none, 0), e.masked_fill(none, 0)) if leaf == 4 else (g, e)  # its gradient is not defined there
         assert (g - e).float().norm() <= 2e-6 * e.float().norm()
+
+
+@pytest.mark.kernels
+def test_pairs_without_an_expert_take_no_block():
+    """More of them than blocks have room for."""
+    x, w13, w2, idx, weight, *rest = Case("moe", moe, (19, 2, 1, 6, 4, "float", False)).args()
+    idx[:, 0] = torch.tensor([0, 1] + [2] * 17)
+    y = ops.moe.opaque(x, w13, w2, idx, weight, *rest)
+    close(y[:2], ops.moe.reference(x[:2], w13, w2, idx[:2], weight[:2], *rest), 5e-6)
+    assert not y[2:].any()
 
 
 @pytest.mark.kernels
@@ -1159,6 +1170,16 @@ def test_cpp_kernels_equal_their_references(case):
     if args[0].numel() > 1:
         strided = tuple(a.mT.contiguous().mT if isinstance(a, torch.Tensor) and a.dim() > 1 else a for a in args)
         same(run(op.opaque, case, strided), got, 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["dense", "idx"])
+def test_ranges_that_reach_beyond_the_entries_end_with_them(kind):
+    case = Case("sparse_attn", sparse_attn, (2, 5, 8, kind))
+    args = list(case.args())
+    assert all(KERNELS[name].build() for name in ("sparse_attn", "sparse_attn_backward"))
+    expected, E = run(ops.sparse_attn.opaque, case, args), args[6].shape[1]
+    args[7], args[8] = args[7] - 3 * (args[7] == 0), args[8] + 4 * (args[8] == E)
+    same(run(ops.sparse_attn.opaque, case, args), expected, 1e-7)
 
 
 def test_cpp_kernels_round_small_values_to_the_scale_of_their_block():
