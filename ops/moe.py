@@ -8,7 +8,8 @@
     packed weights: FP4 int8 [E, 2I, d/2], [E, d, I/2] with scales [E, 2I, ceil(d/32)], [E, d, ceil(I/32)];
                     FP8 e4m3 with 128 x 128 scales, those of W1 and W3 stacked; scales uint8 (e8m0 bits) or fp32
     act_quant rounds x and h to fp8 in blocks of 128
-    idx = E: no expert, in the opaque form, for more than one token: the pair costs next to nothing (see parallel.py)
+    idx = E: no expert, in the opaque form, for more than one token: the pair costs next to nothing (see parallel.py), and
+             what the gradient of its weight is, is not defined
     y [N, d] fp32
 
 The traced reference has static shapes: few tokens gather their experts' weights, many go through all experts with
