@@ -33,8 +33,9 @@ def numbers() -> str:
     cold, warm, cache = cpu["start cold"], cpu["start warm"], cpu["cache at 128k, Flash"]
     experts = {key.removeprefix("experts in "): case["times"] for key, case in cpu.items() if key.startswith("experts")}
     memory = cpu["memory of a forward over 2048"]
-    steps = {key.removeprefix("memory of a train step "): [n / 2**20 for name, n in case.items() if name.startswith(("ours", "transformers"))]
+    added = {key.removeprefix("memory of a train step "): [n / 2**20 for name, n in case.items() if name.startswith(("ours", "transformers"))]
              for key, case in cpu.items() if key.startswith("memory of a train step")}
+    steps = "".join(f";\na training step over {key} tokens, {ours:.0f} and {theirs:.0f} MiB" for key, (ours, theirs) in added.items())
     train, size = embedded["training"], embedded["bytes"] / 1e6
     deep, flash = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("compile", "report_flash"))
     depths = "\n".join(f"| {phase} | " + " | ".join(f"{deep[f'{phase}, {n} layers']['compile_cold_s']:.0f} s, {deep[f'{phase}, {n} layers']['compile_warm_s']:.1f} s"
@@ -44,8 +45,7 @@ def numbers() -> str:
 Least CPU time of {5} alternating rounds on {cpu['threads']} thread, {env['cpu']}, torch {env['torch']}, transformers {env['transformers']},
 {env['date']}; load average at the end {env['load_average'][0]:.1f}. Transformers runs with the fastest of its expert implementations and
 compiles anew for every decoded token: {', '.join(f"{s:.0f}" for s in cpu['transformers compiled decode, CPU seconds of the first tokens'])} CPU seconds
-for the first three. A forward over 2048 tokens adds {memory['ours_bytes'] / 2**20:.0f} MiB to the peak memory, Transformers' {memory['transformers_bytes'] / 2**20:.0f} MiB;
-a training step, to weights and the optimizer's state, {', '.join(f"{ours:.0f} MiB, Transformers' {theirs:.0f} ({key})" for key, (ours, theirs) in steps.items())}.
+for the first three. A forward over 2048 tokens adds {memory['ours_bytes'] / 2**20:.0f} MiB to the peak memory, Transformers' {memory['transformers_bytes'] / 2**20:.0f} MiB{steps}.
 With the experts traced rather than behind an opaque op, compiled steps take {', '.join(f"{times:.2f} times as long ({key})" for key, times in experts.items())}.
 
 `python generate.py` prints its first token {cold['ttft_s']:.0f} s after the process starts when nothing is compiled yet (load average before:
