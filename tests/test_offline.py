@@ -1,9 +1,10 @@
 """Contracts of the kernels as compiled code, for GPUs that need not be there (bench/offline.py): each compiles, fits into
 shared memory, spills no more than recorded, and keeps its matrix instructions.
 
-The record is bench/results/kernels_triton<version>.json; `python -m bench.offline --record` rewrites it, --new adds to it. Compiled
-are, of every kernel on every architecture, the shape that spills most, or takes most shared memory (of those with matrix
-instructions, where there are any), and all with -m slow; with the Triton that is installed, and with 3.6.0 where TRITON_360 names a folder that holds it.
+The record is bench/results/kernels_triton<version>.json; `python -m bench.offline --record` rewrites it, --new adds to it.
+Compiled are, of every kernel on every architecture, the shape that spills most, or takes most shared memory (of those with
+matrix instructions, where there are any), and all with -m slow; with the Triton that is installed, and with 3.6.0 where
+TRITON_360 names a folder that holds it.
 """
 from __future__ import annotations
 
