@@ -139,6 +139,18 @@ def test_a_batch_of_a_cache_is_read_in_place():
     assert rms(forward_kernel(*args)[0], expected) <= 2e-6
 
 
+@pytest.mark.parametrize("kind", ["range", "chosen"])
+def test_entries_may_have_more_values_than_an_int32_counts(kind):
+    """Only the last rows' memory is ever touched."""
+    *args, entries, lo, hi, idx, eps = arguments(T=5, H=2, D=512, W=4, kind=kind, dtype=torch.bfloat16)
+    E, lo = entries.shape[1], lo.clamp(min=0)
+    many, skipped = torch.empty(1, (1 << 22) + E, 512, dtype=torch.bfloat16), 1 << 22
+    many[:, skipped:] = entries
+    moved = None if idx is None else torch.where(idx < 0, -1, idx + skipped)
+    for got, expected in zip(forward_kernel(*args, many, lo + skipped, hi + skipped, moved, eps), forward_kernel(*args, entries, lo, hi, idx, eps)):
+        assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("empty", [dict(B=0), dict(T=0), dict(E=0)], ids=str)
 def test_nothing_to_do(empty):
     args = arguments(B=empty.get("B", 1), T=empty.get("T", 3))
