@@ -25,6 +25,7 @@ from checkpoint import TOKENIZER_FILES
 from tokenizer import ASSISTANT, BOS, END_THINK, EOS, THINK, USER, Tokenizer, load_tokenizer
 
 HELD_OUT = 0.05  # the tail of the text that is never trained on
+LONGEST = 1 << 18  # characters that a vocabulary is fitted to at a time
 GAP = "\n\n\n\n"  # between documents
 
 
@@ -57,32 +58,34 @@ def read_text(paths: list[str]) -> str:
 
 
 def split(text: str) -> tuple[str, str]:
-    """The text to train on, and its held-out tail (cut at a line)."""
-    cut = text.rfind("\n", 0, int(len(text) * (1 - HELD_OUT))) + 1
+    """The text to train on, and its held-out tail: cut at a line, or where lines are as long as that at a word, or anywhere."""
+    at = int(len(text) * (1 - HELD_OUT))
+    cut = next((cut for mark in "\n " if (cut := text.rfind(mark, 0, at) + 1) > (1 - HELD_OUT) * at), at)
     return text[:cut], text[cut:]
 
 
 def train_tokenizer(text: str, folder: Path, vocab_size: int) -> Path:
-    """Fit a byte-pair vocabulary with sentencepiece; every text survives encoding and decoding. -> tokenizer.model"""
+    """Fit a byte-pair vocabulary with sentencepiece; every text survives encoding and decoding, but U+2581. -> tokenizer.model"""
     import sentencepiece
     folder.mkdir(parents=True, exist_ok=True)
+    pieces = (line[at : at + LONGEST] for line in text.splitlines() for at in range(0, len(line) or 1, LONGEST))
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text.splitlines()), model_prefix=str(folder / "tokenizer"), model_type="bpe",
+        sentence_iterator=pieces, model_prefix=str(folder / "tokenizer"), model_type="bpe",
         vocab_size=vocab_size, byte_fallback=True, add_dummy_prefix=False, remove_extra_whitespaces=False,
         normalization_rule_name="identity", allow_whitespace_only_pieces=True, bos_id=0, eos_id=1, unk_id=2, bos_piece=BOS,
-        eos_piece=EOS, user_defined_symbols=[USER, ASSISTANT, THINK, END_THINK], max_sentence_length=1 << 20,
+        eos_piece=EOS, user_defined_symbols=[USER, ASSISTANT, THINK, END_THINK], max_sentence_length=4 * LONGEST,
         num_threads=1, minloglevel=2)
     (folder / "tokenizer.vocab").unlink()
     return folder / "tokenizer.model"
 
 
 class Bytes:
-    """Text as bytes: what models with a vocabulary too small for sentencepiece read. Byte 0 is BOS, byte 1 EOS."""
+    """Text as bytes: what models with a vocabulary too small for sentencepiece read. 0 is BOS, 1 EOS; in a text they are left out."""
 
     bos_id, eos_id = 0, 1
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
-        return [0] * bos + list(text.encode())
+        return [0] * bos + [byte for byte in text.encode() if byte > 1]
 
     def decode(self, ids: list[int]) -> str:
         return bytes(i for i in ids if 1 < i < 256).decode(errors="replace")
@@ -134,9 +137,12 @@ def prepare(text: str, cache: Path, vocab_size: int, source: str | None = None) 
     source is a folder with a tokenizer. Without one, vocabularies below 512 read bytes, and others are fitted to the text.
     """
     parts, name = split(text), "bytes" if vocab_size < 512 else f"fitted {vocab_size}"
+    files = [file for file in map(Path(source).joinpath, TOKENIZER_FILES) if file.exists()] if source else []
+    if name == "bytes" and not files:
+        source = None
     if source:
         load_tokenizer(source)  # complains if there is none
-        name = [hashlib.sha256(file.read_bytes()).hexdigest() for file in map(Path(source).joinpath, TOKENIZER_FILES) if file.exists()]
+        name = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
 
     def reader(folder: Path) -> Tokenizer | Bytes:
         return Bytes() if name == "bytes" else load_tokenizer(source or folder)

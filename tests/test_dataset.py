@@ -19,6 +19,18 @@ def test_the_held_out_tail_is_never_trained_on():
     assert trained + held_out == TEXT and 0.049 < len(held_out) / len(TEXT) < 0.051 and trained.endswith("\n")
 
 
+@pytest.mark.parametrize("text", ["words " * 1000, "x" * 6000, "a line\n" + "words " * 1000])
+def test_a_text_of_long_lines_is_cut_where_it_must_be(text):
+    trained, held_out = D.split(text)
+    assert trained + held_out == text and abs(len(held_out) / len(text) - 0.05) < 0.01 and (trained.endswith(" ") or " " not in text)
+
+
+def test_a_vocabulary_is_fitted_to_lines_of_any_length(tmp_path, monkeypatch):
+    monkeypatch.setattr(D, "LONGEST", 1000)
+    D.train_tokenizer(TEXT[:60_000].replace("\n", " "), tmp_path, 512)
+    assert load_tokenizer(tmp_path).vocab_size == 512
+
+
 def test_a_vocabulary_round_trips_and_documents_stand_between_bos_and_eos(tmp_path):
     text = TEXT[:60_000] + "\n\n\n\n\nA second document, with \ttabs  and  spaces.\n"
     D.train_tokenizer(text, tmp_path, 512)
@@ -33,6 +45,7 @@ def test_a_vocabulary_round_trips_and_documents_stand_between_bos_and_eos(tmp_pa
 def test_bytes_round_trip():
     tokenizer = D.Bytes()
     assert tokenizer.decode(tokenizer.encode("naïve\n", bos=True)) == "naïve\n" and tokenizer.encode("a", bos=True) == [0, 97]
+    assert tokenizer.encode("\0a\1") == [97]  # no BOS or EOS
 
 
 def test_files_and_folders_are_read_in_order_as_documents(tmp_path):
