@@ -312,6 +312,17 @@ def missing_for_cpu() -> str | None:
     return None if os.path.exists(headers) else f"Python's headers ({headers})"
 
 
+def usable_preset(asked: str | None, default: str, device: str) -> str:
+    """The preset asked for, or the default. Where CPU code cannot be compiled, eager instead of the default, and ValueError if asked."""
+    name = asked or default
+    lacks = missing_for_cpu() if device == "cpu" and PRESETS[name].backend else None
+    if lacks and asked:
+        raise ValueError(f"--compile {name} needs {lacks}: install it, or use --compile eager")
+    if lacks:
+        print(f"running without torch.compile, which needs {lacks}", file=sys.stderr)
+    return "eager" if lacks else name
+
+
 def choose_threads(active_bytes: int) -> int:
     """CPU threads for a model that reads active_bytes per token; sets torch's count and returns it.
 

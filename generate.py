@@ -22,7 +22,7 @@ import torch
 import cli
 from checkpoint import load
 from compile_config import (PRESETS, CompileConfig, CompileCount, choose_threads, compile_decode, compile_prefill,
-                            missing_for_cpu, peak_memory)
+                            peak_memory, usable_preset)
 from model import ModelArgs, Transformer
 from tokenizer import StreamDecoder, Tokenizer, encode_messages, load_tokenizer, parse_response
 
@@ -274,12 +274,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     refuse(flags.device == "cuda" and not torch.cuda.is_available(), "--device cuda: no CUDA device is available here; use cpu")
     flags.device = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
     flags.dtype = flags.dtype or ("bfloat16" if flags.device == "cuda" else "float32")
-    flags.preset = "eager" if flags.no_compile else flags.compile or "default"
-    lacks = missing_for_cpu() if flags.device == "cpu" and PRESETS[flags.preset].backend else None
-    refuse(lacks and flags.compile, f"--compile {flags.preset} needs {lacks}: install it, or use --no-compile")
-    if lacks:
-        print(f"running without torch.compile, which needs {lacks}", file=sys.stderr)
-        flags.preset = "eager"
+    flags.preset = "eager" if flags.no_compile else usable_preset(flags.compile, "default", flags.device)
     refuse(PRESETS[flags.preset].cudagraphs and flags.device != "cuda", f"--compile {flags.preset} needs a CUDA device")
     return flags
 

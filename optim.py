@@ -2,7 +2,8 @@
 
     Muon   ops/muon.py; all matrices but the embedding, the head and `ape`; experts one by one, W1 and W3 apart, groups of
            wo_a apart
-    AdamW  as torch.optim.AdamW, betas (0.9, 0.95), eps 1e-20; vectors do not decay
+    AdamW  torch.optim.AdamW's formula, in this graph, with fp32 masters; betas (0.9, 0.95), eps 1e-20; vectors (norms, sinks,
+           the mHC's bases and scales) do not decay, as is usual, though V4's recipe names no exception
     bias   b += rate * sign(mean load - load), per router that is trained
 
 Parameters below fp32 are updated through fp32 masters.

@@ -231,6 +231,7 @@ class Ranks:
             def save(self, model: Transformer, optimizer: Divided, step: int, facts: dict, **layout) -> Path:
                 temporary = self.begin(step) if ranks.lead else self.folder / f".step-{step:06d}"
                 ranks.any(False)
+                ranks.save(model, temporary, **layout)
                 dcp.save(ranks.state(model, optimizer), checkpoint_id=temporary)
                 if ranks.lead:
                     (temporary / FACTS).write_text(json.dumps({"step": step, "facts": facts}))

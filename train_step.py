@@ -3,14 +3,15 @@
     text -> packed rows (dataset.py) -> one compiled step: losses, gradients, update (compile_config.py, optim.py)
 
 Without --init a model begins with random weights and a vocabulary fitted to the text; with it, a folder in the released
-layout is trained on. The loss is next-token cross-entropy plus 0.3 times that of the MTP block, and 1e-4 times the
-routers' balance; router biases follow the load. --index-loss trains the lightning indexers too, by the recipe of
-DeepSeek-V3.2: V4's own is not published. (Spec 12.)
+layout is trained on. The loss is next-token cross-entropy plus 0.3 times that of the MTP block (throughout: V4's weight
+falls to 0.1 with the rate), and 1e-4 times the routers' balance; router biases follow the load. --index-loss trains the
+lightning indexers too, by the recipe of DeepSeek-V3.2: V4's own is not published. (Spec 12.)
 """
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -30,11 +31,12 @@ from safetensors.torch import save_file
 import cli
 import dataset
 from checkpoint import load, save
-from compile_config import PRESETS, choose_threads, compile_train_step, peak_memory
+from compile_config import PRESETS, choose_threads, compile_train_step, peak_memory, usable_preset
 from model import ModelArgs, Transformer, Weights, aim, training_loss
 from optim import Optimizer
 
 ROOT = Path(__file__).parent
+NAMED = {"debug": ModelArgs.debug, "tiny": ModelArgs.tiny}  # --config
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -135,7 +137,8 @@ def sample(model: Transformer, tokenizer, prompt: str, count: int, seed: int) ->
 class Checkpoints:
     """`folder`/step-000123: a model in the released layout, and state.safetensors, from which training goes on to the bit.
 
-    A checkpoint gets its name when it is complete, and only then the oldest goes, so that `keep` of them remain.
+    A checkpoint gets its name when it is complete, and only then the oldest goes, so that `keep` of them remain. Names that
+    begin with a dot are of what is not complete, or no longer.
     """
 
     def __init__(self, folder: str, keep: int):
@@ -150,19 +153,22 @@ class Checkpoints:
         return self.folder / f"step-{step:06d}"
 
     def begin(self, step: int) -> Path:
-        """A folder to fill; what a killed run left half-filled goes."""
+        """A folder to fill."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for stale in self.folder.glob(".step-*"):
-            shutil.rmtree(stale)
+        self._clear()
         return self.folder / f".step-{step:06d}"
 
     def finish(self, temporary: Path, step: int) -> Path:
         """The folder that begin gave is complete."""
-        shutil.rmtree(self.path(step), ignore_errors=True)
         os.rename(temporary, self.path(step))
         for old in self.steps()[: -self.keep]:
-            shutil.rmtree(self.path(old))
+            os.rename(self.path(old), self.folder / f".step-{old:06d}")
+        self._clear()
         return self.path(step)
+
+    def _clear(self) -> None:
+        for stale in self.folder.glob(".step-*"):
+            shutil.rmtree(stale)
 
     @staticmethod
     def compare(path: Path, then: dict, facts: dict) -> None:
@@ -186,6 +192,8 @@ class Checkpoints:
         if not self.steps():
             return 0
         path = self.path(self.steps()[-1]) / "state.safetensors"
+        if not path.exists():
+            raise ValueError(f"{path.parent}: was not saved by one process: go on with torchrun as before, or name another folder")
         try:
             with safe_open(path, "pt") as file:
                 about = file.metadata()
@@ -235,28 +243,36 @@ class Interrupt:
             signal.signal(number, handler)
 
 
+def require_finite(metrics: dict, step: int) -> None:
+    for key in ("loss", "grad_norm"):
+        if not math.isfinite(metrics[key]):
+            raise FloatingPointError(f"the {key} is {float(metrics[key])} at step {step}: choose a lower --lr")
+
+
 def train(step: Callable, rows: dataset.Rows, device: torch.device, *, steps: int, batch: int, rate: Callable[[int], float],
-          first: int = 0, every: int = 10, after: Callable[[int], bool | None] = lambda step: None, log: Callable[[dict], None] = print) -> float:
+          first: int = 0, every: int = 10, after: Callable[[int, dict], bool | None] = lambda step, metrics: None, log: Callable[[dict], None] = print) -> float:
     """Run `step` (see compile_train_step) from number `first` to `steps` -> seconds, compiling included.
 
-    after(i) is called when i steps are done and ends the run by returning True; log gets a dict every `every` steps.
+    after(i, metrics) is called when i steps are done and ends the run by returning True; log gets a dict every `every` steps.
     """
     begun, warm = time.perf_counter(), 0.0
     for i in range(first, steps):
         now = rate(i)
         tensors = (t.to(device) for t in rows(range(i * batch, (i + 1) * batch)))
-        metrics = step(*tensors, torch.tensor(now, device=device))
+        try:
+            metrics = step(*tensors, torch.tensor(now, device=device))
+        except torch.OutOfMemoryError:
+            raise ValueError("the GPU's memory does not hold a step: choose a smaller --micro-batch, or --recompute full") from None
         if i == first or i == steps - 1 or i % every == every - 1:
             metrics = {key: value.item() for key, value in metrics.items()}
-            if not math.isfinite(metrics["loss"]):
-                raise FloatingPointError(f"the loss is {metrics['loss']} at step {i + 1}: choose a lower --lr")
+            require_finite(metrics, i + 1)
             done, seconds = i - first, time.perf_counter() - warm
             log({"step": i + 1, **metrics, "lr": now, "tok_per_s": done * batch * rows.length / seconds if done else None,
                  "minutes_left": seconds / done * (steps - 1 - i) / 60 if done else None})
         if i == first:
             wait(device)
             warm = time.perf_counter()  # the first step compiled
-        if after(i + 1):
+        if after(i + 1, metrics):
             break
     return time.perf_counter() - begun
 
@@ -268,10 +284,24 @@ class Log:
         self.steps, self.peak, self.flops, self.device, self.say = steps, peak, flops, device, say
         self.file, self.history = Path(file) if file else None, []
         if self.file:
-            lines = self.file.read_text().splitlines() if self.file.exists() and first else []
-            self.history = [entry for line in lines if (entry := json.loads(line))["step"] <= first]
+            self.history = self.entries(first)
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            self.file.write_text("".join(json.dumps(entry) + "\n" for entry in self.history))
+            temporary = self.file.with_name(f"{self.file.name}.tmp")
+            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in self.history))
+            os.replace(temporary, self.file)
+
+    def entries(self, first: int) -> list[dict]:
+        """What the file tells of the steps up to `first`; its last line may be torn, as by a kill."""
+        lines, found = self.file.read_text().splitlines(keepends=True) if first and self.file.exists() else [], []
+        for number, line in enumerate(lines, 1):
+            try:
+                entry = json.loads(line)
+                if entry["step"] <= first:
+                    found.append(entry)
+            except (ValueError, KeyError, TypeError):
+                if number < len(lines) or line.endswith("\n"):
+                    raise ValueError(f"{self.file}: line {number} is not one of ours: name another file with --metrics") from None
+        return found
 
     def __call__(self, metrics: dict) -> None:
         speed = metrics["tok_per_s"]
@@ -311,7 +341,7 @@ def plot(history: list[dict], path: str) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(prog="train_step.py", description="Train a DeepSeek-V4 on plain text.", allow_abbrev=False)
     group = parser.add_argument_group("model").add_argument
-    group("--config", default="debug", metavar="NAME|FILE", help="debug, tiny, or a config.json: begin with random weights")
+    group("--config", metavar="NAME|FILE", help="debug (default), tiny, or a config.json: begin with random weights")
     group("--init", metavar="DIR", help="train a folder in the released layout instead, with its tokenizer")
     group("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and activations; masters are fp32")
     group("--qat", choices=("fp4", "fp8"), help="see the experts through this format and activations as released models do")
@@ -332,7 +362,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     group("--seed", type=int, default=0)
     group = parser.add_argument_group("execution").add_argument
     group("--device", choices=("cpu", "cuda"))
-    group("--compile", choices=PRESETS, default="regional", metavar="PRESET", help=", ".join(PRESETS))
+    group("--compile", choices=PRESETS, metavar="PRESET", help=f"{', '.join(PRESETS)} (default: regional)")
     group("--ep", type=int, metavar="SIZE", help="processes that share the routed experts, with torchrun (default: those of a machine)")
     group("--recompute", choices=("none", "selective", "full"), default="none", help="activations computed again in the backward")
     group = parser.add_argument_group("results").add_argument
@@ -350,20 +380,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         if getattr(flags, name) is not None and getattr(flags, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(flags, name)}: at least 1")
     for name in ("seed", "index_loss", "index_warmup"):
-        if not 0 <= getattr(flags, name) < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(flags, name)}: choose 0 or more")
+        if not 0 <= getattr(flags, name) < 1 << 63:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(flags, name)}: choose 0 or more, below 2^63")
     for name in ("lr", "clip"):
         if not 0 < getattr(flags, name) < math.inf:
             raise ValueError(f"--{name} {getattr(flags, name)}: choose a positive number")
-    for name in ("out", "checkpoints", "metrics", "plot"):
-        path = Path(getattr(flags, name) or ".").absolute()
+    for name in ("out", "checkpoints", "cache", "metrics", "plot"):
+        path, folder = Path(getattr(flags, name) or ".").absolute(), name in ("out", "checkpoints", "cache")
         if not path.parent.is_dir():
             raise ValueError(f"--{name} {getattr(flags, name)}: there is no folder {path.parent}")
-        if name in ("metrics", "plot") and getattr(flags, name) and path.is_dir():
-            raise ValueError(f"--{name} {getattr(flags, name)}: is a folder; name a file")
+        if getattr(flags, name) and path.exists() and path.is_dir() != folder:
+            raise ValueError(f"--{name} {getattr(flags, name)}: is a {'file; name a folder' if folder else 'folder; name a file'}")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise ValueError(f"--{name} {getattr(flags, name)}: may not be written to; name another")
     if flags.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no CUDA device is available here; use cpu")
     flags.device = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if flags.config and flags.init:
+        raise ValueError("--config and --init exclude each other: --init brings its own config.json")
+    flags.config = flags.config or "debug"
+    flags.compile = usable_preset(flags.compile, "regional", flags.device)
     if PRESETS[flags.compile].cudagraphs:
         raise ValueError(f"--compile {flags.compile}: CUDA graphs are for generation; choose default or regional")
     if flags.plot:
@@ -384,8 +420,9 @@ def build(flags: argparse.Namespace, device: str) -> Transformer:
         model = load(flags.init, device=device, dtype=getattr(torch, flags.dtype), act_quant=bool(flags.qat))
         model.args.expert_qat = flags.qat
         return model
-    named = {"debug": ModelArgs.debug, "tiny": ModelArgs.tiny}
-    args = named[flags.config]() if flags.config in named else ModelArgs.from_json(flags.config)
+    if flags.config not in NAMED and not flags.config.endswith(".json") and not os.path.isdir(flags.config):
+        raise ValueError(f"--config {flags.config}: choose {', '.join(NAMED)}, a config.json, or a folder that holds one")
+    args = NAMED[flags.config]() if flags.config in NAMED else ModelArgs.from_json(flags.config)
     args.act_quant, args.expert_qat = bool(flags.qat), flags.qat
     torch.manual_seed(flags.seed)
     torch.set_default_dtype(getattr(torch, flags.dtype))
@@ -435,6 +472,11 @@ def run(argv: list[str] | None) -> None:
     work(flags, Solo)
 
 
+def unused(folder: str) -> str:
+    """The name, or the first of name-2, name-3, ... that no file has."""
+    return next(name for name in itertools.chain([folder], (f"{folder}-{i}" for i in itertools.count(2))) if not os.path.lexists(name))
+
+
 def work(flags: argparse.Namespace, ranks) -> None:
     say = lambda message: print(message, file=sys.stderr if flags.json else sys.stdout, flush=True)
     device, threads = torch.device(flags.device), choose_threads(1 << 28)  # training is compute-bound: every core helps
@@ -443,17 +485,16 @@ def work(flags: argparse.Namespace, ranks) -> None:
         raise ValueError("--index-loss, --index-warmup: this model has no indexer, which layers of ratio 4 have")
     data, flops = ranks.first(lambda: read_data(flags, model.args)), flops_per_token(model, flags.seq_len)
     rows, model = ranks.share(dataset.Rows(data.train, flags.seq_len, data.tokenizer.bos_id, flags.seed)), ranks.shard(model)
-    checkpoints, layout = ranks.checkpoints(Checkpoints)(flags.checkpoints or "interrupted", flags.keep), dict(
+    checkpoints, layout = ranks.checkpoints(Checkpoints)(flags.checkpoints or unused("interrupted"), flags.keep), dict(
         experts=flags.experts, linears=flags.linears, tokenizer=data.source)
     facts = {"config": model.args.to_hf(), "data": data.folder.name, **{key: getattr(flags, key) for key in (
-        "batch", "seq_len", "seed", "optimizer", "dtype", "index_warmup")}}
+        "batch", "seq_len", "seed", "optimizer", "dtype", "qat", "index_warmup", "index_loss")}}
     total = flags.index_warmup + flags.steps
     last, first = min(flags.stop_after or total, total), (checkpoints.steps() or [0])[-1] if flags.checkpoints else 0
     if first >= last:
-        raise ValueError(f"--checkpoints {flags.checkpoints}: is already at step {first}; ask for more --steps")
+        raise ValueError(f"--checkpoints {flags.checkpoints}: is already at step {first}; ask for more --steps, or a later --stop-after")
     peak = ranks.size * peak_flops(device, getattr(torch, flags.dtype))
-    log = Log(flags.metrics if ranks.lead else None, first, total, peak, flops, device, say)
-    interrupt, seconds, stopped, recall = Interrupt(say), 0.0, False, []
+    log, interrupt, seconds, stopped, recall = None, Interrupt(say), 0.0, False, []
 
     def judge_indexers() -> None:
         if flags.index_loss or flags.index_warmup:
@@ -461,10 +502,11 @@ def work(flags: argparse.Namespace, ranks) -> None:
             say("indexers: rows are too short for a choice" if recall[-1] is None else
                 f"indexers choose {100 * recall[-1]:.0f} % of the entries attended to most")
 
-    def after(done: int) -> bool:
+    def after(done: int, metrics: dict) -> bool:
         nonlocal stopped
         stopped = ranks.any(interrupt.asked)
         if stopped or flags.checkpoints and (done % flags.save_every == 0 or done == last):
+            require_finite(metrics, done)
             path = checkpoints.save(model, optimizer, done, facts, **layout)
             if stopped:
                 say(f"saved {path}; the same command with --checkpoints {checkpoints.folder} goes on from there")
@@ -482,11 +524,17 @@ def work(flags: argparse.Namespace, ranks) -> None:
                 say(f"going on from {checkpoints.path(first)}")
             step = compile_train_step(model, optimizer, ranks.preset(PRESETS[flags.compile]), weights=Weights(index=flags.index_loss or 1.0),
                                       watch=stage.watch, micro_batch=flags.micro_batch, recompute=flags.recompute, add_up=ranks.total)
+            log = log or Log(flags.metrics if ranks.lead else None, first, total, peak, flops, device, say)
             judge_indexers()
             seconds += train(step, rows, device, steps=min(stage.end, last), batch=flags.batch, rate=stage.rate,
                              first=max(stage.begin, first), after=after, log=log)
             if stopped:
                 raise KeyboardInterrupt
+        if flags.out:
+            ranks.save(model, flags.out, **layout)
+            say(f"saved {flags.out}")
+    if ranks.any(interrupt.asked):
+        raise KeyboardInterrupt
     judge_indexers()
     seen, newest = (last - first) * flags.batch * flags.seq_len, log.history[-1]
     scored = data.held_out[: max(seen, 2 * flags.seq_len)]  # short runs are judged on as much text as they read
@@ -500,9 +548,6 @@ def work(flags: argparse.Namespace, ranks) -> None:
     if flags.plot and ranks.lead:
         plot(log.history, flags.plot)
         say(f"drew {flags.plot}")
-    if flags.out:
-        ranks.save(model, flags.out, **layout)
-        say(f"saved {flags.out}")
     report["sample"] = sample(model, data.tokenizer, "KING RICHARD.\n", 160, flags.seed)
     say(f"\n{report['sample']}")
     if flags.json:

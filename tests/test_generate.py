@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import checkpoint
+import compile_config
 import generate as G
 from compile_config import PRESETS, CompileConfig
 from model import ModelArgs, Transformer
@@ -340,7 +341,7 @@ def test_prompt_files_that_hold_nothing_are_refused(capsys, tmp_path):
 
 
 def test_without_a_compiler_it_runs_eagerly_and_says_so(capsys, monkeypatch, folder):
-    monkeypatch.setattr(G, "missing_for_cpu", lambda: "a C++ compiler")
+    monkeypatch.setattr(compile_config, "missing_for_cpu", lambda: "a C++ compiler")
     assert G.main(["--checkpoint", folder, "--prompt-ids", "5,6", "--max-new-tokens", "2", "--json"]) == 0
     captured = capsys.readouterr()
     assert "a C++ compiler" in captured.err and json.loads(captured.out)["preset"] == "eager"

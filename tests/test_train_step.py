@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,12 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import compile_config
 import dataset as D
 import train_step as S
 from bench.dense import Dense, active_parameters, dense_loss
 from checkpoint import load, open_folder, save
 from compile_config import PRESETS, CompileConfig, CompileCount, compile_train_step
-from model import ModelArgs, Transformer
+from model import ModelArgs, Transformer, Weights
 from optim import Optimizer
 from oracle import randomize, small
 
@@ -153,6 +155,54 @@ def test_the_newest_checkpoints_are_kept(folder):
     assert sorted(path.name for path in kept.iterdir()) == ["metrics.jsonl", "step-000003", "step-000004"]
 
 
+class Killed(BaseException):
+    """Nothing of the program runs after it, neither an `except` nor a `finally` that touches files."""
+
+
+@pytest.mark.parametrize("keep", (1, 2))
+def test_a_save_that_is_killed_anywhere_leaves_what_was_saved(tmp_path, monkeypatch, keep):
+    """At every one of its changes to the disk, deletions half done."""
+    torch.manual_seed(0)
+    model, facts = Transformer(small(n_layers=1, n_hash_layers=0, compress_ratios=(0, 0))), {"a": 1}
+    optimizer, saved, left, dead = Optimizer(model), S.Checkpoints(str(tmp_path / "run"), keep), -1, False
+
+    def dying(function, dies):
+        def call(*args, **kw):
+            nonlocal left, dead
+            left -= 1
+            dead = dead or left == 0
+            if dead:
+                if left == 0:
+                    dies(*args)
+                raise Killed
+            return function(*args, **kw)
+        return call
+
+    for step in (1, 2):
+        saved.save(model, optimizer, step, facts)
+    remove, write = shutil.rmtree, S.save_file
+    monkeypatch.setattr(shutil, "rmtree", dying(remove, lambda path, *rest: next(Path(path).iterdir()).unlink()))
+    monkeypatch.setattr(S, "save_file", dying(write, lambda tensors, path, *rest: Path(path).write_bytes(b"torn")))
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, dying(getattr(os, name), lambda *args: None))
+    for calls in range(1, 100):
+        newest, left, dead = saved.steps()[-1], calls, False
+        try:
+            saved.save(model, optimizer, newest + 1, facts)
+        except Killed:
+            pass
+        found = saved.steps()
+        assert found[-1] in (newest, newest + 1) and len(found) >= keep
+        for step in found:
+            assert load(saved.path(step), dtype=torch.float32).args.n_layers == 1 and state_of(saved.folder, step)
+        left, alive = -1, not dead
+        dead = False
+        if alive:
+            break
+    assert 5 < calls < 99 and not list(saved.folder.glob(".step-*"))  # a save that ends well leaves nothing else
+    assert saved.load(model, optimizer, facts) == saved.steps()[-1] and len(saved.steps()) == keep
+
+
 SCRIPT = """
 import sys, train_step as S
 before = S.learning_rate
@@ -189,6 +239,83 @@ def test_a_run_without_checkpoints_is_saved_when_interrupted(folder, monkeypatch
     monkeypatch.setattr(S.Log, "__call__", lambda self, metrics: (log(self, metrics), signal.raise_signal(signal.SIGINT)))
     assert S.main(command(folder)) == 130
     assert "interrupted/step-000001" in capsys.readouterr().out and S.Checkpoints("interrupted", 1).steps() == [1]
+    assert S.main(command(folder)) == 130  # another run's state is not mixed with it
+    assert "interrupted-2/step-000001" in capsys.readouterr().out and S.Checkpoints("interrupted", 1).steps() == [1]
+
+
+@pytest.mark.parametrize("where", ("held_out_loss", "save"))
+def test_what_was_trained_is_saved_before_it_is_judged(folder, monkeypatch, capsys, where):
+    """Interrupted when training has ended, a run still saves --out."""
+    before = getattr(S.Solo if where == "save" else S, where)
+    interrupted = lambda *args, **kw: (signal.raise_signal(signal.SIGINT), before(*args, **kw))[1]
+    monkeypatch.setattr(S.Solo if where == "save" else S, where, staticmethod(interrupted) if where == "save" else interrupted)
+    assert S.main(command(folder, "--out", str(folder / "out"))) == 130
+    assert "saved" in capsys.readouterr().out and load(folder / "out").args.n_layers == 4
+
+
+@pytest.mark.parametrize("key", ("loss", "grad_norm"))
+def test_what_is_not_finite_is_never_saved(folder, monkeypatch, capsys, key):
+    make = S.compile_train_step
+
+    def diverging(*args, **kw):
+        step, done = make(*args, **kw), []
+        return lambda *inputs: step(*inputs) | ({key: torch.tensor(float("nan"))} if (done.append(1), len(done) == 3)[1] else {})
+
+    monkeypatch.setattr(S, "compile_train_step", diverging)
+    assert S.main(command(folder, "--checkpoints", str(folder / "run"), "--save-every", "1", "--steps", "30")) == 2
+    assert f"the {key} is nan at step 3: choose a lower --lr" in capsys.readouterr().err
+    assert S.Checkpoints(str(folder / "run"), 3).steps() == [1, 2]
+
+
+def test_flags_reach_what_they_are_about(folder, monkeypatch):
+    """What the command line gives to the optimizer and the step, in both stages of a run."""
+    optimizers, steps, make = [], [], S.compile_train_step
+    monkeypatch.setattr(S.Solo, "optimizer", staticmethod(lambda *args, **kw: (optimizers.append((*args[1:], kw)), Optimizer(*args, **kw))[1]))
+    monkeypatch.setattr(S, "compile_train_step", lambda model, optimizer, cfg, **kw: (steps.append((model.args.expert_qat, cfg, kw)), make(model, optimizer, cfg, **kw))[1])
+    assert S.main(command(folder, "--optimizer", "adamw", "--clip", "0.25", "--micro-batch", "1", "--recompute", "full", "--qat", "fp8",
+                          "--index-warmup", "1", "--index-loss", "0.5", "--steps", "1")) == 0
+    assert optimizers == [("adamw", {"clip": 0.25})] * 2
+    for watch, (qat, cfg, options) in zip(("dense", "chosen"), steps, strict=True):
+        assert qat == "fp8" and cfg == PRESETS["eager"] and options["weights"] == Weights(mtp=0.3, balance=1e-4, index=0.5)
+        assert (options["watch"], options["micro_batch"], options["recompute"]) == (watch, 1, "full")
+
+
+def test_a_step_moves_router_biases_by_their_rate():
+    model = Transformer(small())
+    biases = [layer.ffn.gate.bias for layer in (*model.layers, *model.mtp) if hasattr(layer.ffn.gate, "bias")]
+    tokens = torch.randint(256, (2, 40))
+    compile_train_step(model, Optimizer(model), PRESETS["eager"])(tokens, tokens.roll(-1, 1), torch.zeros_like(tokens), torch.tensor(1e-3))
+    assert biases and all((bias.abs() - 1e-3 < 1e-9).all() and bias.any() for bias in biases)
+
+
+def test_a_model_that_reads_bytes_is_trained_on(folder):
+    assert S.main(command(folder, "--out", str(folder / "one"))) == 0
+    assert S.main(command(folder, "--init", str(folder / "one"), "--out", str(folder / "two"))) == 0
+
+
+def test_a_torn_line_of_metrics_is_left_out_and_a_foreign_one_refused(folder, capsys):
+    run = folder / "run"
+    argv = command(folder, "--checkpoints", str(run), "--stop-after")
+    assert S.main([*argv, "1"]) == 0
+    metrics = run / "metrics.jsonl"
+    whole = metrics.read_text()
+    metrics.write_text(whole + whole[:10])
+    assert S.main([*argv, "2"]) == 0
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 2]
+    for line in ('{"a": 1}', "[1]", "what", '{"step": "x"}'):
+        metrics.write_text(content := whole + line + "\n" + whole)
+        assert S.main([*argv, "3"]) == 2
+        error = capsys.readouterr().err
+        assert f"{metrics}: line 2" in error and len(error.strip().splitlines()) == 1 and metrics.read_text() == content
+    assert S.main([*argv, "3", "--batch", "4"]) == 2
+    assert "batch 2, not 4" in capsys.readouterr().err and metrics.read_text() == content  # a refused run changes nothing
+
+
+def test_without_a_compiler_it_trains_eagerly_and_says_so(folder, monkeypatch, capsys):
+    monkeypatch.setattr(compile_config, "missing_for_cpu", lambda: "a C++ compiler")
+    argv = [a for a in command(folder, "--steps", "1") if a not in ("--compile", "eager")]
+    assert S.main(argv) == 0 and "a C++ compiler" in capsys.readouterr().err
+    assert S.main([*argv, "--compile", "regional"]) == 2 and "a C++ compiler" in capsys.readouterr().err
 
 
 def test_a_checkpoint_that_is_torn_or_anothers_is_refused(folder, capsys):
@@ -203,6 +330,8 @@ def test_a_checkpoint_that_is_torn_or_anothers_is_refused(folder, capsys):
     assert S.main(command(folder, "--checkpoints", run, "--steps", "9")) == 2
     error = capsys.readouterr().err
     assert "state.safetensors: cannot be read" in error and len(error.strip().splitlines()) == 1
+    state.unlink()
+    assert S.main(command(folder, "--checkpoints", run, "--steps", "9")) == 2 and "torchrun" in capsys.readouterr().err
 
 
 def test_a_released_folder_is_trained_on(capsys, folder):
@@ -261,6 +390,11 @@ def test_flops_match_those_of_the_report():
     (["--out", "/nowhere/at/all"], "--out"),
     (["--checkpoints", "/nowhere/at/all"], "--checkpoints"),
     (["--plot", "."], "--plot"),
+    (["--out", "SHORT"], "--out"),
+    (["--checkpoints", "SHORT"], "--checkpoints"),
+    (["--seed", str(1 << 64)], "--seed"),
+    (["--config", "SHORT"], "--config"),
+    (["--config", "tiny", "--init", "."], "--init"),
     (["--config", "tiny", "--data", "SMALL"], "vocabulary"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(capsys, tmp_path, argv, says):
