@@ -1,6 +1,6 @@
 """The embedded model judged on the text it was never trained on.
 
-    python train_step.py --config tiny --steps 850 --batch 4 --seq-len 1024 --lr 6e-3 --out assets/tiny --experts fp4 --linears fp8 --json
+    python train_step.py --config tiny --steps 1000 --batch 4 --seq-len 1024 --lr 6e-3 --index-loss 1 --out assets/tiny --experts fp4 --linears fp8 --json
     python -m bench.embedded [REPORT.json]      records bench/results/embedded.json
 
 The first command makes the model; REPORT.json is what it printed. Without it the training facts of the last record are kept.
