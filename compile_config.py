@@ -190,7 +190,7 @@ def compile_verify(model: Transformer, cfg: CompileConfig, then: Callable | None
     return Phase(model, cfg, "verify", "all", then)
 
 
-KEPT = ("sparse_attn", "moe", "indexer_topk")  # what selective recomputation does not do again
+KEPT = ("sparse_attn", "moe", "moe_kept", "indexer_topk")  # what selective recomputation does not do again
 
 
 def recomputed(forward: Callable, how: str) -> Callable:

@@ -137,7 +137,7 @@ def capture_fake(args: ModelArgs, phase: str, shape: Shape | None = None, forms:
         torch.set_default_dtype(before)
 
 
-MODEL_OPS = tuple(name for name in ops.OPS if name not in ("sinkhorn", "moe_few"))  # parts of others, on CPU
+MODEL_OPS = tuple(name for name in ops.OPS if name not in ("sinkhorn", "moe_few", "moe_kept"))  # parts of others, on CPU
 
 
 def name_of(target) -> str:

@@ -150,7 +150,7 @@ def prefill(result: dict, length: int, chunk: int = 256) -> None:
 
 
 def train_sides(ours, hf, batch: int, length: int) -> dict:
-    """One step each: forward, backward and AdamW, cross-entropy of the next token alone. Ours is compiled, AdamW too."""
+    """One step each: forward, backward, norm of the gradient and AdamW, cross-entropy of the next token alone. Ours is compiled, all of it."""
     del ours.mtp[0]
     ours.train().requires_grad_(True), hf.train()
     batches = [tokens_of(batch, length + 1, seed=i) for i in range(ROUNDS + 1)]
@@ -164,6 +164,7 @@ def train_sides(ours, hf, batch: int, length: int) -> dict:
     def theirs(i):
         logits = hf(batches[i][:, :-1], use_cache=False).logits
         F.cross_entropy(logits.flatten(0, 1).float(), batches[i][:, 1:].flatten()).backward()
+        torch.nn.utils.get_total_norm([p.grad for p in hf.parameters() if p.grad is not None])
         optimizer.step()
         optimizer.zero_grad()
 

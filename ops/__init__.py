@@ -9,6 +9,7 @@ from .indexer_topk import indexer_topk
 from .linear_cross_entropy import linear_cross_entropy
 from .moe import moe
 from .moe_few import moe_few
+from .moe_kept import moe_kept
 from .quant_linear import quant_linear
 from .registry import NAMESPACE, OPS, Op, Table, register, use
 from .rope import rope

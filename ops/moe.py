@@ -14,8 +14,9 @@
 
 The traced reference has static shapes: few tokens gather their experts' weights, many go through all experts with
 zero weights. The opaque form groups tokens by expert instead, which needs the counts on the host: cheap on CPU, where
-it is the default for many tokens; for few, compiled without gradients, moe_few is. Packed weights are frozen. Errors:
-shapes that do not fit together.
+it is the default for many tokens; for few, compiled without gradients, moe_few is; for many in fp32 with gradients,
+moe_kept, whose backward reads W1 x and W3 x where moe's computes them again. Packed weights are frozen. Errors: shapes
+that do not fit together.
 """
 from __future__ import annotations
 
@@ -31,18 +32,18 @@ from .registry import Op, register, require
 CHUNK = 1 << 24  # intermediate values held at a time
 
 
-def check(x, w13, w2, idx, weight, s13, s2, limit, act_quant):
-    require(x.dim() == 2 and w13.dim() == 3, f"moe: x {tuple(x.shape)}, w13 {tuple(w13.shape)} are not [N, d], [E, 2I, d]")
+def check(x, w13, w2, idx, weight, s13, s2, limit, act_quant, name="moe"):
+    require(x.dim() == 2 and w13.dim() == 3, f"{name}: x {tuple(x.shape)}, w13 {tuple(w13.shape)} are not [N, d], [E, 2I, d]")
     pack, E, I, d = 1 + (w13.dtype == torch.int8), w13.shape[0], w13.shape[1] // 2, x.shape[1]
     require(w13.shape == (E, 2 * I, d // pack) and w2.shape == (E, d, I // pack) and I % pack == d % pack == 0
             and idx.dim() == 2 and idx.shape[0] == x.shape[0] and weight.shape == idx.shape,
-            f"moe: x {tuple(x.shape)}, w13 {tuple(w13.shape)}, w2 {tuple(w2.shape)}, idx {tuple(idx.shape)} do not fit")
+            f"{name}: x {tuple(x.shape)}, w13 {tuple(w13.shape)}, w2 {tuple(w2.shape)}, idx {tuple(idx.shape)} do not fit")
     require((s13 is None) == (s2 is None) == (w13.dtype.itemsize > 1),
-            f"moe: packed weights have scales, others have none; w13 is {w13.dtype}")
+            f"{name}: packed weights have scales, others have none; w13 is {w13.dtype}")
     if s13 is not None:
         o, i = (1, 32) if pack == 2 else (128, 128)  # a scale's block
         require(s13.shape == (E, 2 * -(-I // o), -(-d // i)) and s2.shape == (E, -(-d // o), -(-I // i)),
-                f"moe: scales {tuple(s13.shape)}, {tuple(s2.shape)} do not fit w13 {tuple(w13.shape)}, w2 {tuple(w2.shape)}")
+                f"{name}: scales {tuple(s13.shape)}, {tuple(s2.shape)} do not fit w13 {tuple(w13.shape)}, w2 {tuple(w2.shape)}")
 
 
 def _few(idx, w13):
@@ -177,11 +178,18 @@ _opaque = register("moe(Tensor x, Tensor w13, Tensor w2, Tensor idx, Tensor weig
                    flops=_flops, setup_context=_setup, backward=_backward)
 
 
+from .moe_kept import moe_kept  # noqa: E402: it stands on what is above
+
+
 def _on_cpu(x, w13, w2, idx, weight, s13, s2, limit, act_quant):
     decoding = torch.compiler.is_compiling() and not torch.is_grad_enabled() and idx.numel() <= 256
     if decoding and s13 is None and x.dtype == w13.dtype == torch.float32:
         return moe_few.opaque(x, w13, w2, idx, weight, limit, act_quant)
-    return (_opaque if _many(x, w13, w2, idx) else reference)(x, w13, w2, idx, weight, s13, s2, limit, act_quant)
+    if not _many(x, w13, w2, idx):
+        return reference(x, w13, w2, idx, weight, s13, s2, limit, act_quant)
+    if torch.is_grad_enabled() and _takes(x, w13, w2, weight, act_quant):
+        return moe_kept.opaque(x, w13, w2, idx, weight, limit)
+    return _opaque(x, w13, w2, idx, weight, s13, s2, limit, act_quant)
 
 
 moe = Op("moe", reference, _opaque, check, on_cpu=_on_cpu)

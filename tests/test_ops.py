@@ -179,6 +179,10 @@ def spec_moe_few(x, w13, w2, idx, weight, limit, act_quant):
     return spec_moe(x, w13, w2, idx, weight, None, None, limit, act_quant)
 
 
+def spec_moe_kept(x, w13, w2, idx, weight, limit):
+    return spec_moe(x, w13, w2, idx, weight, None, None, limit, False)
+
+
 class Contract(NamedTuple):
     spec: Callable
     grad: tuple[int, ...]  # arguments that have a gradient
@@ -202,6 +206,7 @@ CONTRACTS = {
     "quant_linear": Contract(spec_quant_linear, (0,), (0,), rounding=3),
     "moe": Contract(spec_moe, (0, 1, 2, 4), (0, 1, 2), (True,)),
     "moe_few": Contract(spec_moe_few, (), (), (True,)),
+    "moe_kept": Contract(spec_moe_kept, (0, 1, 2, 4), (), (True,)),
 }
 
 
@@ -314,6 +319,11 @@ def moe_few(N, E, K, d, I, quantized, routing="random"):
     return x, w13, w2, idx, weight, limit, quantized
 
 
+def moe_kept(*sizes):
+    x, w13, w2, idx, weight, _, _, limit, _ = moe(*sizes[:5], "float", False, *sizes[5:])
+    return x, w13, w2, idx, weight, limit
+
+
 class Case(NamedTuple):
     op: str
     build: Callable
@@ -361,6 +371,7 @@ CASES = [  # the first three of each op use every optional argument
            (9, 3, 2, 140, 10, "fp8f", False), (5, 3, 2, 70, 34, "fp4", False), (3, 3, 1, 200, 150, "fp8", True)),
     *cases(moe_few, (5, 4, 2, 150, 131, True), (1, 16, 4, 33, 16, False), (9, 7, 2, 6, 5, False, "one"), (5, 3, 3, 6, 4, True, "twice"),
            (64, 3, 1, 16, 7, False), (4, 5, 2, 32, 17, False), (2, 3, 2, 15, 2, True)),
+    *cases(moe_kept, (5, 4, 2, 10, 6), (65, 5, 3, 6, 8), (9, 7, 2, 33, 13, "one"), (5, 3, 3, 6, 4, "twice"), (1, 4, 2, 72, 130)),
 ]
 FEW = [case for op in CONTRACTS for case in [case for case in CASES if case.op == op][:3]]
 by_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -618,9 +629,9 @@ def expected_flops(case: Case, args: tuple) -> tuple[int, int]:
         return 2 * args[0].numel() * size[1][0], 6 * args[0].numel() * size[1][0]
     if case.op == "quant_linear":
         return (2 * args[0].numel() * size[1][0] // args[3],) * 2
-    if case.op in ("moe", "moe_few"):
+    if case.op in ("moe", "moe_few", "moe_kept"):
         product = 2 * args[3].numel() * size[0][1] * (size[1][1] // 2)
-        return 3 * product, 0 if case.op == "moe_few" else (8 if size[5] is None else 5) * product
+        return 3 * product, {"moe_few": 0, "moe_kept": 6}.get(case.op, 5 if case.op == "moe" and size[5] else 8) * product
     return 0, 0
 
 
@@ -1044,10 +1055,20 @@ def test_pairs_without_an_expert_add_nothing(options):
     case = Case("moe", moe, options)
     assert INTERPRETING or all(KERNELS[name].build() for name in ("moe", "moe_backward"))
     x, w13, w2, idx, weight, *rest = low(case) if options[5] == "fp4" else case.args()
-    E, none = options[1], torch.rand(idx.shape) < 0.6
+    leave_out(ops.moe.opaque, case, x, w13, w2, idx, weight, *rest)
+
+
+def test_pairs_without_an_expert_add_nothing_to_what_is_kept():
+    case = Case("moe_kept", moe_kept, (9, 7, 2, 6, 4))
+    assert all(KERNELS[name].build() for name in ("moe_kept", "moe_kept_backward"))
+    leave_out(ops.moe_kept.opaque, case, *case.args())
+
+
+def leave_out(form, case, x, w13, w2, idx, weight, *rest):
+    E, none = len(w13), torch.rand(idx.shape) < 0.6
     none[0] = True
-    (y,), grads = run(ops.moe.opaque, case, (x, w13, w2, idx.masked_fill(none, E), weight, *rest))
-    (expected,), wanted = run(ops.moe.opaque, case, (x, w13, w2, idx, weight.masked_fill(none, 0), *rest))
+    (y,), grads = run(form, case, (x, w13, w2, idx.masked_fill(none, E), weight, *rest))
+    (expected,), wanted = run(form, case, (x, w13, w2, idx, weight.masked_fill(none, 0), *rest))
     assert (y - expected).norm() <= 2e-6 * expected.norm() and not y[0].any()
     for leaf, g, e in zip(differentiable(case, (x, w13, w2, idx, weight, *rest)), grads, wanted, strict=True):
         g, e = (g.masked_fill(none, 0), e.masked_fill(none, 0)) if leaf == 4 else (g, e)  # its gradient is not defined there
@@ -1103,14 +1124,18 @@ def test_use_chooses_the_form_within_its_block(case):
     assert called(op, *args) == default
 
 
-@pytest.mark.parametrize("case, opaque", [
-    (Case("moe", moe, (2, 4, 2, 10, 6, "float", False)), False),  # the weights are gathered
-    (Case("moe", moe, (32, 5, 2, 10, 6, "float", False)), False),  # all experts, for few tokens
-    (Case("moe", moe, (33, 5, 2, 10, 6, "float", False)), True),
-    (Case("moe", moe, (17, 33, 2, 10, 6, "float", False), ), True),  # too many experts for that
+@pytest.mark.parametrize("options, grad, expected", [
+    ((2, 4, 2, 10, 6, "float", False), True, []),  # the weights are gathered
+    ((32, 5, 2, 10, 6, "float", False), True, []),  # all experts, for few tokens
+    ((33, 5, 2, 10, 6, "float", False), False, ["moe"]),
+    ((17, 33, 2, 10, 6, "float", False), False, ["moe"]),  # too many experts for that
+    ((33, 5, 2, 10, 6, "float", False), True, ["moe_kept"]),
+    ((33, 5, 2, 10, 6, "float", True), True, ["moe"]),
+    ((33, 3, 2, 72, 130, "fp8", False), True, ["moe"]),
 ], ids=str)
-def test_moe_is_opaque_on_cpu_by_default_for_many_tokens_only(case, opaque):
-    assert called(getattr(ops, case.op), *case.args()) == [case.op] * opaque
+def test_moe_is_opaque_on_cpu_by_default_for_many_tokens_only(options, grad, expected):
+    with torch.set_grad_enabled(grad):
+        assert called(ops.moe, *moe(*options)) == expected
 
 
 def compiled(form: Callable, args: tuple, grad: bool) -> tuple[list[str], object]:
@@ -1306,6 +1331,8 @@ MISFITS = {  # which of the op's cases in FEW, which argument, and what is wrong
             (2, 0, shorter(1))],
     "moe_few": [(0, 0, shorter(1)), (0, 0, first), (0, 1, shorter(1)), (0, 2, shorter(2)), (0, 3, shorter(0)), (0, 4, shorter(1)),
                 (0, 0, torch.Tensor.double), (0, 4, torch.Tensor.double)],
+    "moe_kept": [(0, 0, shorter(1)), (0, 0, first), (0, 1, shorter(1)), (0, 2, shorter(2)), (0, 3, shorter(0)), (0, 4, shorter(1)),
+                 (0, 0, torch.Tensor.bfloat16), (0, 1, torch.Tensor.double)],
 }
 
 
