@@ -249,7 +249,11 @@ def test_what_was_trained_is_saved_before_it_is_judged(folder, monkeypatch, caps
     before = getattr(S.Solo if where == "save" else S, where)
     interrupted = lambda *args, **kw: (signal.raise_signal(signal.SIGINT), before(*args, **kw))[1]
     monkeypatch.setattr(S.Solo if where == "save" else S, where, staticmethod(interrupted) if where == "save" else interrupted)
-    assert S.main(command(folder, "--out", str(folder / "out"))) == 130
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in the background, it is ignored
+    try:
+        assert S.main(command(folder, "--out", str(folder / "out"))) == 130
+    finally:
+        signal.signal(signal.SIGINT, ignored)
     assert "saved" in capsys.readouterr().out and load(folder / "out").args.n_layers == 4
 
 
