@@ -386,10 +386,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         if not 0 < getattr(flags, name) < math.inf:
             raise ValueError(f"--{name} {getattr(flags, name)}: choose a positive number")
     for name in ("out", "checkpoints", "cache", "metrics", "plot"):
-        path, folder = Path(getattr(flags, name) or ".").absolute(), name in ("out", "checkpoints", "cache")
+        if not getattr(flags, name):
+            continue
+        path, folder = Path(getattr(flags, name)).absolute(), name in ("out", "checkpoints", "cache")
         if not path.parent.is_dir():
             raise ValueError(f"--{name} {getattr(flags, name)}: there is no folder {path.parent}")
-        if getattr(flags, name) and path.exists() and path.is_dir() != folder:
+        if path.exists() and path.is_dir() != folder:
             raise ValueError(f"--{name} {getattr(flags, name)}: is a {'file; name a folder' if folder else 'folder; name a file'}")
         if not os.access(path if path.exists() else path.parent, os.W_OK):
             raise ValueError(f"--{name} {getattr(flags, name)}: may not be written to; name another")

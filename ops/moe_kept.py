@@ -29,7 +29,7 @@ def _fake(x, w13, w2, idx, *rest):
 
 
 def _with_zeros(x, w13, w2, idx, weight, limit):
-    """Where there is no compiler: h13 stays empty, and is not used."""
+    """Where there is no compiler: h13 is zeros, and not used."""
     return grouped(x, w13, w2, idx, weight, None, None, limit, False), torch.zeros_like(_fake(x, w13, w2, idx)[1])
 
 

@@ -271,6 +271,16 @@ def test_what_is_not_finite_is_never_saved(folder, monkeypatch, capsys, key):
     assert S.Checkpoints(str(folder / "run"), 3).steps() == [1, 2]
 
 
+def test_a_gpu_that_is_too_small_is_told_the_remedy(folder, monkeypatch, capsys):
+    def full(*args):
+        raise torch.OutOfMemoryError("a page of numbers\nand another")
+
+    monkeypatch.setattr(S, "compile_train_step", lambda *args, **kw: full)
+    assert S.main(command(folder)) == 2
+    error = capsys.readouterr().err
+    assert "--micro-batch" in error and len(error.strip().splitlines()) == 1
+
+
 def test_flags_reach_what_they_are_about(folder, monkeypatch):
     """What the command line gives to the optimizer and the step, in both stages of a run."""
     optimizers, steps, make = [], [], S.compile_train_step
@@ -315,6 +325,13 @@ def test_a_torn_line_of_metrics_is_left_out_and_a_foreign_one_refused(folder, ca
     assert "batch 2, not 4" in capsys.readouterr().err and metrics.read_text() == content  # a refused run changes nothing
 
 
+def test_only_what_is_written_must_be_writable(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != Path.cwd())
+    assert S.parse([]).out is None
+    with pytest.raises(ValueError, match="--out out: may not be written to"):
+        S.parse(["--out", "out"])
+
+
 def test_without_a_compiler_it_trains_eagerly_and_says_so(folder, monkeypatch, capsys):
     monkeypatch.setattr(compile_config, "missing_for_cpu", lambda: "a C++ compiler")
     argv = [a for a in command(folder, "--steps", "1") if a not in ("--compile", "eager")]
@@ -326,6 +343,7 @@ def test_a_checkpoint_that_is_torn_or_anothers_is_refused(folder, capsys):
     run = str(folder / "run")
     assert S.main(command(folder, "--checkpoints", run)) == 0
     for more, says in ((("--steps", "9", "--seed", "1"), "seed 0, not 1"), (("--steps", "9", "--optimizer", "adamw"), "optimizer 'muon', not 'adamw'"),
+                       (("--steps", "9", "--qat", "fp8"), "qat None, not 'fp8'"), (("--steps", "9", "--index-loss", "1"), "index_loss 0.0, not 1.0"),
                        ((), "already at step 4")):
         assert S.main(command(folder, "--checkpoints", run, *more)) == 2
         assert says in capsys.readouterr().err
