@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_step as S
-from compile_config import CompileConfig, CompileCount, compile_train_step, recomputed
+from compile_config import KEPT, PRESETS, CompileConfig, CompileCount, compile_train_step, recomputed
 from model import ModelArgs, Transformer, Weights, aim, balance, training_loss
 from oracle import randomize, rms, small
 from report import MODEL_OPS
@@ -163,6 +164,25 @@ def test_recomputation_changes_memory_not_gradients(how, region):
         models.append(model)
     assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(models[0].parameters(), models[1].parameters()))
     assert kept[1] < {"selective": 0.6, "full": 0.3}[how] * kept[0], kept
+
+
+@pytest.mark.parametrize("forms", ({}, {name: "opaque" for name in MODEL_OPS}), ids=("CPU's own", "opaque"))
+@pytest.mark.parametrize("how, times", (("none", 1), ("selective", 1), ("full", 2)))
+def test_selective_recomputation_runs_the_heavy_ops_once(how, times, forms):
+    counts = dict.fromkeys(KEPT, 0)
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            name = op.name().removeprefix("dsv4::")
+            if name in counts:
+                counts[name] += 1
+            return op(*args, **(kwargs or {}))
+
+    model = randomize(Transformer(small(n_layers=1, n_hash_layers=0, n_mtp_layers=0, compress_ratios=(4,)), ops=forms), seed=1)
+    step = compile_train_step(model, S.Optimizer(model, "adamw"), PRESETS["eager"], recompute=how)
+    with Count():
+        step(*batch(), torch.tensor(1e-2))
+    assert counts["moe" if forms else "moe_kept"] == times and all(n in (0, times) for n in counts.values()), counts
 
 
 def test_unknown_ways_are_refused():
