@@ -327,9 +327,12 @@ def test_a_torn_line_of_metrics_is_left_out_and_a_foreign_one_refused(folder, ca
 
 def test_only_what_is_written_must_be_writable(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != Path.cwd())
-    assert S.parse([]).out is None
+    elsewhere = ["--cache", str(tmp_path / "cache")]
+    assert S.parse(elsewhere).out is None
     with pytest.raises(ValueError, match="--out out: may not be written to"):
-        S.parse(["--out", "out"])
+        S.parse([*elsewhere, "--out", "out"])
+    with pytest.raises(ValueError, match="--cache here: may not be written to"):
+        S.parse(["--cache", "here"])
 
 
 def test_without_a_compiler_it_trains_eagerly_and_says_so(folder, monkeypatch, capsys):
