@@ -41,23 +41,41 @@ static float* room(std::vector<float>& v, int64_t n) {
 
 struct Matrix { const float* at; int64_t row, col; };  // element (i, j) is at[i row + j col]
 
-// R rows of c, 16 columns: c = or += a b, with b packed [K, 16]
-template <int R> static void tile(const float* a, int64_t row, int64_t col, const float* b, float* c, int64_t stride, int64_t K, bool add) {
-  Vec8 sum[R][2] = {};
-  for (int r = 0; add && r < R; r++) for (int i = 0; i < 2; i++) sum[r][i] = vec(c + r * stride + 8 * i);
+// R rows of c, 8 V columns: c = or += a b, with b packed [K, 16]
+template <int R, int V> static void tile(const float* a, int64_t row, int64_t col, const float* b, float* c, int64_t stride, int64_t K, bool add) {
+  Vec8 sum[R][V] = {};
+#pragma GCC unroll 6
+  for (int r = 0; add && r < R; r++) for (int i = 0; i < V; i++) sum[r][i] = vec(c + r * stride + 8 * i);
   for (int64_t k = 0; k < K; k++) {
-    const Vec8 left = vec(b + 16 * k), right = vec(b + 16 * k + 8);
+    const Vec8 left = vec(b + 16 * k), right = vec(b + 16 * k + 8 * (V - 1));
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++) {
       const float v = a[r * row + k * col];
-      sum[r][0] += v * left, sum[r][1] += v * right;
+      sum[r][0] += v * left;
+      if (V > 1) sum[r][V - 1] += v * right;
     }
   }
-  for (int r = 0; r < R; r++) for (int i = 0; i < 2; i++) vec(c + r * stride + 8 * i) = sum[r][i];
+#pragma GCC unroll 6
+  for (int r = 0; r < R; r++) for (int i = 0; i < V; i++) vec(c + r * stride + 8 * i) = sum[r][i];
 }
 
-// 8 rows of 8 -> 8 columns, in rows of 16
-static void transpose(const float* from, int64_t stride, float* to) {
+template <int V> static void tiles(Matrix a, const float* b, float* c, int64_t stride, int64_t M, int64_t K, bool add) {
+  for (int64_t m = 0; m < M; m += 6) {
+    const float* in = a.at + m * a.row;
+    float* out = c + m * stride;
+    switch (M - m) {
+      case 1: tile<1, V>(in, a.row, a.col, b, out, stride, K, add); break;
+      case 2: tile<2, V>(in, a.row, a.col, b, out, stride, K, add); break;
+      case 3: tile<3, V>(in, a.row, a.col, b, out, stride, K, add); break;
+      case 4: tile<4, V>(in, a.row, a.col, b, out, stride, K, add); break;
+      case 5: tile<5, V>(in, a.row, a.col, b, out, stride, K, add); break;
+      default: tile<6, V>(in, a.row, a.col, b, out, stride, K, add);
+    }
+  }
+}
+
+// 8 rows of 8 -> 8 columns, in rows `step` apart
+static void transpose(const float* from, int64_t stride, float* to, int64_t step) {
   Vec8 r[8], s[8];
   for (int i = 0; i < 8; i++) r[i] = vec(from + i * stride);
   for (int round = 0; round < 3; round++) {
@@ -67,36 +85,50 @@ static void transpose(const float* from, int64_t stride, float* to) {
     }
     std::memcpy(r, s, sizeof r);
   }
-  for (int i = 0; i < 8; i++) vec(to + 16 * i) = r[i];
+  for (int i = 0; i < 8; i++) vec(to + step * i) = r[i];
+}
+
+// Columns n .. n + 16 of b [K, N] as [K, 16], with zeros beyond the last
+static void pack(Matrix b, int64_t n, int64_t N, int64_t K, float* p) {
+  const int64_t width = std::min<int64_t>(16, N - n);
+  const float* from = b.at + n * b.col;
+  int64_t k = 0;
+  if (width == 16 && b.col == 1) for (; k < K; k++) std::memcpy(p + 16 * k, from + k * b.row, 64);
+  if (width == 16 && b.row == 1) for (; k + 8 <= K; k += 8) for (int j = 0; j < 16; j += 8) transpose(from + k + j * b.col, b.col, p + 16 * k + j, 16);
+  for (; k < K; k++) for (int64_t j = 0; j < 16; j++) p[16 * k + j] = j < width ? from[k * b.row + j * b.col] : 0;
+}
+
+// c [M, 16 columns, or all N - n] (rows `stride` apart) = or += a [M, K] p, which pack made
+static void times(Matrix a, const float* p, float* c, int64_t stride, int64_t M, int64_t n, int64_t N, int64_t K, bool add) {
+  const int64_t width = N - n;
+  if (width >= 16) return tiles<2>(a, p, c, stride, M, K, add);
+  if (width == 8) return tiles<1>(a, p, c, stride, M, K, add);
+  float edge[6 * 16];
+  for (int64_t m = 0; m < M; m += 6) {
+    const int64_t rows = std::min<int64_t>(6, M - m);
+    for (int64_t r = 0; add && r < rows; r++) std::memcpy(edge + 16 * r, c + (m + r) * stride, 4 * width);
+    (width < 8 ? tiles<1> : tiles<2>)({a.at + m * a.row, a.row, a.col}, p, edge, 16, rows, K, add);
+    for (int64_t r = 0; r < rows; r++) std::memcpy(c + (m + r) * stride, edge + 16 * r, 4 * width);
+  }
 }
 
 // c [M, N] (rows `stride` apart) = or += a [M, K] b [K, N]
 static void product(Matrix a, Matrix b, float* c, int64_t stride, int64_t M, int64_t N, int64_t K, bool add) {
   static thread_local std::vector<float> panel;
-  float edge[6 * 16], *p = room(panel, 16 * K);
-  for (int64_t n = 0; n < N; n += 16) {
-    const int64_t width = std::min<int64_t>(16, N - n);
-    const float* from = b.at + n * b.col;
-    int64_t k = 0;
-    if (width == 16 && b.col == 1) for (; k < K; k++) std::memcpy(p + 16 * k, from + k * b.row, 64);
-    if (width == 16 && b.row == 1) for (; k + 8 <= K; k += 8) for (int j = 0; j < 16; j += 8) transpose(from + k + j * b.col, b.col, p + 16 * k + j);
-    for (; k < K; k++) for (int64_t j = 0; j < 16; j++) p[16 * k + j] = j < width ? from[k * b.row + j * b.col] : 0;
-    for (int64_t m = 0; m < M; m += 6) {
-      const int64_t rows = std::min<int64_t>(6, M - m), step = width == 16 ? stride : 16;
-      float *out = c + m * stride + n, *to = width == 16 ? out : edge;
-      if (to == edge && add) for (int64_t r = 0; r < rows; r++) std::memcpy(edge + 16 * r, out + r * stride, 4 * width);
-      const float* in = a.at + m * a.row;
-      switch (rows) {
-        case 1: tile<1>(in, a.row, a.col, p, to, step, K, add); break;
-        case 2: tile<2>(in, a.row, a.col, p, to, step, K, add); break;
-        case 3: tile<3>(in, a.row, a.col, p, to, step, K, add); break;
-        case 4: tile<4>(in, a.row, a.col, p, to, step, K, add); break;
-        case 5: tile<5>(in, a.row, a.col, p, to, step, K, add); break;
-        default: tile<6>(in, a.row, a.col, p, to, step, K, add);
-      }
-      if (to == edge) for (int64_t r = 0; r < rows; r++) std::memcpy(out + r * stride, edge + 16 * r, 4 * width);
-    }
+  float* p = room(panel, 16 * K);
+  for (int64_t n = 0; n < N; n += 16) pack(b, n, N, K, p), times(a, p, c + n, stride, M, n, N, K, add);
+}
+
+// b [K, N], packed once for many products
+struct Packed {
+  int64_t N, K;
+  std::vector<float> panels;
+  Packed(Matrix b, int64_t N, int64_t K) : N(N), K(K), panels((N + 15) / 16 * 16 * K) {
+    for (int64_t n = 0; n < N; n += 16) pack(b, n, N, K, panels.data() + n * K);
   }
+};
+static void product(Matrix a, const Packed& b, float* c, int64_t stride, int64_t M, bool add) {
+  for (int64_t n = 0; n < b.N; n += 16) times(a, b.panels.data() + n * b.K, c + n, stride, M, n, b.N, b.K, add);
 }
 
 static float total(Vec8 v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
@@ -110,8 +142,25 @@ static float dot(const float* x, const float* y, int64_t n) {
   return rest;
 }
 
+// f(at) for vectors of elements 0 .. n, then for those left one by one: at(x) is a reference to x's. Compilers would not: Inductor
+// turns that off
+struct VecAt {
+  int64_t i;
+  Vec8& operator()(float* x) const { return vec(x + i); }
+  const Vec8& operator()(const float* x) const { return vec(x + i); }
+};
+struct FloatAt {
+  int64_t i;
+  template <class T> T& operator()(T* x) const { return x[i]; }
+};
+template <class F> static void each(int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) f(VecAt{i});
+  for (; i < n; i++) f(FloatAt{i});
+}
+
 // y += a x
-static void add_scaled(float* y, float a, const float* x, int64_t n) { for (int64_t i = 0; i < n; i++) y[i] += a * x[i]; }
+static void add_scaled(float* y, float a, const float* x, int64_t n) { each(n, [&](auto at) { at(y) += a * at(x); }); }
 
 // e^x to a relative 1e-7; 0 where it would be subnormal
 static Vec8 exponential(Vec8 x) {

@@ -7,7 +7,10 @@ constexpr int64_t BLOCK = 32, LANES = 8;  // tokens
 
 static Vec8 sigmoid(Vec8 x) { return 1 / (1 + exponential(-x)); }
 
-struct Constants { int64_t n, d, rows, iters; float norm_eps, hc_eps; const float *fn, *base, *scale; };
+constexpr int64_t FEW = 4;  // tokens for which fn is not packed
+
+// rows: of fn; padded: those, in whole vectors. by_row: fn^T, for many tokens; by_column: fn, for backward
+struct Constants { int64_t n, d, rows, padded, iters; float norm_eps, hc_eps; const float *fn, *base, *scale; Packed by_row, by_column; };
 
 // In place, c [n, n]: softmax of rows plus eps, then columns, rows, columns .. divided by sums plus eps. steps, if given: all
 // that backward needs, the softmax, then the matrix and 1 / sums of every division
@@ -52,12 +55,19 @@ static void sinkhorn_backward(Vec8* g, const Constants& k, const Vec8* steps) {
   }
 }
 
-// The un-normalised mix of up to BLOCK tokens, u [rows, BLOCK], and 1 / rms
+// The un-normalised mix of up to BLOCK tokens, u [padded, BLOCK], and 1 / rms
 static void mix(const Constants& k, const float* x, int64_t count, float* u, float* r) {
   const int64_t width = k.n * k.d;
-  std::fill(u, u + k.rows * BLOCK, 0.f), std::fill(r, r + BLOCK, 0.f);
-  product({k.fn, width, 1}, {x, 1, width}, u, BLOCK, k.rows, count, width, false);
-  for (int64_t t = 0; t < count; t++) r[t] = 1 / std::sqrt(dot(x + t * width, x + t * width, width) / width + k.norm_eps);
+  std::vector<float> v(BLOCK * k.padded);
+  std::fill(r, r + BLOCK, 0.f);
+  if (k.by_row.N) product({x, width, 1}, k.by_row, v.data(), k.padded, count, false);
+  for (int64_t t = 0; t < count; t++) {
+    const float* of_t = x + t * width;
+    for (int64_t i = 0; i < k.rows && !k.by_row.N; i++) v[t * k.padded + i] = dot(k.fn + i * width, of_t, width);
+    r[t] = 1 / std::sqrt(dot(of_t, of_t, width) / width + k.norm_eps);
+  }
+  for (int64_t t = 0; t < BLOCK; t += 8)
+    for (int64_t i = 0; i < k.padded; i += 8) transpose(v.data() + t * k.padded + i, k.padded, u + i * BLOCK + t, BLOCK);
 }
 // Row i of it, normalised, as a logit
 static Vec8 logit(const Constants& k, float* u, float* r, int64_t i, int64_t lane) {
@@ -67,7 +77,7 @@ static Vec8 logit(const Constants& k, float* u, float* r, int64_t i, int64_t lan
 
 static void pre(const Constants& k, const float* x, int64_t count, float* y, float* post, float* comb) {
   const int64_t n = k.n, d = k.d;
-  std::vector<float> u(k.rows * BLOCK), room(LANES * n * n);
+  std::vector<float> u(k.padded * BLOCK), room(LANES * n * n);
   Vec8* c = &vec(room.data());
   float r[BLOCK];
   mix(k, x, count, u.data(), r);
@@ -83,8 +93,8 @@ static void pre(const Constants& k, const float* x, int64_t count, float* y, flo
     }
     for (int64_t t = lane; t < lane + some; t++) {
       for (int64_t j = 0; j < n * n; j++) comb[t * n * n + j] = c[j][t - lane];
-      for (int64_t i = 0; i < d; i++) y[t * d + i] = share[0][t - lane] * x[t * n * d + i];
-      for (int64_t j = 1; j < n; j++) add_scaled(y + t * d, share[j][t - lane], x + (t * n + j) * d, d);
+      std::memset(y + t * d, 0, 4 * d);
+      for (int64_t j = 0; j < n; j++) add_scaled(y + t * d, share[j][t - lane], x + (t * n + j) * d, d);
     }
   }
 }
@@ -93,7 +103,7 @@ static void pre(const Constants& k, const float* x, int64_t count, float* y, flo
 static void pre_backward(const Constants& k, const float* x, int64_t count, const float* g_y, const float* g_post, const float* g_comb,
                          const float* g_in, float* g_x, float* g_fn, float* g_base, float* g_scale) {
   const int64_t n = k.n, d = k.d, width = n * d;
-  std::vector<float> u(k.rows * BLOCK), g_u(k.rows * BLOCK), room(LANES * (3 * n * n + (2 * k.iters - 1) * n * (n + 1)));
+  std::vector<float> u(k.padded * BLOCK), g_u(k.rows * BLOCK), room(LANES * (3 * n * n + (2 * k.iters - 1) * n * (n + 1)));
   Vec8 *c = &vec(room.data()), *g = c + n * n, *steps = g + n * n;
   float r[BLOCK], along[BLOCK], share[16][BLOCK];
   mix(k, x, count, u.data(), r);
@@ -126,11 +136,11 @@ static void pre_backward(const Constants& k, const float* x, int64_t count, cons
     for (int64_t j = 0; j < n; j++) {
       const float *from = x + (t * n + j) * d, *in = g_y + t * d, a = share[j][t], b = along[t];
       float* to = g_x + (t * n + j) * d;
-      if (g_in) for (int64_t i = 0; i < d; i++) to[i] = g_in[(t * n + j) * d + i] + a * in[i] - b * from[i];
-      else for (int64_t i = 0; i < d; i++) to[i] = a * in[i] - b * from[i];
+      if (g_in) each(d, [&](auto at) { at(to) = at(g_in + (t * n + j) * d) + a * at(in) - b * at(from); });
+      else each(d, [&](auto at) { at(to) = a * at(in) - b * at(from); });
     }
   }
-  product({g_u.data(), 1, BLOCK}, {k.fn, width, 1}, g_x, width, count, width, k.rows, true);
+  product({g_u.data(), 1, BLOCK}, k.by_column, g_x, width, count, true);
   product({g_u.data(), BLOCK, 1}, {x, width, 1}, g_fn, width, k.rows, width, count, true);
 }
 
@@ -139,7 +149,7 @@ static void post(int64_t n, int64_t d, const float* y, const float* x, const flo
   int64_t c = 0;
   for (; n == 4 && c + 8 <= d; c += 8) {
     Vec8 in[4], from = vec(y + c);
-    for (int j = 0; j < 4; j++) in[j] = vec(x + j * d + c);
+    for (int j = 0; j < 4; j++) in[j] = vec(x + j * d + c), __builtin_prefetch(x + (4 + j) * d + c);
     for (int k = 0; k < 4; k++) {
       Vec8 sum = post[k] * from;
       for (int j = 0; j < 4; j++) sum += comb[j * 4 + k] * in[j];
@@ -147,7 +157,8 @@ static void post(int64_t n, int64_t d, const float* y, const float* x, const flo
     }
   }
   for (int64_t k = 0; k < n; k++) {
-    for (int64_t i = c; i < d; i++) out[k * d + i] = post[k] * y[i];
+    std::fill(out + k * d + c, out + (k + 1) * d, 0.f);
+    add_scaled(out + k * d + c, post[k], y + c, d - c);
     for (int64_t j = 0; j < n; j++) add_scaled(out + k * d + c, comb[j * n + k], x + j * d + c, d - c);
   }
 }
@@ -163,6 +174,7 @@ static void post_backward(int64_t n, int64_t d, const float* g, const float* y, 
     for (int j = 0; j < 4; j++) {
       Vec8 of_x = {};
       from = vec(x + j * d + c);
+      __builtin_prefetch(x + (4 + j) * d + c), __builtin_prefetch(g + (4 + j) * d + c);
       for (int k = 0; k < 4; k++) of_x += comb[j * 4 + k] * in[k], sums[4 + j * 4 + k] += from * in[k];
       vec(g_x + j * d + c) = of_x;
     }
@@ -195,9 +207,12 @@ struct Inputs {  // contiguous; x [B, T, n, d] is the last of those that are giv
     for (const Tensor* t : others) held.push_back(floats(*t));
   }
   float* operator[](size_t i) const { return data(held[i]); }
-  Constants constants(size_t fn, double norm_eps, double hc_eps, int64_t iters) const {
+  Constants constants(size_t at, double norm_eps, double hc_eps, int64_t iters, bool backward) const {
     STD_TORCH_CHECK(n <= 16, "this CPU kernel takes up to 16 streams");
-    return {n, d, n * (2 + n), iters, (float)norm_eps, (float)hc_eps, (*this)[fn], (*this)[fn + 1], (*this)[fn + 2]};
+    const int64_t rows = n * (2 + n), width = n * d;
+    const float* fn = (*this)[at];
+    return {n, d, rows, (rows + 7) / 8 * 8, iters, (float)norm_eps, (float)hc_eps, fn, (*this)[at + 1], (*this)[at + 2],
+            Packed({fn, 1, width}, N < FEW ? 0 : rows, width), Packed({fn, width, 1}, backward ? width : 0, rows)};
   }
 };
 static Tensor like(const Tensor& t) { return torch::stable::empty_like(floats(t)); }
@@ -205,7 +220,7 @@ static Tensor like(const Tensor& t) { return torch::stable::empty_like(floats(t)
 std::tuple<Tensor, Tensor, Tensor> hc_pre(const Tensor& x, const Tensor& fn, const Tensor& base, const Tensor& scale, double norm_eps,
                                           double hc_eps, int64_t iters) {
   const Inputs in(x, {&x, &fn, &base, &scale});
-  const Constants k = in.constants(1, norm_eps, hc_eps, iters);
+  const Constants k = in.constants(1, norm_eps, hc_eps, iters, false);
   Tensor y = torch::stable::new_empty(x, {in.B, in.T, in.d}), to_post = torch::stable::new_empty(x, {in.B, in.T, in.n});
   Tensor to_comb = torch::stable::new_empty(x, {in.B, in.T, in.n, in.n});
   in_blocks(in.N, [&](int64_t, int64_t t, int64_t count) {
@@ -217,7 +232,7 @@ std::tuple<Tensor, Tensor, Tensor> hc_pre(const Tensor& x, const Tensor& fn, con
 std::tuple<Tensor, Tensor, Tensor, Tensor> hc_pre_backward(const Tensor& g_y, const Tensor& g_post, const Tensor& g_comb, const Tensor& x,
     const Tensor& fn, const Tensor& base, const Tensor& scale, double norm_eps, double hc_eps, int64_t iters) {
   const Inputs in(x, {&g_y, &g_post, &g_comb, &x, &fn, &base, &scale});
-  const Constants k = in.constants(4, norm_eps, hc_eps, iters);
+  const Constants k = in.constants(4, norm_eps, hc_eps, iters, true);
   Tensor g_x = like(x), g_fn = like(fn), g_base = like(base), g_scale = like(scale);
   const int64_t parts = parts_of((in.N + BLOCK - 1) / BLOCK), n = k.n, d = k.d;
   Sums of_fn(g_fn, parts), of_base(g_base, parts), of_scale(g_scale, parts);
@@ -255,7 +270,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hc_post_backward(const Tensor& g, con
 std::tuple<Tensor, Tensor, Tensor, Tensor> hc_post_pre(const Tensor& y, const Tensor& x, const Tensor& from_post, const Tensor& from_comb,
     const Tensor& fn, const Tensor& base, const Tensor& scale, double norm_eps, double hc_eps, int64_t iters) {
   const Inputs in(x, {&y, &x, &from_post, &from_comb, &fn, &base, &scale});
-  const Constants k = in.constants(4, norm_eps, hc_eps, iters);
+  const Constants k = in.constants(4, norm_eps, hc_eps, iters, false);
   const int64_t n = k.n, d = k.d;
   Tensor out = like(x), to_y = like(y), to_post = like(from_post), to_comb = like(from_comb);
   in_blocks(in.N, [&](int64_t, int64_t first, int64_t count) {
@@ -271,7 +286,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> hc_post_pre_b
     const Tensor& g_post, const Tensor& g_comb, const Tensor& y, const Tensor& x, const Tensor& from_post, const Tensor& from_comb,
     const Tensor& out, const Tensor& fn, const Tensor& base, const Tensor& scale, double norm_eps, double hc_eps, int64_t iters) {
   const Inputs in(x, {&g_out, &g_y, &g_post, &g_comb, &y, &x, &from_post, &from_comb, &out, &fn, &base, &scale});
-  const Constants k = in.constants(9, norm_eps, hc_eps, iters);
+  const Constants k = in.constants(9, norm_eps, hc_eps, iters, true);
   const int64_t parts = parts_of((in.N + BLOCK - 1) / BLOCK), n = k.n, d = k.d;
   Tensor to_y = like(y), to_x = like(x), to_post = like(from_post), to_comb = like(from_comb), g_fn = like(fn), g_base = like(base), g_scale = like(scale);
   Sums of_fn(g_fn, parts), of_base(g_base, parts), of_scale(g_scale, parts);

@@ -100,7 +100,7 @@ static Gradients backward(const Routed& r, const Tensor& g_, const Tensor& x, co
           vec(row + P + i) = u == up ? g * silu : zero;
         }
         data(g_weight)[r.pairs[e][t]] = dot(from, to, I);
-        for (int64_t i = 0; i < P; i++) to[i] *= w;
+        each(P, [&](auto at) { at(to) *= w; });
       }
       for (int k = 0; k < 2; k++) {
         const float* g13 = g13s + k * P;

@@ -59,7 +59,7 @@ struct Block {
     for (int64_t row = 0; row < rows; row++) {
       float* x = turned.data() + row * a.D;
       norms[row] = 1 / std::sqrt(dot(x, x, a.D) / a.D + a.eps);
-      for (int64_t d = 0; d < a.D; d++) x[d] *= norms[row] * a.scale;
+      each(a.D, [&](auto at) { at(x) *= norms[row] * a.scale; });
     }
     for (int64_t i = 0; i < n; i++) a.turn(turned.data() + i * a.H * a.D, token(i), 1);
   }
@@ -126,7 +126,7 @@ std::tuple<Tensor, Tensor> sparse_attn(const Tensor& q, const Tensor& kv, const 
         for (int64_t j = 0; j < ld; j += 8) sum += vec(p + j) = exponential(vec(p + j) - top);
         l[row] = top + std::log(total(sum) + std::exp(a.sink[row % a.H] - top));
         const float share = std::exp(top - l[row]);
-        for (int64_t j = 0; j < ld; j++) p[j] *= share;
+        each(ld, [&](auto at) { at(p) *= share; });
       }
       block.products([&](int64_t row, int64_t count, int64_t column, const float* k, int64_t width, float*) {
         product({block.p.data() + row * ld + column, ld, 1}, {k, a.D, 1}, o + row * a.D, a.D, count, a.D, width, column);  // the window comes first
@@ -167,7 +167,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_attn_backward(const Tensor& g_
         Vec8 sum = {};
         for (int64_t j = 0; j < ld; j += 8) sum += (vec(p + j) = exponential(vec(p + j) - l)) * vec(s + j);
         const float delta = total(sum);
-        for (int64_t j = 0; j < ld; j++) s[j] = p[j] * (s[j] - delta);
+        each(ld, [&](auto at) { at(s) = at(p) * (at(s) - delta); });
         sum_sink[row % a.H] -= std::exp(a.sink[row % a.H] - l) * delta;
       }
       float* out = data(g_q) + at * size;
@@ -181,7 +181,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_attn_backward(const Tensor& g_
       for (int64_t row = 0; row < block.rows; row++) {
         const float norm = block.norms[row], *x = a.q + at * size + row * a.D;
         const float along = dot(out + row * a.D, x, a.D) * norm * norm / a.D;
-        for (int64_t d = 0; d < a.D; d++) out[row * a.D + d] = norm * a.scale * (out[row * a.D + d] - along * x[d]);
+        float* to = out + row * a.D;
+        each(a.D, [&](auto at) { at(to) = norm * a.scale * (at(to) - along * at(x)); });
       }
     }
   });
