@@ -30,7 +30,7 @@ from bench.record import RESULTS, record
 from checkpoint import load
 from compile_config import PRESETS, compile_decode, compile_prefill, compile_train_step
 from generate import ROOT
-from model import Weights
+from model import ModelArgs, Transformer, Weights
 from optim import Optimizer
 from tests.oracle import hf_model, rms
 
@@ -64,9 +64,21 @@ def tokens_of(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(2, 1024, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def models():
-    ours = load(TINY, dtype=torch.float32, act_quant=False).eval()
+def models(name: str = "tiny"):
+    """Ours and Transformers', fp32: "tiny", the embedded one, or "small", of 54 M parameters, random ones."""
+    if name == "tiny":
+        ours = load(TINY, dtype=torch.float32, act_quant=False).eval()
+    else:
+        torch.manual_seed(0)
+        ours = Transformer(ModelArgs(
+            vocab_size=8192, dim=512, moe_inter_dim=256, n_layers=6, n_hash_layers=2, n_mtp_layers=0, n_heads=8, n_routed_experts=16,
+            n_activated_experts=4, q_lora_rank=256, head_dim=64, rope_head_dim=16, o_groups=2, o_lora_rank=256, index_n_heads=16,
+            index_head_dim=32, index_topk=64, max_seq_len=2048, compress_ratios=(0, 0, 4, 128, 4, 128))).eval()
     return ours, hf_model(ours)
+
+
+def suffix(name: str) -> str:
+    return "" if name == "tiny" else f", {name}"
 
 
 def transformers_sides(hf, run) -> dict:
@@ -151,7 +163,7 @@ def prefill(result: dict, length: int, chunk: int = 256) -> None:
 
 def train_sides(ours, hf, batch: int, length: int) -> dict:
     """One step each: forward, backward, norm of the gradient and AdamW, cross-entropy of the next token alone. Ours is compiled, all of it."""
-    del ours.mtp[0]
+    del ours.mtp[:]
     ours.train().requires_grad_(True), hf.train()
     batches = [tokens_of(batch, length + 1, seed=i) for i in range(ROUNDS + 1)]
     rate, optimizer = torch.tensor(1e-4), torch.optim.AdamW(hf.parameters(), lr=1e-4)
@@ -173,12 +185,12 @@ def train_sides(ours, hf, batch: int, length: int) -> dict:
     return sides | {"ours compiled": mine}
 
 
-def train(result: dict, batch: int, length: int) -> None:
-    case = versus(side_by_side(train_sides(*models(), batch, length)))
-    result[f"train step {batch} x {length}"] = case | {"tok_per_s": batch * length / case["ours compiled"]["ms"] * 1e3}
+def train(result: dict, batch: int, length: int, name: str = "tiny") -> None:
+    case = versus(side_by_side(train_sides(*models(name), batch, length)))
+    result[f"train step {batch} x {length}{suffix(name)}"] = case | {"tok_per_s": batch * length / case["ours compiled"]["ms"] * 1e3}
 
 
-def train_memory(result: dict, batch: int, length: int) -> None:
+def train_memory(result: dict, batch: int, length: int, name: str = "tiny") -> None:
     """What a training step adds to what is held between steps, and that with the optimizer's state, per side and process.
 
     Each side has trained one step before (it compiles, and makes the state). Freed memory is handed back to the system
@@ -188,7 +200,7 @@ def train_memory(result: dict, batch: int, length: int) -> None:
 import ctypes, gc, re, sys, torch
 from bench.cpu import models, train_sides
 torch.set_num_threads(1)
-ours, hf = models()
+ours, hf = models("{name}")
 step = train_sides(ours, hf, {batch}, {length})[sys.argv[1]]
 step(0)
 gc.collect(), ctypes.CDLL(None).malloc_trim(0)
@@ -198,12 +210,12 @@ open("/proc/self/clear_refs", "w").write("5")  # the peak so far is forgotten
 before = status("VmRSS")
 step(1), step(2)
 print(status("VmHWM") - before)
-""".format(batch=batch, length=length)
+""".format(batch=batch, length=length, name=name)
     sides = {side: int(subprocess.run([sys.executable, "-c", script, side], capture_output=True, text=True, check=True,
                                       cwd=ROOT).stdout.split()[-1]) for side in ("ours compiled", "transformers eager, grouped_mm")}
     mine, theirs = sides.values()
-    state = 2 * sum(p.nbytes for p in models()[1].parameters())
-    result[f"memory of a train step {batch} x {length}"] = {f"{side}_bytes": used for side, used in sides.items()} | {
+    state = 2 * sum(p.nbytes for p in models(name)[1].parameters())
+    result[f"memory of a train step {batch} x {length}{suffix(name)}"] = {f"{side}_bytes": used for side, used in sides.items()} | {
         "optimizer_state_bytes": state, "ratio": theirs / mine, "ratio_with_optimizer_state": (theirs + state) / (mine + state)}
 
 
@@ -251,7 +263,6 @@ print(status("VmHWM") - before)
 
 def cache(result: dict, length: int = 131072) -> None:
     """Bytes of cache per token at 128k (spec 1; the embedded model's own sizes), from the buffers allocated."""
-    from model import ModelArgs, Transformer
     with torch.device("meta"):
         model = Transformer(ModelArgs.flash()).to(torch.bfloat16)
     model.setup_caches(1, length)
@@ -280,8 +291,9 @@ def start(result: dict) -> None:
 CASES = {
     "decode": lambda result: (decode(result, 1), decode(result, 8)),
     "prefill": lambda result: (prefill(result, 512), prefill(result, 1800)),
-    "train": lambda result: (train(result, 1, 256), train(result, 4, 256), train(result, 1, 1024)),
-    "train_memory": lambda result: (train_memory(result, 1, 256), train_memory(result, 4, 256), train_memory(result, 1, 1024)),
+    "train": lambda result: (train(result, 1, 256), train(result, 4, 256), train(result, 1, 1024), train(result, 1, 512, "small")),
+    "train_memory": lambda result: (train_memory(result, 1, 256), train_memory(result, 4, 256), train_memory(result, 1, 1024),
+                                    train_memory(result, 1, 512, "small")),
     "experts": experts, "memory": memory, "cache": cache, "start": start,
 }
 
