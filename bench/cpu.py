@@ -1,6 +1,6 @@
 """The CPU suite: this model against Transformers' eager deepseek_v4, on the same weights, in one process, alternating.
 
-    python -m bench.cpu            everything; records bench/results/cpu.json and cpu.svg (about 15 minutes)
+    python -m bench.cpu            everything; records bench/results/cpu.json and cpu.svg (15 to 40 minutes)
     python -m bench.cpu decode     some of: decode prefill train train_memory experts memory cache start
 
 Both sides run the embedded model in fp32 without activation quantisation, on one thread, and are fed varying tokens.

@@ -39,7 +39,12 @@ static float* room(std::vector<float>& v, int64_t n) {
   return v.data();
 }
 
-struct Matrix { const float* at; int64_t row, col; };  // element (i, j) is at[i row + j col]
+// Element (i, j) is at[i row + j col]; if far is given, row i is at i far for every sixth, and the five after it row apart
+struct Matrix {
+  const float* at;
+  int64_t row, col, far = 0;
+  const float* sixth(int64_t i) const { return at + i * (far ? far : row); }
+};
 
 // R rows of c, 8 V columns: c = or += a b, with b packed [K, 16]
 template <int R, int V> static void tile(const float* a, int64_t row, int64_t col, const float* b, float* c, int64_t stride, int64_t K, bool add) {
@@ -61,7 +66,7 @@ template <int R, int V> static void tile(const float* a, int64_t row, int64_t co
 
 template <int V> static void tiles(Matrix a, const float* b, float* c, int64_t stride, int64_t M, int64_t K, bool add) {
   for (int64_t m = 0; m < M; m += 6) {
-    const float* in = a.at + m * a.row;
+    const float* in = a.sixth(m);
     float* out = c + m * stride;
     switch (M - m) {
       case 1: tile<1, V>(in, a.row, a.col, b, out, stride, K, add); break;
@@ -88,13 +93,16 @@ static void transpose(const float* from, int64_t stride, float* to, int64_t step
   for (int i = 0; i < 8; i++) vec(to + step * i) = r[i];
 }
 
-// Columns n .. n + 16 of b [K, N] as [K, 16], with zeros beyond the last
+// Columns n .. n + 16 of b [K, N] as [K, 16], with zeros beyond the last. The next sixteen are fetched into the second cache
 static void pack(Matrix b, int64_t n, int64_t N, int64_t K, float* p) {
   const int64_t width = std::min<int64_t>(16, N - n);
-  const float* from = b.at + n * b.col;
+  const float *from = b.at + n * b.col, *next = from + 16 * b.col;
   int64_t k = 0;
-  if (width == 16 && b.col == 1) for (; k < K; k++) std::memcpy(p + 16 * k, from + k * b.row, 64);
-  if (width == 16 && b.row == 1) for (; k + 8 <= K; k += 8) for (int j = 0; j < 16; j += 8) transpose(from + k + j * b.col, b.col, p + 16 * k + j, 16);
+  if (width == 16 && b.col == 1) for (; k < K; k++) std::memcpy(p + 16 * k, from + k * b.row, 64), __builtin_prefetch(next + k * b.row, 0, 2);
+  if (width == 16 && b.row == 1) for (; k + 8 <= K; k += 8) {
+    for (int j = 0; j < 16; j += 8) transpose(from + k + j * b.col, b.col, p + 16 * k + j, 16);
+    for (int j = 0; j < 16 && k % 16 == 0; j++) __builtin_prefetch(next + k + j * b.col, 0, 2);
+  }
   for (; k < K; k++) for (int64_t j = 0; j < 16; j++) p[16 * k + j] = j < width ? from[k * b.row + j * b.col] : 0;
 }
 
@@ -107,15 +115,26 @@ static void times(Matrix a, const float* p, float* c, int64_t stride, int64_t M,
   for (int64_t m = 0; m < M; m += 6) {
     const int64_t rows = std::min<int64_t>(6, M - m);
     for (int64_t r = 0; add && r < rows; r++) std::memcpy(edge + 16 * r, c + (m + r) * stride, 4 * width);
-    (width < 8 ? tiles<1> : tiles<2>)({a.at + m * a.row, a.row, a.col}, p, edge, 16, rows, K, add);
+    (width < 8 ? tiles<1> : tiles<2>)({a.sixth(m), a.row, a.col}, p, edge, 16, rows, K, add);
     for (int64_t r = 0; r < rows; r++) std::memcpy(c + (m + r) * stride, edge + 16 * r, 4 * width);
   }
 }
 
 // c [M, N] (rows `stride` apart) = or += a [M, K] b [K, N]
 static void product(Matrix a, Matrix b, float* c, int64_t stride, int64_t M, int64_t N, int64_t K, bool add) {
-  static thread_local std::vector<float> panel;
+  static thread_local std::vector<float> panel, sixes;
   float* p = room(panel, 16 * K);
+  if (a.row == 1 && a.col % 256 == 0 && M > 6 && N > 32) {  // a tile would read from few sets of the cache, again and again
+    float* to = room(sixes, (M + 5) / 6 * 6 * K);
+    for (int64_t m = 0; m < M; m += 6) {
+      const int64_t rows = std::min<int64_t>(6, M - m);
+      const float* from = a.at + m;
+      for (int64_t k = 0; k < K; k++)
+        if (rows == 6) std::memcpy(to + (m * K + 6 * k), from + k * a.col, 24);
+        else std::memcpy(to + (m * K + 6 * k), from + k * a.col, 4 * rows);
+    }
+    a = {to, 1, 6, K};
+  }
   for (int64_t n = 0; n < N; n += 16) pack(b, n, N, K, p), times(a, p, c + n, stride, M, n, N, K, add);
 }
 

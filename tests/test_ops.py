@@ -371,7 +371,7 @@ CASES = [  # the first three of each op use every optional argument
            (9, 3, 2, 140, 10, "fp8f", False), (5, 3, 2, 70, 34, "fp4", False), (3, 3, 1, 200, 150, "fp8", True)),
     *cases(moe_few, (5, 4, 2, 150, 131, True), (1, 16, 4, 33, 16, False), (9, 7, 2, 6, 5, False, "one"), (5, 3, 3, 6, 4, True, "twice"),
            (64, 3, 1, 16, 7, False), (4, 5, 2, 32, 17, False), (2, 3, 2, 15, 2, True)),
-    *cases(moe_kept, (5, 4, 2, 10, 6), (65, 5, 3, 6, 8), (9, 7, 2, 33, 13, "one"), (5, 3, 3, 6, 4, "twice"), (1, 4, 2, 72, 130)),
+    *cases(moe_kept, (5, 4, 2, 10, 6), (65, 5, 3, 6, 8), (9, 7, 2, 33, 13, "one"), (5, 3, 3, 6, 4, "twice"), (1, 4, 2, 72, 130), (23, 2, 1, 256, 128)),
 ]
 FEW = [case for op in CONTRACTS for case in [case for case in CASES if case.op == op][:3]]
 by_case = pytest.mark.parametrize("case", CASES, ids=str)
