@@ -153,10 +153,13 @@ static void product(Matrix a, const Packed& b, float* c, int64_t stride, int64_t
 static float total(Vec8 v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
 
 static float dot(const float* x, const float* y, int64_t n) {
-  Vec8 sum = {};
+  Vec8 sum[4] = {};  // one alone would wait for itself
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8) sum += vec(x + i) * vec(y + i);
-  float rest = total(sum);
+  for (; i + 32 <= n; i += 32)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) sum[j] += vec(x + i + 8 * j) * vec(y + i + 8 * j);
+  for (; i + 8 <= n; i += 8) sum[0] += vec(x + i) * vec(y + i);
+  float rest = total((sum[0] + sum[1]) + (sum[2] + sum[3]));
   for (; i < n; i++) rest += x[i] * y[i];
   return rest;
 }
