@@ -3,10 +3,11 @@
     python -m bench.cpu            everything; records bench/results/cpu.json and cpu.svg (15 to 40 minutes)
     python -m bench.cpu decode     some of: decode prefill train train_memory experts memory cache start
 
-Both sides run the embedded model in fp32 without activation quantisation, on one thread, and are fed varying tokens.
-Times are the least CPU time of several rounds in which the sides take turns; wall time is kept beside it, and a case whose
-wall time exceeds its CPU time by a third, or more, is marked "contended". Transformers runs with the fastest of its expert
-implementations, case by case. It recompiles at every decoded token, so its compiled decode is three tokens, on one line.
+Both sides run the embedded model, or a larger one where a case says small, in fp32 without activation quantisation, on one
+thread, and are fed varying tokens. Times are the least CPU time of several rounds in which the sides take turns; wall time is
+kept beside it, and a case whose wall time exceeds its CPU time by a third, or more, is marked "contended". Transformers runs
+with the fastest of its expert implementations, case by case. It recompiles at every decoded token, so its compiled decode is
+three tokens, on one line.
 """
 from __future__ import annotations
 
@@ -306,7 +307,7 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     old = RESULTS / "cpu.json"
     result = json.loads(old.read_text()) if argv and old.exists() else {}
-    result |= {"threads": torch.get_num_threads(), "weights": "assets/tiny, fp32, act_quant off"}
+    result |= {"threads": torch.get_num_threads(), "weights": "assets/tiny (small: random), fp32, act_quant off"}
     for name in argv or CASES:
         before = set(result)
         torch._dynamo.reset()

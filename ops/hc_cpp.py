@@ -7,7 +7,7 @@ constexpr int64_t BLOCK = 32, LANES = 8;  // tokens
 
 static Vec8 sigmoid(Vec8 x) { return 1 / (1 + exponential(-x)); }
 
-constexpr int64_t FEW = 4;  // tokens for which fn is not packed
+constexpr int64_t FEW = 4;  // for fewer tokens fn is not packed
 
 // rows: of fn; padded: those, in whole vectors. by_row: fn^T, for many tokens; by_column: fn, for backward
 struct Constants { int64_t n, d, rows, padded, iters; float norm_eps, hc_eps; const float *fn, *base, *scale; Packed by_row, by_column; };
@@ -93,8 +93,8 @@ static void pre(const Constants& k, const float* x, int64_t count, float* y, flo
     }
     for (int64_t t = lane; t < lane + some; t++) {
       for (int64_t j = 0; j < n * n; j++) comb[t * n * n + j] = c[j][t - lane];
-      std::memset(y + t * d, 0, 4 * d);
-      for (int64_t j = 0; j < n; j++) add_scaled(y + t * d, share[j][t - lane], x + (t * n + j) * d, d);
+      each(d, [&, first = share[0][t - lane]](auto at) { at(y + t * d) = first * at(x + t * n * d); });
+      for (int64_t j = 1; j < n; j++) add_scaled(y + t * d, share[j][t - lane], x + (t * n + j) * d, d);
     }
   }
 }
@@ -157,8 +157,7 @@ static void post(int64_t n, int64_t d, const float* y, const float* x, const flo
     }
   }
   for (int64_t k = 0; k < n; k++) {
-    std::fill(out + k * d + c, out + (k + 1) * d, 0.f);
-    add_scaled(out + k * d + c, post[k], y + c, d - c);
+    each(d - c, [&](auto at) { at(out + k * d + c) = post[k] * at(y + c); });
     for (int64_t j = 0; j < n; j++) add_scaled(out + k * d + c, comb[j * n + k], x + j * d + c, d - c);
   }
 }

@@ -59,7 +59,7 @@ struct Block {
     for (int64_t row = 0; row < rows; row++) {
       float* x = turned.data() + row * a.D;
       norms[row] = 1 / std::sqrt(dot(x, x, a.D) / a.D + a.eps);
-      each(a.D, [&](auto at) { at(x) *= norms[row] * a.scale; });
+      each(a.D, [x, by = norms[row] * a.scale](auto at) { at(x) *= by; });
     }
     for (int64_t i = 0; i < n; i++) a.turn(turned.data() + i * a.H * a.D, token(i), 1);
   }
@@ -181,8 +181,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_attn_backward(const Tensor& g_
       for (int64_t row = 0; row < block.rows; row++) {
         const float norm = block.norms[row], *x = a.q + at * size + row * a.D;
         const float along = dot(out + row * a.D, x, a.D) * norm * norm / a.D;
-        float* to = out + row * a.D;
-        each(a.D, [&](auto at) { at(to) = norm * a.scale * (at(to) - along * at(x)); });
+        each(a.D, [x, along, by = norm * a.scale, to = out + row * a.D](auto at) { at(to) = by * (at(to) - along * at(x)); });
       }
     }
   });
