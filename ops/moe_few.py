@@ -15,25 +15,24 @@ from .act_quant import reference as fake_quant
 from .registry import Op, register, require
 
 SOURCE = r"""
-typedef float Vec __attribute__((vector_size(64), aligned(4), may_alias));
 constexpr int TOKENS = 4;
 
 // out[r][t] = <row r of w, x[t]>, for R rows and T tokens
 template <int R, int T> void dot(const float* w, int64_t n, const float* const* x, float (*out)[TOKENS]) {
-  Vec sum[R][T] = {};
+  Vec8 sum[R][T] = {};
   int64_t i = 0;
-  for (; i + 16 <= n; i += 16)
+  for (; i + 8 <= n; i += 8)
+#pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
-      __builtin_prefetch(w + (r + 4 * R) * n + i, 0, 1);  // four blocks of rows ahead: the hardware expects one stream
-      const Vec a = *(const Vec*)(w + r * n + i);
-      for (int t = 0; t < T; t++) sum[r][t] += a * *(const Vec*)(x[t] + i);
+      if (i % 16 == 0) __builtin_prefetch(w + (r + 4 * R) * n + i, 0, 1);  // four blocks of rows ahead: the hardware expects one stream
+      const Vec8 a = vec(w + r * n + i);
+#pragma GCC unroll 4
+      for (int t = 0; t < T; t++) sum[r][t] += a * vec(x[t] + i);
     }
   for (int r = 0; r < R; r++)
     for (int t = 0; t < T; t++) {
-      float total = 0;
-      for (int j = 0; j < 16; j++) total += sum[r][t][j];
-      for (int64_t j = i; j < n; j++) total += w[r * n + j] * x[t][j];
-      out[r][t] = total;
+      out[r][t] = total(sum[r][t]);
+      for (int64_t j = i; j < n; j++) out[r][t] += w[r * n + j] * x[t][j];
     }
 }
 
