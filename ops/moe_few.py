@@ -2,9 +2,9 @@
 
 The mathematics, shapes and act_quant of moe (see ops/moe.py), for fp32 weights that are not packed.
 
-Each chosen expert is read once, four rows at a time, for up to four of its tokens: decoding is bound by memory, and a few
-streams of weights reach its bandwidth. The C++ kernel is built as cpp.py says. The node has no gradient (looking for one
-would cost as much as a small expert). Errors: as moe; also another dtype than fp32.
+Each chosen expert is read once, row by row, for up to four of its tokens: decoding is bound by memory. The C++ kernel is
+built as cpp.py says. The node has no gradient (looking for one would cost as much as a small expert). Errors: as moe; also
+another dtype than fp32.
 """
 from __future__ import annotations
 
@@ -17,41 +17,31 @@ from .registry import Op, register, require
 SOURCE = r"""
 constexpr int TOKENS = 4;
 
-// out[r][t] = <row r of w, x[t]>, for R rows and T tokens
-template <int R, int T> void dot(const float* w, int64_t n, const float* const* x, float (*out)[TOKENS]) {
-  Vec8 sum[R][T] = {};
+// out[t] = <w, x[t]>
+template <int T> void dots(const float* w, int64_t n, const float* const* x, float* out) {
+  Vec8 sum[T][2] = {};
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8)
+  for (; i + 16 <= n; i += 16) {
+    const Vec8 left = vec(w + i), right = vec(w + i + 8);
 #pragma GCC unroll 4
-    for (int r = 0; r < R; r++) {
-      if (i % 16 == 0) __builtin_prefetch(w + (r + 4 * R) * n + i, 0, 1);  // four blocks of rows ahead: the hardware expects one stream
-      const Vec8 a = vec(w + r * n + i);
-#pragma GCC unroll 4
-      for (int t = 0; t < T; t++) sum[r][t] += a * vec(x[t] + i);
-    }
-  for (int r = 0; r < R; r++)
-    for (int t = 0; t < T; t++) {
-      out[r][t] = total(sum[r][t]);
-      for (int64_t j = i; j < n; j++) out[r][t] += w[r * n + j] * x[t][j];
-    }
-}
-
-template <int R> void dot(const float* w, int64_t n, const float* const* x, int T, float (*out)[TOKENS]) {
-  if (T == 1) dot<R, 1>(w, n, x, out);
-  else if (T == 2) dot<R, 2>(w, n, x, out);
-  else if (T == 3) dot<R, 3>(w, n, x, out);
-  else dot<R, 4>(w, n, x, out);
+    for (int t = 0; t < T; t++) sum[t][0] += left * vec(x[t] + i), sum[t][1] += right * vec(x[t] + i + 8);
+  }
+  for (int t = 0; t < T; t++) {
+    out[t] = total(sum[t][0] + sum[t][1]);
+    for (int64_t j = i; j < n; j++) out[t] += w[j] * x[t][j];
+  }
 }
 
 // store(row, t, <row of w [rows, n], x[t]>) for every row and token
 template <class Store> void product(const float* w, int64_t rows, int64_t n, const float* const* x, int T, Store store) {
-  torch::stable::parallel_for(0, (rows + 3) / 4, (1 << 18) / n + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t first = 4 * begin; first < 4 * end && first < rows; first += 4) {
-      float out[4][TOKENS];
-      const int64_t count = std::min<int64_t>(4, rows - first);
-      if (count == 4) dot<4>(w + first * n, n, x, T, out);
-      else for (int64_t r = 0; r < count; r++) dot<1>(w + (first + r) * n, n, x, T, out + r);
-      for (int64_t r = 0; r < count; r++) for (int t = 0; t < T; t++) store(first + r, t, out[r][t]);
+  const auto some = T == 2 ? dots<2> : T == 3 ? dots<3> : dots<4>;
+  torch::stable::parallel_for(0, rows, (1 << 20) / n + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row++) {
+      float out[TOKENS];
+      __builtin_prefetch(w + (row + 8) * n);  // hardware stops at the end of a page
+      if (T == 1) out[0] = dot(w + row * n, x[0], n);
+      else some(w + row * n, n, x, out);
+      for (int t = 0; t < T; t++) store(row, t, out[t]);
     }
   });
 }
@@ -90,7 +80,7 @@ static void run(const float* x, const float* w13, const float* w2, const int64_t
       const int T = std::min<size_t>(TOKENS, pairs.size() - at);
       const float *in[TOKENS], *hs[TOKENS];
       for (int t = 0; t < T; t++) in[t] = xs.data() + pair[t] / K * d, hs[t] = h.data() + t * I;
-      product(w13 + e * 2 * I * d, 2 * I, d, in, T, [&](int64_t row, int t, float dot) { h13[t * 2 * I + row] = dot; });
+      product(w13 + e * 2 * I * d, 2 * I, d, in, T, [&](int64_t row, int t, float value) { h13[t * 2 * I + row] = value; });
       for (int t = 0; t < T; t++) {
         for (int64_t i = 0; i < I; i++) {
           const float gate = std::min(h13[t * 2 * I + i], limit), up = std::min(std::max(h13[t * 2 * I + I + i], -limit), limit);
@@ -98,7 +88,7 @@ static void run(const float* x, const float* w13, const float* w2, const int64_t
         }
         if (act_quant) fp8(h.data() + t * I, I);
       }
-      product(w2 + e * d * I, d, I, hs, T, [&](int64_t row, int t, float dot) { y[pair[t] / K * d + row] += dot; });
+      product(w2 + e * d * I, d, I, hs, T, [&](int64_t row, int t, float value) { y[pair[t] / K * d + row] += value; });
     }
   }
 }
