@@ -35,7 +35,7 @@ def numbers() -> str:
     memory = cpu["memory of a forward over 2048"]
     added = {key.removeprefix("memory of a train step "): [n / 2**20 for name, n in case.items() if name.startswith(("ours", "transformers"))]
              for key, case in cpu.items() if key.startswith("memory of a train step")}
-    steps = "".join(f";\na training step over {key} tokens, {ours:.0f} and {theirs:.0f} MiB" for key, (ours, theirs) in added.items())
+    steps = "".join(f";\na training step over {key.replace(',', ' tokens,') if ',' in key else f'{key} tokens'}, {ours:.0f} and {theirs:.0f} MiB" for key, (ours, theirs) in added.items())
     train, size = embedded["training"], embedded["bytes"] / 1e6
     deep, flash = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("compile", "report_flash"))
     depths = "\n".join(f"| {phase} | " + " | ".join(f"{deep[f'{phase}, {n} layers']['compile_cold_s']:.0f} s, {deep[f'{phase}, {n} layers']['compile_warm_s']:.1f} s"
@@ -43,7 +43,8 @@ def numbers() -> str:
     return "\n".join(lines) + f"""
 
 Least CPU time of {5} alternating rounds on {cpu['threads']} thread, {env['cpu']}, torch {env['torch']}, transformers {env['transformers']},
-{env['date']}; load average at the end {env['load_average'][0]:.1f}. Transformers runs with the fastest of its expert implementations and
+{env['date']}; load average at the end {env['load_average'][0]:.1f}. Small is a model of 54 M parameters with random weights;
+all else is measured with the embedded one. Transformers runs with the fastest of its expert implementations and
 compiles anew for every decoded token: {', '.join(f"{s:.0f}" for s in cpu['transformers compiled decode, CPU seconds of the first tokens'])} CPU seconds
 for the first three. A forward over 2048 tokens adds {memory['ours_bytes'] / 2**20:.0f} MiB to the peak memory, Transformers' {memory['transformers_bytes'] / 2**20:.0f} MiB{steps}.
 With the experts traced rather than behind an opaque op, compiled steps take {', '.join(f"{times:.2f} times as long ({key})" for key, times in experts.items())}.
