@@ -35,7 +35,7 @@ def numbers() -> str:
     memory = cpu["memory of a forward over 2048"]
     added = {key.removeprefix("memory of a train step "): [n / 2**20 for name, n in case.items() if name.startswith(("ours", "transformers"))]
              for key, case in cpu.items() if key.startswith("memory of a train step")}
-    steps = "".join(f";\na training step over {key.replace(',', ' tokens,') if ',' in key else f'{key} tokens'}, {ours:.0f} and {theirs:.0f} MiB" for key, (ours, theirs) in added.items())
+    steps = "".join(f";\na training step of {key}: {ours:.0f} and {theirs:.0f} MiB" for key, (ours, theirs) in added.items())
     train, size = embedded["training"], embedded["bytes"] / 1e6
     deep, flash = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("compile", "report_flash"))
     depths = "\n".join(f"| {phase} | " + " | ".join(f"{deep[f'{phase}, {n} layers']['compile_cold_s']:.0f} s, {deep[f'{phase}, {n} layers']['compile_warm_s']:.1f} s"
