@@ -211,6 +211,16 @@ sys.exit(S.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="torch has huge pages on Linux only")
+@pytest.mark.parametrize("wish, pages", ((None, True), ("0", False)))
+def test_command_lines_ask_for_huge_pages_unless_told_otherwise(wish, pages):
+    """Torch reads the wish when it first allocates, and lets such memory begin with a page."""
+    script = "import cli, generate, train_step, torch; cli.main('', lambda _: print(torch.empty(1 << 20).data_ptr() % 4096), None)"
+    env = {key: value for key, value in os.environ.items() if key != "THP_MEM_ALLOC_ENABLE"} | ({"THP_MEM_ALLOC_ENABLE": wish} if wish else {})
+    out = subprocess.run([sys.executable, "-c", script], cwd=S.ROOT, env=env, capture_output=True, text=True, check=True).stdout
+    assert (int(out) == 0) == pages
+
+
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM, signal.SIGKILL))
 def test_an_interrupted_run_saves_and_a_killed_one_loses_nothing_saved(folder, number):
     """Stopped at its third step of many, each of which saves: what lies there is complete, and a run goes on from it."""
