@@ -42,8 +42,8 @@ def numbers() -> str:
                                                    for n in DEPTHS) + f" | {deep[f'{phase}, 43 to 12 layers']:.2f} |" for phase in PHASES if f"{phase}, 43 to 12 layers" in deep)
     return "\n".join(lines) + f"""
 
-Least CPU time of {5} alternating rounds on {cpu['threads']} thread, {env['cpu']}, torch {env['torch']}, transformers {env['transformers']},
-{env['date']}; load average at the end {env['load_average'][0]:.1f}. Small is a model of 54 M parameters with random weights;
+Least CPU time of {5} alternating rounds on {cpu['threads']} thread (wall time where a row names more), {env['cpu']}, torch {env['torch']}, transformers {env['transformers']},
+{env['date']}; load average at the end {env['load_average'][0]:.1f}. Small is a model of 56 M parameters with random weights;
 all else is measured with the embedded one. Transformers runs with the fastest of its expert implementations and
 compiles anew for every decoded token: {', '.join(f"{s:.0f}" for s in cpu['transformers compiled decode, CPU seconds of the first tokens'])} CPU seconds
 for the first three. A forward over 2048 tokens adds {memory['ours_bytes'] / 2**20:.0f} MiB to the peak memory, Transformers' {memory['transformers_bytes'] / 2**20:.0f} MiB{steps}.
