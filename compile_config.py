@@ -383,6 +383,13 @@ def save_cache(path: str) -> int:
     return len(files)
 
 
+def discard_unfinished() -> None:
+    """Delete the empty libraries that a killed linker leaves in Inductor's cache folder, where they would count as compiled."""
+    for file in Path(cache_dir()).glob("*/*.so"):
+        if not file.stat().st_size:
+            file.unlink()
+
+
 def load_cache(path: str) -> int:
     """Unpack what `save_cache` packed into Inductor's cache folder -> number of files. A ValueError names what does not fit."""
     folder, files, temporary = Path(cache_dir()), 0, None

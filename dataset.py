@@ -32,6 +32,8 @@ GAP = "\n\n\n\n"  # between documents
 def files_of(paths: list[str]) -> list[Path]:
     """The files named, and those in the folders named (all .txt and .md below them), in order."""
     found: list[Path] = []
+    if "" in paths:
+        raise ValueError("--data: an empty name; name a file or a folder")
     for path in map(Path, paths):
         if path.is_dir():
             inside = sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".md") and file.is_file())

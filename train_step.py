@@ -25,13 +25,13 @@ from typing import Callable
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import cli
 import dataset
 from checkpoint import load, save
-from compile_config import PRESETS, choose_threads, compile_train_step, peak_memory, usable_preset
+from compile_config import PRESETS, choose_threads, compile_train_step, discard_unfinished, peak_memory, usable_preset
 from model import ModelArgs, Transformer, Weights, aim, training_loss
 from optim import Optimizer
 
@@ -183,8 +183,12 @@ class Checkpoints:
         masters = {name for name, state in optimizer.state.items() if "master" in state}
         tensors = {f"weight.{name}": t for name, t in model.state_dict().items() if name not in masters}
         tensors |= {f"optimizer.{name}": t for name, t in optimizer.state_dict().items()}
-        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary / "state.safetensors",
-                  {"step": str(step), "facts": json.dumps(facts)})
+        try:
+            save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary / "state.safetensors",
+                      {"step": str(step), "facts": json.dumps(facts)})
+        except SafetensorError as error:  # the disk is full
+            shutil.rmtree(temporary)
+            raise ValueError(f"{self.path(step)}: cannot be written ({error}); free some room, or choose another folder") from None
         return self.finish(temporary, step)
 
     def load(self, model: Transformer, optimizer: Optimizer, facts: dict) -> int:
@@ -282,7 +286,7 @@ class Log:
 
     def __init__(self, file: str | None, first: int, steps: int, peak: float, flops: float, device: torch.device, say: Callable[[str], None]):
         self.steps, self.peak, self.flops, self.device, self.say = steps, peak, flops, device, say
-        self.file, self.history = Path(file) if file else None, []
+        self.file, self.history = Path(file).resolve() if file else None, []
         if self.file:
             self.history = self.entries(first)
             self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -391,8 +395,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         path, folder = Path(getattr(flags, name)).absolute(), name in ("out", "checkpoints", "cache")
         if not path.parent.is_dir():
             raise ValueError(f"--{name} {getattr(flags, name)}: there is no folder {path.parent}")
-        if path.exists() and path.is_dir() != folder:
-            raise ValueError(f"--{name} {getattr(flags, name)}: is a {'file; name a folder' if folder else 'folder; name a file'}")
+        found, wanted = "folder" if path.is_dir() else "file" if path.is_file() else "device", "folder" if folder else "file"
+        if path.exists() and found != wanted:
+            raise ValueError(f"--{name} {getattr(flags, name)}: is a {found}; name a {wanted}")
         if not os.access(path if path.exists() else path.parent, os.W_OK):
             raise ValueError(f"--{name} {getattr(flags, name)}: may not be written to; name another")
     if flags.device == "cuda" and not torch.cuda.is_available():
@@ -409,6 +414,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             import matplotlib  # noqa: F401
         except ImportError:
             raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    if flags.plot and flags.plot == flags.metrics:
+        raise ValueError(f"--plot {flags.plot}: is where --metrics writes; name another")
     if flags.metrics is None and flags.checkpoints:
         flags.metrics = str(Path(flags.checkpoints) / "metrics.jsonl")
     flags.experts = flags.experts or flags.qat or "bf16"
@@ -465,7 +472,7 @@ class Stage:
 
 def run(argv: list[str] | None) -> None:
     flags = parse(argv)
-    if "LOCAL_RANK" in os.environ:  # torchrun
+    if {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys():  # torchrun
         from parallel import Ranks
         with Ranks(flags.device, flags.batch, flags.ep) as ranks:
             return work(flags, ranks)
@@ -493,7 +500,7 @@ def work(flags: argparse.Namespace, ranks) -> None:
         "batch", "seq_len", "seed", "optimizer", "dtype", "qat", "index_warmup", "index_loss")}}
     total = flags.index_warmup + flags.steps
     last, first = min(flags.stop_after or total, total), (checkpoints.steps() or [0])[-1] if flags.checkpoints else 0
-    if first >= last:
+    if first > last or first == last and not flags.out:
         raise ValueError(f"--checkpoints {flags.checkpoints}: is already at step {first}; ask for more --steps, or a later --stop-after")
     peak = ranks.size * peak_flops(device, getattr(torch, flags.dtype))
     log, interrupt, seconds, stopped, recall = None, Interrupt(say), 0.0, False, []
@@ -507,11 +514,11 @@ def work(flags: argparse.Namespace, ranks) -> None:
     def after(done: int, metrics: dict) -> bool:
         nonlocal stopped
         stopped = ranks.any(interrupt.asked)
-        if stopped or flags.checkpoints and (done % flags.save_every == 0 or done == last):
+        if stopped or flags.checkpoints and (done % flags.save_every == 0 or done in (stage.end, last)):
             require_finite(metrics, done)
             path = checkpoints.save(model, optimizer, done, facts, **layout)
             if stopped:
-                say(f"saved {path}; the same command with --checkpoints {checkpoints.folder} goes on from there")
+                say(f"saved {path}" + (f"; the same command with --checkpoints {checkpoints.folder} goes on from there" if done < last or flags.out else ""))
         return stopped
 
     with interrupt:
@@ -528,8 +535,14 @@ def work(flags: argparse.Namespace, ranks) -> None:
                                       watch=stage.watch, micro_batch=flags.micro_batch, recompute=flags.recompute, add_up=ranks.total)
             log = log or Log(flags.metrics if ranks.lead else None, first, total, peak, flops, device, say)
             judge_indexers()
-            seconds += train(step, rows, device, steps=min(stage.end, last), batch=flags.batch, rate=stage.rate,
-                             first=max(stage.begin, first), after=after, log=log)
+            try:
+                seconds += train(step, rows, device, steps=min(stage.end, last), batch=flags.batch, rate=stage.rate,
+                                 first=max(stage.begin, first), after=after, log=log)
+            except Exception:
+                if not interrupt.asked:
+                    raise
+                discard_unfinished()  # the signal has ended a C++ compiler of ours: nothing is trained but what is saved
+                raise KeyboardInterrupt from None
             if stopped:
                 raise KeyboardInterrupt
         if flags.out:
@@ -538,7 +551,7 @@ def work(flags: argparse.Namespace, ranks) -> None:
     if ranks.any(interrupt.asked):
         raise KeyboardInterrupt
     judge_indexers()
-    seen, newest = (last - first) * flags.batch * flags.seq_len, log.history[-1]
+    seen, newest = (last - first) * flags.batch * flags.seq_len, (log.history or [{}])[-1]
     scored = data.held_out[: max(seen, 2 * flags.seq_len)]  # short runs are judged on as much text as they read
     loss = held_out_loss(model, scored, flags.seq_len, flags.batch // ranks.size, data.tokenizer.bos_id)
     report = {"steps": last, "tokens": seen, "seconds": seconds, "held_out_loss": loss,

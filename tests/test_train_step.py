@@ -253,6 +253,51 @@ def test_a_run_without_checkpoints_is_saved_when_interrupted(folder, monkeypatch
     assert "interrupted-2/step-000001" in capsys.readouterr().out and S.Checkpoints("interrupted", 1).steps() == [1]
 
 
+def test_a_signal_that_ends_the_compiler_too_is_an_interruption(folder, monkeypatch, capsys):
+    """As when the whole process group gets it: no traceback, what is saved stays, and no torn library counts as compiled."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
+    (torn := folder / "inductor" / "ab" / "torn.so").parent.mkdir(parents=True)
+    torn.touch()
+    (whole := torn.with_name("whole.so")).write_bytes(b"ELF")
+    argv = command(folder, "--index-warmup", "2", "--checkpoints", str(folder / "run"), "--save-every", "100")
+    make, stages = S.compile_train_step, []
+
+    def compiled(*args, **kw):
+        def fail(*batch):
+            signal.raise_signal(signal.SIGTERM)
+            raise RuntimeError("C++ compile error")
+        stages.append(len(stages))
+        return fail if stages[1:] else make(*args, **kw)
+
+    monkeypatch.setattr(S, "compile_train_step", compiled)
+    assert S.main(argv) == 130
+    assert "Traceback" not in capsys.readouterr().err
+    assert S.Checkpoints(str(folder / "run"), 3).steps() == [2]
+    assert whole.exists() and not torn.exists()
+    monkeypatch.setattr(S, "compile_train_step", lambda *args, **kw: lambda *batch: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # without a signal it is an error like any other
+        S.main(argv)
+
+
+def test_a_finished_run_still_gives_its_model(folder, capsys):
+    """The command that added --out after the last step, or was interrupted at it, writes the model."""
+    argv = command(folder, "--checkpoints", str(folder / "run"))
+    assert S.main(argv) == 0
+    assert S.main([*argv, "--out", str(folder / "out"), "--json"]) == 0
+    newest = folder / "run" / S.Checkpoints(str(folder / "run"), 1).path(json.loads(capsys.readouterr().out.splitlines()[-1])["steps"]).name
+    ours, theirs = (load(path).state_dict() for path in (folder / "out", newest))
+    assert all(torch.equal(t, theirs[name]) for name, t in ours.items())
+
+
+def test_a_full_disk_is_said_in_one_line(folder, monkeypatch, capsys):
+    def full(*args):
+        raise S.SafetensorError("I/O error: No space left on device")
+    monkeypatch.setattr(S, "save_file", full)
+    assert S.main(command(folder, "--checkpoints", str(folder / "run"))) == 2
+    error = capsys.readouterr().err
+    assert "No space left" in error and len(error.strip().splitlines()) == 1 and not list((folder / "run").glob("*step-*"))
+
+
 @pytest.mark.parametrize("where", ("held_out_loss", "save"))
 def test_what_was_trained_is_saved_before_it_is_judged(folder, monkeypatch, capsys, where):
     """Interrupted when training has ended, a run still saves --out."""
@@ -333,6 +378,17 @@ def test_a_torn_line_of_metrics_is_left_out_and_a_foreign_one_refused(folder, ca
         assert f"{metrics}: line 2" in error and len(error.strip().splitlines()) == 1 and metrics.read_text() == content
     assert S.main([*argv, "3", "--batch", "4"]) == 2
     assert "batch 2, not 4" in capsys.readouterr().err and metrics.read_text() == content  # a refused run changes nothing
+
+
+def test_a_variable_left_by_another_launcher_starts_no_group(folder, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert S.main(command(folder, "--steps", "1")) == 0
+
+
+def test_metrics_follow_a_link(folder):
+    (folder / "link").symlink_to(folder / "target")
+    assert S.main(command(folder, "--steps", "1", "--metrics", str(folder / "link"))) == 0
+    assert (folder / "link").is_symlink() and json.loads((folder / "target").read_text())["step"] == 1
 
 
 def test_only_what_is_written_must_be_writable(monkeypatch, tmp_path):
@@ -431,6 +487,9 @@ def test_flops_match_those_of_the_report():
     (["--config", "SHORT"], "--config"),
     (["--config", "tiny", "--init", "."], "--init"),
     (["--config", "tiny", "--data", "SMALL"], "vocabulary"),
+    (["--data", ""], "--data"),
+    (["--metrics", "/dev/null"], "device"),
+    (["--metrics", "both.png", "--plot", "both.png"], "--metrics"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(capsys, tmp_path, argv, says):
     (tmp_path / "EMPTY").write_text(" \n")
