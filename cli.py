@@ -16,7 +16,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(program: str, run: Callable[[list[str] | None], int | None], argv: list[str] | None) -> int:
     """run(argv) -> what it returns, or 0; 2 after a one-line message on bad input; 130 when interrupted."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for what torch allocates on CPU: fewer faults, faster training
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for what torch allocates on CPU: training is faster
     try:
         return run(argv) or 0
     except KeyboardInterrupt:

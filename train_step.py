@@ -538,10 +538,10 @@ def work(flags: argparse.Namespace, ranks) -> None:
             try:
                 seconds += train(step, rows, device, steps=min(stage.end, last), batch=flags.batch, rate=stage.rate,
                                  first=max(stage.begin, first), after=after, log=log)
-            except Exception:
+            except RuntimeError:
                 if not interrupt.asked:
                     raise
-                discard_unfinished()  # the signal has ended a C++ compiler of ours: nothing is trained but what is saved
+                discard_unfinished()  # the signal has ended a C++ compiler of ours, too, before this stage's first step
                 raise KeyboardInterrupt from None
             if stopped:
                 raise KeyboardInterrupt

@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import json
+import time
 import xml.dom.minidom
 
 import pytest
+import torch
 
 from bench import readme
 from bench.cpu import cache, main, side_by_side, versus
@@ -29,6 +31,17 @@ def test_sides_take_turns_and_the_fastest_transformers_counts():
     assert calls[2:] == [(i, name) for i in (1, 2, 3) for name in "ab"] and set(result) == {"a", "b"}
     case = {"transformers eager, x": {"ms": 8.0}, "transformers eager, y": {"ms": 6.0}, "ours compiled": {"ms": 2.0}}
     assert versus(case)["ratio"] == 3
+
+
+@pytest.mark.parametrize("threads", (1, 2))
+def test_one_thread_is_timed_by_its_work_and_several_by_the_clock(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        case = side_by_side({"asleep": lambda i: time.sleep(0.02)}, rounds=2)["asleep"]
+    finally:
+        torch.set_num_threads(before)
+    assert case["wall_ms"] >= 20 and (case["ms"] >= 20) == (threads > 1) and case["contended"] == (threads == 1)
 
 
 def test_flash_caches_a_seventh_of_v3():
