@@ -491,14 +491,15 @@ def test_flops_match_those_of_the_report():
     (["--config", "tiny", "--init", "."], "--init"),
     (["--config", "tiny", "--data", "SMALL"], "vocabulary"),
     (["--data", ""], "--data"),
-    (["--metrics", "/dev/null"], "device"),
+    (["--metrics", "PIPE"], "device"),
     (["--metrics", "both.png", "--plot", "both.png"], "--metrics"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(capsys, tmp_path, argv, says):
     (tmp_path / "EMPTY").write_text(" \n")
     (tmp_path / "SHORT").write_text("Too short.\n")
     (tmp_path / "SMALL").write_text("So few words. " * 300)
-    argv = [str(tmp_path / a) if a in ("EMPTY", "SHORT", "SMALL") else a for a in argv]
+    os.mkfifo(tmp_path / "PIPE")
+    argv = [str(tmp_path / a) if a in ("EMPTY", "SHORT", "SMALL", "PIPE") else a for a in argv]
     assert S.main([*argv, "--cache", str(tmp_path / "cache")]) == 2
     captured = capsys.readouterr()
     assert len(captured.err.strip().splitlines()) == 1 and says in captured.err and not captured.out
