@@ -34,7 +34,7 @@ from typing import Callable, Iterator, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-import cli
+from tools import cli
 from model import Experts, Linear, ModelArgs, Transformer
 from ops.formats import dequantize_fp4, dequantize_fp8, quantize_fp4, quantize_fp8
 

@@ -32,7 +32,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-import cli
+from tools import cli
 from model import Transformer, Weights, aim, sum_up, training_loss
 
 ROOT = Path(__file__).parent
@@ -436,7 +436,7 @@ def load_cache(path: str) -> int:
 
 
 def run(argv: list[str] | None) -> int:
-    import report as R
+    from tools import report as R
     parser = cli.Parser(prog="compile_config.py", description="What torch.compile makes of the model, and its cache.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("report", allow_abbrev=False, help="graphs, operators, kernels, memory, FLOPs and compile seconds").add_argument

@@ -19,7 +19,7 @@ from typing import Callable, NamedTuple
 
 import torch
 
-import cli
+from tools import cli
 from checkpoint import load
 from compile_config import (PRESETS, CompileConfig, CompileCount, choose_threads, compile_decode, compile_prefill,
                             peak_memory, usable_preset)

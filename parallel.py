@@ -37,7 +37,7 @@ from compile_config import CompileConfig
 from model import Experts, Transformer
 from ops.muon import grad_norm, length, muon_direction
 from ops.registry import Table
-from optim import Optimizer
+from training.optim import Optimizer
 
 WHOLE = re.compile(r"(^|\.)hc_|\.ape$|\.gate\.")  # parameters that every process holds, beside vectors
 FACTS = "facts.json"

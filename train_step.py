@@ -28,12 +28,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-import cli
-import dataset
+from tools import cli
+from training import dataset
 from checkpoint import load, save
 from compile_config import PRESETS, choose_threads, compile_train_step, discard_unfinished, peak_memory, usable_preset
 from model import ModelArgs, Transformer, Weights, aim, training_loss
-from optim import Optimizer
+from training.optim import Optimizer
 
 ROOT = Path(__file__).parent
 NAMED = {"debug": ModelArgs.debug, "tiny": ModelArgs.tiny}  # --config

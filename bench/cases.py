@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 import ops
-import report
+from tools import report
 from model import Linear, Transformer
 from ops.launch import Launch, choose, record
 from ops.registry import LAUNCHERS

@@ -14,7 +14,7 @@ import sys
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from bench.record import record
-from report import args_of, kinds, measured, report
+from tools.report import args_of, kinds, measured, report
 
 DEPTHS, PHASES = (6, 12, 43), ("decode", "train")
 

@@ -33,8 +33,8 @@ from checkpoint import load
 from compile_config import PRESETS, compile_decode, compile_prefill, compile_train_step
 from generate import ROOT
 from model import ModelArgs, Transformer, Weights
-from optim import Optimizer
-from tests.oracle import hf_model, rms
+from training.optim import Optimizer
+from tests.testing import hf_model, rms
 
 TINY, ROUNDS = str(ROOT / "assets" / "tiny"), 5
 EXPERTS = ("eager", "batched_mm", "grouped_mm")  # Transformers' implementations

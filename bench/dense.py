@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from compile_config import CompileConfig, choose_threads, compile_train_step
 from model import ModelArgs, RMSNorm, Transformer
 from ops.rope import reference as rotate
-from dataset import HELD_OUT, Rows, prepare, read_text
-from optim import Optimizer
+from training.dataset import HELD_OUT, Rows, prepare, read_text
+from training.optim import Optimizer
 from train_step import ROOT, held_out_loss, learning_rate, train
 
 from bench.record import record

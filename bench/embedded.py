@@ -18,7 +18,7 @@ from bench.record import RESULTS, record
 from checkpoint import load
 from compile_config import choose_threads
 from generate import ROOT
-from dataset import HELD_OUT, prepare, read_text
+from training.dataset import HELD_OUT, prepare, read_text
 from train_step import held_out_loss
 
 TINY, LENGTH, BATCH = ROOT / "assets" / "tiny", 1024, 4

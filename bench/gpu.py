@@ -29,7 +29,7 @@ from typing import Callable, NamedTuple
 
 import torch
 
-import cli
+from tools import cli
 from bench import gpu_cases, gpu_models
 from bench.gpu_measure import CASES, Bench
 from bench.record import RESULTS, environment, record

@@ -16,7 +16,7 @@ from bench.cases import pack
 from bench.gpu_measure import Bench, Side, against, case, nbytes
 from compile_config import PRESETS, CompileConfig, CompileCount, compile_decode, compile_prefill, compile_train_step, compile_verify
 from model import ModelArgs, Transformer
-from report import MODEL_OPS
+from tools.report import MODEL_OPS
 
 FLASH_LAYERS = 43
 SHARES = {"attention": ("sparse_attn", "indexer_topk", "single_sort"), "hyper-connections": ("hc_", "sinkhorn"), "experts": ("moe",),
@@ -89,7 +89,7 @@ def references() -> dict[str, str]:
 def transformers_twin(b: Bench, model: Transformer):
     """Transformers' model on the same weights."""
     from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
-    from tests.oracle import hf_name
+    from tests.testing import hf_name
     config, before = model.args.to_hf(), torch.get_default_dtype()
     config["rope_scaling"] = config["rope_scaling"] and {**config["rope_scaling"], "rope_type": "yarn"}
     torch.set_default_dtype(torch.bfloat16)

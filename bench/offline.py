@@ -25,7 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import cli
+from tools import cli
 from bench import cases
 from bench.record import RESULTS, record
 from ops.launch import Launch

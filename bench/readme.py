@@ -10,7 +10,7 @@ import sys
 
 from bench.compile import DEPTHS, PHASES
 from bench.record import RESULTS
-from report import table
+from tools.report import table
 
 README = RESULTS.parent.parent / "README.md"
 

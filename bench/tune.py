@@ -18,7 +18,7 @@ import sys
 
 import torch
 
-import cli
+from tools import cli
 from bench import cases, gpu_cases, gpu_measure
 from bench.offline import SHARED, TARGETS, all_calls, check_archs, compile_quietly
 from bench.record import replace

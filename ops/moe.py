@@ -26,7 +26,7 @@ from .cpp import plain
 from .formats import dequantize_fp4, dequantize_fp8
 from .moe_cpp import SOURCE
 from .moe_few import gathered, moe_few, quantized, swiglu
-from .moe_kernels import backward, forward
+from .triton.moe import backward, forward
 from .registry import Op, register, require
 
 CHUNK = 1 << 24  # intermediate values held at a time

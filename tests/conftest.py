@@ -16,10 +16,10 @@ QUICK = {f"test_{name}.py" for name in ("assets", "bench", "formats", "model_con
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent), str(Path(__file__).parent / "ops")]
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-KERNELS = {path.name for path in Path(__file__).parent.glob("test_kernel_*.py")}
+KERNELS = {path.name for path in Path(__file__).parent.glob("kernels/test_kernel_*.py")}
 if INTERPRETING:
     import interpreter
     interpreter.install()
@@ -47,7 +47,7 @@ def tensors_live_where_kernels_run(request):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--update-snapshots", action="store_true", help="rewrite tests/snapshots from what is measured now")
+    parser.addoption("--update-snapshots", action="store_true", help="rewrite tests/compile/snapshots from what is measured now")
 
 
 def pytest_collection_modifyitems(items):
