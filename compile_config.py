@@ -6,6 +6,7 @@ apart. Capturable: every phase of every model is one Dynamo graph. Executed: wha
 layers and one for what comes after ("layer"): deep models compile in a fraction of the time, and no arithmetic lies
 between the graphs. Either way there is no graph break, and nothing recompiles as positions, lengths or rates change.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -30,10 +31,14 @@ from typing import Callable
 import torch
 from torch._dynamo.utils import counters
 from torch._inductor.runtime.cache_dir_utils import cache_dir
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
-from tools import cli
 from model import Transformer, Weights, aim, sum_up, training_loss
+from tools import cli
 
 ROOT = Path(__file__).parent
 DEEP = 12  # layers above which a preset without a region of its own compiles layer by layer
@@ -61,7 +66,9 @@ PRESETS = {
     "default": CompileConfig(),
     "cudagraphs": CompileConfig(cudagraphs=True),
     "regional": CompileConfig(region="layer"),
-    "max-autotune": CompileConfig(cudagraphs=True, options=(("max_autotune", True), ("coordinate_descent_tuning", True))),
+    "max-autotune": CompileConfig(
+        cudagraphs=True, options=(("max_autotune", True), ("coordinate_descent_tuning", True))
+    ),
 }
 
 
@@ -70,9 +77,13 @@ def compile_function(function: Callable, name: str, cfg: CompileConfig, **option
     if cfg.backend is None:
         return function
     code = function.__code__.replace(co_name=name)  # Dynamo counts compiles per code object
-    function = types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
+    function = types.FunctionType(
+        code, function.__globals__, name, function.__defaults__, function.__closure__
+    )
     options = {**options, **dict(cfg.options)} if cfg.backend == "inductor" else {}
-    return torch.compile(function, backend=cfg.backend, fullgraph=True, dynamic=False, options=options or None)
+    return torch.compile(
+        function, backend=cfg.backend, fullgraph=True, dynamic=False, options=options or None
+    )
 
 
 def regional(model: Transformer, cfg: CompileConfig, phase: str) -> bool:
@@ -84,8 +95,10 @@ def regional(model: Transformer, cfg: CompileConfig, phase: str) -> bool:
 def kind(block: torch.nn.Module) -> tuple:
     """What a compiled layer depends on: its modules' types and plain attributes, its tensors' shapes and dtypes."""
     plain = (int, float, str, bool, type(None))
-    modules = tuple((name, type(m).__name__, tuple((k, v) for k, v in vars(m).items() if isinstance(v, plain)))
-                    for name, m in block.named_modules())
+    modules = tuple(
+        (name, type(m).__name__, tuple((k, v) for k, v in vars(m).items() if isinstance(v, plain)))
+        for name, m in block.named_modules()
+    )
     tensors = (*block.named_parameters(), *block.named_buffers())
     return modules, tuple((name, tuple(t.shape), t.dtype) for name, t in tensors)
 
@@ -98,25 +111,52 @@ class Phase:
     Dynamo's guards are off: the shapes and the caches, all that may change between calls, are checked here instead.
     """
 
-    def __init__(self, model: Transformer, cfg: CompileConfig, name: str, logits: str, then: Callable | None = None):
+    def __init__(
+        self,
+        model: Transformer,
+        cfg: CompileConfig,
+        name: str,
+        logits: str,
+        then: Callable | None = None,
+    ):
         self.model, self.cfg, self.name, self.logits = model, cfg, name, logits
         self.then = then or (lambda logits, *rest: logits)
         self.built: dict[tuple, Callable] = {}
         device = model.embed.weight.device
         if cfg.cudagraphs and device.type != "cuda":
-            raise ValueError(f"cudagraphs need a CUDA device, not {device.type}: choose another preset")
+            raise ValueError(
+                f"cudagraphs need a CUDA device, not {device.type}: choose another preset"
+            )
 
     @torch.no_grad()
-    def __call__(self, tokens: torch.Tensor, input_pos: torch.Tensor, lengths: torch.Tensor | None = None, *rest):
-        args = [a.contiguous() if isinstance(a, torch.Tensor) else a for a in (tokens, input_pos, lengths, *rest)]
+    def __call__(
+        self,
+        tokens: torch.Tensor,
+        input_pos: torch.Tensor,
+        lengths: torch.Tensor | None = None,
+        *rest,
+    ):
+        args = [
+            a.contiguous() if isinstance(a, torch.Tensor) else a
+            for a in (tokens, input_pos, lengths, *rest)
+        ]
         weight, caches = self.model.embed.weight, ()
         if self.cfg.cudagraphs:  # a recorded graph holds on to addresses
             caches = (weight.data_ptr(), self.model.layers[0].attn.ring.rows.data_ptr())
-        key = (self.model.cache_size, self.model.args.act_quant, weight.dtype, weight.device, caches, *[(a.shape, a.dtype) if isinstance(a, torch.Tensor) else a for a in args])
+        key = (
+            self.model.cache_size,
+            self.model.args.act_quant,
+            weight.dtype,
+            weight.device,
+            caches,
+            *[(a.shape, a.dtype) if isinstance(a, torch.Tensor) else a for a in args],
+        )
         run = self.built.get(key)
         if run is None:
             run = self.built[key] = self.build()
-            args = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]  # or one tensor given twice stays one
+            args = [
+                a.clone() if isinstance(a, torch.Tensor) else a for a in args
+            ]  # or one tensor given twice stays one
             if self.cfg.cudagraphs and self.name != "prefill":
                 run = self.built[key] = captured(run, *args)
         return run(*args)
@@ -125,18 +165,28 @@ class Phase:
         model, then, logits = self.model, self.then, self.logits
         options = {"guard_filter_fn": lambda guards: [False] * len(guards)}
         if model.embed.weight.device.type == "cpu" and self.name != "prefill":
-            options["cpp_wrapper"] = True  # small kernels: calling them from Python would cost as much as running them
+            options["cpp_wrapper"] = (
+                True  # small kernels: calling them from Python would cost as much as running them
+            )
 
         def phase(function, part=""):
             return compile_function(function, self.name + part, self.cfg, **options)
 
         if not regional(model, self.cfg, self.name):
-            return phase(lambda tokens, input_pos, lengths, *rest: then(
-                model(tokens, input_pos, lengths, logits=logits), input_pos, lengths, *rest))
+            return phase(
+                lambda tokens, input_pos, lengths, *rest: then(
+                    model(tokens, input_pos, lengths, logits=logits), input_pos, lengths, *rest
+                )
+            )
         start = phase(lambda *args: model.start(*args), "_start")
         kinds = {}
-        layers = [(block, kinds.setdefault(kind(block), phase(lambda block, *args: block(*args), "_layer")))
-                  for block in model.layers]
+        layers = [
+            (
+                block,
+                kinds.setdefault(kind(block), phase(lambda block, *args: block(*args), "_layer")),
+            )
+            for block in model.layers
+        ]
         finish = phase(lambda X, plan, *rest: then(model.finish(X, plan, logits), *rest), "_finish")
 
         def run(tokens, input_pos, lengths, *rest):
@@ -144,6 +194,7 @@ class Phase:
             for block, layer in layers:
                 X, _ = layer(block, X, tokens, plan)
             return finish(X, plan, input_pos, lengths, *rest)
+
         return run
 
 
@@ -169,6 +220,7 @@ def captured(run: Callable, *args) -> Callable:
                 a.copy_(b)
         graph.replay()
         return tuple(r.clone() for r in result) if isinstance(result, tuple) else result.clone()
+
     return replay
 
 
@@ -190,7 +242,12 @@ def compile_verify(model: Transformer, cfg: CompileConfig, then: Callable | None
     return Phase(model, cfg, "verify", "all", then)
 
 
-KEPT = ("sparse_attn", "moe", "moe_kept", "indexer_topk")  # what selective recomputation does not do again
+KEPT = (
+    "sparse_attn",
+    "moe",
+    "moe_kept",
+    "indexer_topk",
+)  # what selective recomputation does not do again
 
 
 def recomputed(forward: Callable, how: str) -> Callable:
@@ -205,13 +262,26 @@ def recomputed(forward: Callable, how: str) -> Callable:
     def policy(context, op, *args, **kwargs):
         return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
-    how = {"context_fn": functools.partial(create_selective_checkpoint_contexts, policy)} if how == "selective" else {}
+    how = (
+        {"context_fn": functools.partial(create_selective_checkpoint_contexts, policy)}
+        if how == "selective"
+        else {}
+    )
     return lambda *args: checkpoint(forward, *args, use_reentrant=False, **how)
 
 
-def compile_train_step(model: Transformer, optimizer, cfg: CompileConfig, loss: Callable | None = None, *, weights: Weights = Weights(),
-                       watch: str = "routers", micro_batch: int | None = None, recompute: str = "none",
-                       add_up: Callable[[list[torch.Tensor]], list[torch.Tensor]] | None = None) -> Callable:
+def compile_train_step(
+    model: Transformer,
+    optimizer,
+    cfg: CompileConfig,
+    loss: Callable | None = None,
+    *,
+    weights: Weights = Weights(),
+    watch: str = "routers",
+    micro_batch: int | None = None,
+    recompute: str = "none",
+    add_up: Callable[[list[torch.Tensor]], list[torch.Tensor]] | None = None,
+) -> Callable:
     """-> step(tokens, targets, doc_ids, lr) -> {"loss", "mtp_loss", ...}: detached 0-D tensors, see training_loss.
 
     tokens, targets [B, S] int64, doc_ids likewise or None; lr a 0-D tensor.
@@ -228,7 +298,11 @@ def compile_train_step(model: Transformer, optimizer, cfg: CompileConfig, loss: 
     kinds: dict[tuple, Callable] = {}
     forward = recomputed(lambda block, *args: type(block).forward(block, *args), recompute)
     for block in (*model.layers, *model.mtp):
-        layer = kinds.setdefault(kind(block), compiled(lambda *args: forward(*args), "train_layer")) if layerwise else forward
+        layer = (
+            kinds.setdefault(kind(block), compiled(lambda *args: forward(*args), "train_layer"))
+            if layerwise
+            else forward
+        )
         if layerwise or recompute != "none":
             patches[block, "forward"] = functools.partial(layer, block)
     finish = sum_up
@@ -246,7 +320,13 @@ def compile_train_step(model: Transformer, optimizer, cfg: CompileConfig, loss: 
 
     def step(tokens, targets, doc_ids, lr):
         size, metrics = micro_batch or len(tokens), {}
-        parts = list(zip(tokens.split(size), targets.split(size), [None] * len(tokens) if doc_ids is None else doc_ids.split(size)))
+        parts = list(
+            zip(
+                tokens.split(size),
+                targets.split(size),
+                [None] * len(tokens) if doc_ids is None else doc_ids.split(size),
+            )
+        )
         goals = [prepare(*part) for part in parts]
         counts = torch.stack([goal.counts for goal in goals]).sum(0)
         if add_up:
@@ -257,7 +337,10 @@ def compile_train_step(model: Transformer, optimizer, cfg: CompileConfig, loss: 
             for (tokens, _, doc_ids), goal in zip(parts, goals):
                 total, new = loss(model, tokens, goal._replace(counts=counts), doc_ids)
                 total.backward()
-                metrics = {name: metrics[name] + value if name in metrics else value for name, value in new.items()}
+                metrics = {
+                    name: metrics[name] + value if name in metrics else value
+                    for name, value in new.items()
+                }
         finally:
             for module, name in patches:
                 del module.__dict__[name]
@@ -272,6 +355,7 @@ def compile_train_step(model: Transformer, optimizer, cfg: CompileConfig, loss: 
         else:
             metrics |= optimizer.step(lr, load) or {}
         return metrics
+
     return step
 
 
@@ -304,6 +388,7 @@ class CompileCount:
 def missing_for_cpu() -> str | None:
     """What Inductor needs to compile for CPU and this machine lacks, in words; None if it has all."""
     from torch._inductor.cpp_builder import get_cpp_compiler
+
     try:
         get_cpp_compiler()
     except Exception:  # its class has moved between torch versions
@@ -330,7 +415,11 @@ def choose_threads(active_bytes: int) -> int:
     than it saves and two programs that share the cores stall each other, larger ones on every core at hand.
     """
     if "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = (
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1
+        )
         torch.set_num_threads(1 if active_bytes < 1 << 28 else cores)
     return torch.get_num_threads()
 
@@ -339,9 +428,13 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: the most that was allocated on a GPU, else the most that the process held."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if os.path.exists("/proc/self/status"):  # rusage would count what the parent held when it forked
+    if os.path.exists(
+        "/proc/self/status"
+    ):  # rusage would count what the parent held when it forked
         return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -351,12 +444,28 @@ def peak_memory(device: torch.device) -> int:
 def cache_key() -> dict[str, str]:
     """What compiled code depends on. Caches are only carried between places where all of it is equal."""
     files = [*ROOT.glob("*.py"), *(ROOT / "ops").glob("*.py")]
-    source = hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in sorted(files))).hexdigest()[:16]
-    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M) if os.path.exists("/proc/cpuinfo") else None
-    cpu = hashlib.sha256(" ".join(sorted(flags[1].split())).encode()).hexdigest()[:16] if flags else platform.processor()
+    source = hashlib.sha256(
+        b"".join(file.name.encode() + file.read_bytes() for file in sorted(files))
+    ).hexdigest()[:16]
+    flags = (
+        re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)
+        if os.path.exists("/proc/cpuinfo")
+        else None
+    )
+    cpu = (
+        hashlib.sha256(" ".join(sorted(flags[1].split())).encode()).hexdigest()[:16]
+        if flags
+        else platform.processor()
+    )
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(), "CPU flags": cpu, "GPU": gpu,
-            "source": source}
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "CPU flags": cpu,
+        "GPU": gpu,
+        "source": source,
+    }
 
 
 def save_cache(path: str) -> int:
@@ -364,7 +473,13 @@ def save_cache(path: str) -> int:
     if not Path(path).absolute().parent.is_dir() or Path(path).is_dir():
         raise ValueError(f"{path}: cannot be written; name a file in a folder that exists")
     folder = Path(cache_dir())
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and "locks" not in file.parts and not file.name.endswith((".lock", ".tmp"))]
+    files = [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+        and "locks" not in file.parts
+        and not file.name.endswith((".lock", ".tmp"))
+    ]
     if not files:
         raise ValueError(f"{folder}: holds no compiled code yet; run generate.py first")
     temporary = f"{path}.tmp"
@@ -394,7 +509,9 @@ def load_cache(path: str) -> int:
     """Unpack what `save_cache` packed into Inductor's cache folder -> number of files. A ValueError names what does not fit."""
     folder, files, temporary = Path(cache_dir()), 0, None
     try:
-        with gzip.open(path) as whole:  # its checksum stands at the end: nothing is unpacked before that is known to be right
+        with (
+            gzip.open(path) as whole
+        ):  # its checksum stands at the end: nothing is unpacked before that is known to be right
             while whole.read(1 << 20):
                 pass
         with tarfile.open(path, "r:gz") as tar:
@@ -409,10 +526,14 @@ def load_cache(path: str) -> int:
                 raise tarfile.TarError("key.json is no object")
             for key, value in cache_key().items():
                 if saved.get(key) != value:
-                    raise ValueError(f"{path}: was saved for {key} {saved.get(key)}, here it is {value}: compile anew and save that")
+                    raise ValueError(
+                        f"{path}: was saved for {key} {saved.get(key)}, here it is {value}: compile anew and save that"
+                    )
             for entry in tar:
                 target = folder / entry.name.removeprefix("cache/")
-                inside = entry.name.startswith("cache/") and target.resolve().is_relative_to(folder.resolve())
+                inside = entry.name.startswith("cache/") and target.resolve().is_relative_to(
+                    folder.resolve()
+                )
                 if not entry.isfile() or not inside or target.exists():
                     continue
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -423,8 +544,10 @@ def load_cache(path: str) -> int:
                 os.replace(temporary, target)
                 files += 1
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: is damaged, or is not a cache that `compile_config.py cache save` wrote ({error}): "
-                         "save or copy it anew") from None
+        raise ValueError(
+            f"{path}: is damaged, or is not a cache that `compile_config.py cache save` wrote ({error}): "
+            "save or copy it anew"
+        ) from None
     finally:
         if temporary is not None and temporary.exists():
             temporary.unlink()
@@ -437,16 +560,42 @@ def load_cache(path: str) -> int:
 
 def run(argv: list[str] | None) -> int:
     from tools import report as R
-    parser = cli.Parser(prog="compile_config.py", description="What torch.compile makes of the model, and its cache.", allow_abbrev=False)
+
+    parser = cli.Parser(
+        prog="compile_config.py",
+        description="What torch.compile makes of the model, and its cache.",
+        allow_abbrev=False,
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("report", allow_abbrev=False, help="graphs, operators, kernels, memory, FLOPs and compile seconds").add_argument
-    add("--config", default="tiny", metavar="NAME|DIR", help=f"{', '.join(R.NAMED)}, or a checkpoint folder")
+    add = commands.add_parser(
+        "report",
+        allow_abbrev=False,
+        help="graphs, operators, kernels, memory, FLOPs and compile seconds",
+    ).add_argument
+    add(
+        "--config",
+        default="tiny",
+        metavar="NAME|DIR",
+        help=f"{', '.join(R.NAMED)}, or a checkpoint folder",
+    )
     add("--phase", default=",".join(R.PHASES), metavar="A,B", help=",".join(R.PHASES))
     add("--preset", default="default", choices=PRESETS)
-    add("--full", action="store_true", help="capture every layer of deep models, not one of each kind")
+    add(
+        "--full",
+        action="store_true",
+        help="capture every layer of deep models, not one of each kind",
+    )
     add("--no-run", action="store_true", help="capture only: compile and run nothing")
-    add("--trace", metavar="DIR", help="keep the captured graphs and the generated code here, to read")
-    add("--compare", metavar="OLD.json", help="say what moved since an earlier --json; exit 1 on a regression")
+    add(
+        "--trace",
+        metavar="DIR",
+        help="keep the captured graphs and the generated code here, to read",
+    )
+    add(
+        "--compare",
+        metavar="OLD.json",
+        help="say what moved since an earlier --json; exit 1 on a regression",
+    )
     add("--json", action="store_true", help="the last line of standard output is one JSON object")
     cache = commands.add_parser("cache", help="carry compiled code to an equal machine")
     cache.add_argument("action", choices=("save", "load"))
@@ -462,14 +611,20 @@ def run(argv: list[str] | None) -> int:
             raise ValueError(f"--phase {phase!r}: choose from {', '.join(R.PHASES)}")
     old = R.read(flags.compare) if flags.compare else None
     if old and old["layers"] != R.kinds(R.args_of(flags.config)):
-        raise ValueError(f"--compare {flags.compare}: reports {old.get('config')}, whose layers are not those of {flags.config}")
+        raise ValueError(
+            f"--compare {flags.compare}: reports {old.get('config')}, whose layers are not those of {flags.config}"
+        )
     if flags.trace:
         try:
             Path(flags.trace).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"--trace {flags.trace}: cannot be made a folder ({error.strerror})") from None
+            raise ValueError(
+                f"--trace {flags.trace}: cannot be made a folder ({error.strerror})"
+            ) from None
     say = lambda message: print(message, file=sys.stderr, flush=True)
-    result = R.report(flags.config, phases, flags.preset, flags.full, flags.trace, not flags.no_run, say)
+    result = R.report(
+        flags.config, phases, flags.preset, flags.full, flags.trace, not flags.no_run, say
+    )
     out = sys.stderr if flags.json else sys.stdout
     print(R.table(result), file=out)
     moved, worse = R.compare(old, result) if old else ([], [])

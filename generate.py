@@ -4,6 +4,7 @@ Prompts are fed in chunks of one size, the last one padded, so one graph serves 
 is part of both graphs, and prompts of different lengths run as one ragged batch. Positions, lengths, temperature, top-k,
 top-p and seed are tensors: nothing recompiles when they change.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -19,12 +20,20 @@ from typing import Callable, NamedTuple
 
 import torch
 
-from tools import cli
 from checkpoint import load
-from compile_config import (PRESETS, CompileConfig, CompileCount, choose_threads, compile_decode, compile_prefill,
-                            peak_memory, usable_preset)
+from compile_config import (
+    PRESETS,
+    CompileConfig,
+    CompileCount,
+    choose_threads,
+    compile_decode,
+    compile_prefill,
+    peak_memory,
+    usable_preset,
+)
 from model import ModelArgs, Transformer
 from tokenizer import StreamDecoder, Tokenizer, encode_messages, load_tokenizer, parse_response
+from tools import cli
 
 ROOT = Path(__file__).parent
 PROMPT = "KING RICHARD.\nNow is the winter of our discontent\nMade glorious summer by this sun of York;\n"
@@ -51,8 +60,15 @@ class Sampling(NamedTuple):
 
     @classmethod
     def of(cls, temperature: float, top_k: int, top_p: float, seed: int, device) -> Sampling:
-        return cls(*(torch.tensor(value, dtype=dtype, device=device) for value, dtype in
-                     zip((temperature, top_k, top_p, seed), (torch.float32, torch.int64, torch.float32, torch.int64))))
+        return cls(
+            *(
+                torch.tensor(value, dtype=dtype, device=device)
+                for value, dtype in zip(
+                    (temperature, top_k, top_p, seed),
+                    (torch.float32, torch.int64, torch.float32, torch.int64),
+                )
+            )
+        )
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
@@ -81,7 +97,9 @@ def sample(logits: torch.Tensor, pos: torch.Tensor, how: Sampling, filtered: boo
         return (logits + how.temperature * noise).argmax(-1)
     score, order = logits.sort(dim=-1, descending=True, stable=True)
     p = (score / how.temperature.clamp(min=1e-6)).softmax(-1)
-    keep = (torch.arange(score.shape[-1], device=p.device) < how.top_k) & (p.cumsum(-1) - p < how.top_p)
+    keep = (torch.arange(score.shape[-1], device=p.device) < how.top_k) & (
+        p.cumsum(-1) - p < how.top_p
+    )
     score = (score + how.temperature * noise.gather(-1, order)).masked_fill(~keep, float("-inf"))
     return order.gather(-1, score.argmax(-1, keepdim=True))[:, 0]
 
@@ -98,8 +116,16 @@ class Generator:
     Rows remember what they were fed: a prompt that continues it feeds only what is new.
     """
 
-    def __init__(self, model: Transformer, cfg: CompileConfig, batch: int, max_seq_len: int, filtered: bool = False,
-                 eos: int | None = None, say: Callable[[str], None] = lambda message: None):
+    def __init__(
+        self,
+        model: Transformer,
+        cfg: CompileConfig,
+        batch: int,
+        max_seq_len: int,
+        filtered: bool = False,
+        eos: int | None = None,
+        say: Callable[[str], None] = lambda message: None,
+    ):
         self.model, self.cfg, self.max_seq_len, self.say = model, cfg, max_seq_len, say
         self.device = model.embed.weight.device
         gpu = self.device.type == "cuda"
@@ -118,14 +144,20 @@ class Generator:
             token = sample(logits[:, -1], pos, Sampling(*how), filtered)
             return token[:, None], pos, lengths * (token != eos)
 
-        self.prefill, self.decode = compile_prefill(model, cfg, first), compile_decode(model, cfg, following)
+        self.prefill, self.decode = (
+            compile_prefill(model, cfg, first),
+            compile_decode(model, cfg, following),
+        )
 
     def warm(self, phase, width: int, how: Sampling) -> None:
         """Compile a phase by a call that feeds nothing; once."""
         if self.cfg.backend is None or phase.name in self._warm:
             return
         self.say(f" compiling {phase.name} ...")
-        start, zeros = time.perf_counter(), torch.zeros(len(self.fed), dtype=torch.int64, device=self.device)
+        start, zeros = (
+            time.perf_counter(),
+            torch.zeros(len(self.fed), dtype=torch.int64, device=self.device),
+        )
         phase(zeros[:, None].repeat(1, width), zeros, zeros, *how)
         self._sync()
         self.compile_s += time.perf_counter() - start
@@ -142,7 +174,10 @@ class Generator:
         """Bring every row to the end of its prompt -> the token sampled after it [B]."""
         start, rewind = [], self.model.cache_size[2]
         for row, (fed, prompt) in enumerate(zip(self.fed, prompts)):
-            same = next((i for i, (a, b) in enumerate(zip(fed, prompt)) if a != b), min(len(fed), len(prompt)))
+            same = next(
+                (i for i, (a, b) in enumerate(zip(fed, prompt)) if a != b),
+                min(len(fed), len(prompt)),
+            )
             same = min(same, len(prompt) - 1)  # the last token is fed again for its logits
             start.append(same if self.high[row] - same <= rewind else 0)
             self.high[row] = max(self.high[row] if start[-1] else 0, len(prompt))
@@ -151,19 +186,31 @@ class Generator:
         for at in range(0, max(len(p) - s for p, s in zip(prompts, start)), self.chunk):
             parts = [p[s + at : s + at + self.chunk] for p, s in zip(prompts, start)]
             tokens = as_tensor([part + [0] * (self.chunk - len(part)) for part in parts])
-            new = self.prefill(tokens, as_tensor([s + at if part else 0 for s, part in zip(start, parts)]),
-                               as_tensor([len(part) for part in parts]), *how)
-            token = new if token is None else torch.where(as_tensor([len(part) for part in parts]) > 0, new, token)
+            new = self.prefill(
+                tokens,
+                as_tensor([s + at if part else 0 for s, part in zip(start, parts)]),
+                as_tensor([len(part) for part in parts]),
+                *how,
+            )
+            token = (
+                new
+                if token is None
+                else torch.where(as_tensor([len(part) for part in parts]) > 0, new, token)
+            )
         self.fed = [list(p) for p in prompts]
         return token
 
-    def __call__(self, prompts: list[list[int]], how: Sampling, done: Callable[[int, int], bool]) -> dict:
+    def __call__(
+        self, prompts: list[list[int]], how: Sampling, done: Callable[[int, int], bool]
+    ) -> dict:
         """Generate for every row, until done(row, token), which is told each token as it comes, has ended them all.
 
         -> ttft_warm_s, fed_tokens (of the prompts), prefill_tok_per_s, decode_s, decoded (tokens), steps. Compiling is excluded.
         """
         if len(prompts) != len(self.fed) or not all(prompts):
-            raise ValueError(f"{len(prompts)} prompts for {len(self.fed)} rows: give one for each, none of them empty")
+            raise ValueError(
+                f"{len(prompts)} prompts for {len(self.fed)} rows: give one for each, none of them empty"
+            )
         self.warm(self.prefill, self.chunk, how)
         start = time.perf_counter()
         token = self._feed(prompts, how)[:, None]
@@ -195,8 +242,14 @@ class Generator:
                 results.append(token)
             host = torch.cat(results, 1).tolist()
             decode_s, steps = decode_s + time.perf_counter() - start, steps + len(results)
-        return dict(ttft_warm_s=ttft, fed_tokens=self.fed_tokens, prefill_tok_per_s=self.fed_tokens / ttft, decode_s=decode_s,
-                    decoded=decoded, steps=steps)
+        return dict(
+            ttft_warm_s=ttft,
+            fed_tokens=self.fed_tokens,
+            prefill_tok_per_s=self.fed_tokens / ttft,
+            decode_s=decode_s,
+            decoded=decoded,
+            steps=steps,
+        )
 
 
 def active_bytes(model: Transformer, rows: int) -> int:
@@ -225,57 +278,121 @@ def read_bandwidth(nbytes: int, device: torch.device) -> float:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = cli.Parser(description="Generate text with DeepSeek-V4 from compiled graphs.", allow_abbrev=False)
+    parser = cli.Parser(
+        description="Generate text with DeepSeek-V4 from compiled graphs.", allow_abbrev=False
+    )
     add = parser.add_argument
-    add("--checkpoint", default=str(ROOT / "assets" / "tiny"), metavar="DIR", help="a folder in the released layout (embedded model)")
+    add(
+        "--checkpoint",
+        default=str(ROOT / "assets" / "tiny"),
+        metavar="DIR",
+        help="a folder in the released layout (embedded model)",
+    )
     add("--prompt", metavar="TEXT")
     add("--prompts", metavar="FILE", help="one prompt a line, run as one batch")
     add("--prompt-ids", metavar="1,2,3", help="token ids, fed as they are")
-    add("--interactive", action="store_true", help="read turns from standard input; each appends to the cache")
+    add(
+        "--interactive",
+        action="store_true",
+        help="read turns from standard input; each appends to the cache",
+    )
     add("--chat", action="store_true", help="prompts are user messages in V4's format")
     add("--system", metavar="TEXT", help="system message, with --chat")
     add("--thinking", action="store_true", help="let the model reason first, with --chat")
     add("--max-new-tokens", type=int, default=256, metavar="N")
-    add("--max-seq-len", type=int, metavar="N", help=f"context to allocate (the model's, at most {LONGEST})")
-    add("--temperature", type=float, metavar="T", help="0 is greedy (the default; 0.8 for the built-in prompt)")
+    add(
+        "--max-seq-len",
+        type=int,
+        metavar="N",
+        help=f"context to allocate (the model's, at most {LONGEST})",
+    )
+    add(
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="0 is greedy (the default; 0.8 for the built-in prompt)",
+    )
     add("--top-k", type=int, metavar="K")
     add("--top-p", type=float, metavar="P")
     add("--seed", type=int, default=0)
-    add("--stop", action="append", default=[], metavar="TEXT", help="end at this text; may be given several times")
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end at this text; may be given several times",
+    )
     add("--ignore-eos", action="store_true")
     add("--device", choices=("cpu", "cuda"))
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="float32 on CPU, bfloat16 on CUDA")
-    add("--weights", choices=("dequant", "native"), default="dequant", help="native keeps FP8 and FP4 weights packed")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="float32 on CPU, bfloat16 on CUDA",
+    )
+    add(
+        "--weights",
+        choices=("dequant", "native"),
+        default="dequant",
+        help="native keeps FP8 and FP4 weights packed",
+    )
     add("--compile", choices=PRESETS, metavar="PRESET", help=", ".join(PRESETS))
     add("--no-compile", action="store_true")
     add("--profile", action="store_true", help="print where the time of decoding goes")
-    add("--json", action="store_true", help="the last line of standard output is one JSON object; progress on standard error")
+    add(
+        "--json",
+        action="store_true",
+        help="the last line of standard output is one JSON object; progress on standard error",
+    )
     flags = parser.parse_args(argv)
 
     def refuse(wrong, message):
         if wrong:
             raise ValueError(message)
 
-    sources = [f for f in ("prompt", "prompts", "prompt_ids") if getattr(flags, f) is not None] + ["interactive"] * flags.interactive
+    sources = [f for f in ("prompt", "prompts", "prompt_ids") if getattr(flags, f) is not None] + [
+        "interactive"
+    ] * flags.interactive
     refuse(len(sources) > 1, "choose one of --prompt, --prompts, --prompt-ids and --interactive")
-    refuse(not flags.chat and (flags.system is not None or flags.thinking), "--system and --thinking need --chat")
+    refuse(
+        not flags.chat and (flags.system is not None or flags.thinking),
+        "--system and --thinking need --chat",
+    )
     refuse(flags.chat and flags.prompt_ids is not None, "--chat needs text, not --prompt-ids")
     refuse(flags.compile and flags.no_compile, "--compile and --no-compile exclude each other")
     refuse(flags.max_new_tokens < 1, f"--max-new-tokens {flags.max_new_tokens}: ask for at least 1")
-    refuse(flags.max_seq_len is not None and flags.max_seq_len < 2, f"--max-seq-len {flags.max_seq_len}: at least 2 are needed")
+    refuse(
+        flags.max_seq_len is not None and flags.max_seq_len < 2,
+        f"--max-seq-len {flags.max_seq_len}: at least 2 are needed",
+    )
     flags.demo = not sources
     if flags.temperature is None:
         flags.temperature = 0.8 if flags.demo else 0.0
-    refuse(not 0 <= flags.temperature < 1e30, f"--temperature {flags.temperature}: choose 0 (greedy) or more")
-    refuse(flags.top_k is not None and flags.top_k < 1, f"--top-k {flags.top_k}: keep at least 1 token")
-    refuse(flags.top_p is not None and not 0 < flags.top_p <= 1, f"--top-p {flags.top_p}: choose a probability above 0, up to 1")
+    refuse(
+        not 0 <= flags.temperature < 1e30,
+        f"--temperature {flags.temperature}: choose 0 (greedy) or more",
+    )
+    refuse(
+        flags.top_k is not None and flags.top_k < 1, f"--top-k {flags.top_k}: keep at least 1 token"
+    )
+    refuse(
+        flags.top_p is not None and not 0 < flags.top_p <= 1,
+        f"--top-p {flags.top_p}: choose a probability above 0, up to 1",
+    )
     refuse(not 0 <= flags.seed < 1 << 63, f"--seed {flags.seed}: choose 0 .. 2^63 - 1")
     refuse("" in flags.stop, "--stop is empty: leave it out")
-    refuse(flags.device == "cuda" and not torch.cuda.is_available(), "--device cuda: no CUDA device is available here; use cpu")
+    refuse(
+        flags.device == "cuda" and not torch.cuda.is_available(),
+        "--device cuda: no CUDA device is available here; use cpu",
+    )
     flags.device = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
     flags.dtype = flags.dtype or ("bfloat16" if flags.device == "cuda" else "float32")
-    flags.preset = "eager" if flags.no_compile else usable_preset(flags.compile, "default", flags.device)
-    refuse(PRESETS[flags.preset].cudagraphs and flags.device != "cuda", f"--compile {flags.preset} needs a CUDA device")
+    flags.preset = (
+        "eager" if flags.no_compile else usable_preset(flags.compile, "default", flags.device)
+    )
+    refuse(
+        PRESETS[flags.preset].cudagraphs and flags.device != "cuda",
+        f"--compile {flags.preset} needs a CUDA device",
+    )
     return flags
 
 
@@ -285,9 +402,13 @@ def check_folder(path: str) -> None:
         return
     name = path.removeprefix("https://huggingface.co/").rstrip("/")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
-        raise ValueError(f"{path}: no such folder; if you mean the model of that name, download it with: "
-                         f"hf download {name} --local-dir {name.split('/')[1]}")
-    raise ValueError(f"{path}: no such folder; --checkpoint takes a folder with config.json and safetensors files")
+        raise ValueError(
+            f"{path}: no such folder; if you mean the model of that name, download it with: "
+            f"hf download {name} --local-dir {name.split('/')[1]}"
+        )
+    raise ValueError(
+        f"{path}: no such folder; --checkpoint takes a folder with config.json and safetensors files"
+    )
 
 
 def find_tokenizer(path: str) -> Tokenizer | None:
@@ -297,47 +418,69 @@ def find_tokenizer(path: str) -> Tokenizer | None:
     return load_tokenizer(path)
 
 
-def read_prompts(flags: argparse.Namespace, args: ModelArgs, tokenizer: Tokenizer | None) -> list[list[int]]:
+def read_prompts(
+    flags: argparse.Namespace, args: ModelArgs, tokenizer: Tokenizer | None
+) -> list[list[int]]:
     """The prompts as token ids."""
     if flags.prompt_ids is not None:
         try:
             ids = [int(x) for x in flags.prompt_ids.split(",")] if flags.prompt_ids.strip() else []
         except ValueError:
-            raise ValueError(f"--prompt-ids {flags.prompt_ids!r}: give integers separated by commas") from None
+            raise ValueError(
+                f"--prompt-ids {flags.prompt_ids!r}: give integers separated by commas"
+            ) from None
         prompts = [ids]
     else:
         if tokenizer is None:
-            raise ValueError(f"{flags.checkpoint}: has neither tokenizer.json nor tokenizer.model; give --prompt-ids")
+            raise ValueError(
+                f"{flags.checkpoint}: has neither tokenizer.json nor tokenizer.model; give --prompt-ids"
+            )
         texts = [PROMPT if flags.prompt is None else flags.prompt]
         if flags.prompts is not None:
             try:
-                texts = [line for line in Path(flags.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+                texts = [
+                    line
+                    for line in Path(flags.prompts).read_text(encoding="utf-8").splitlines()
+                    if line.strip()
+                ]
             except (OSError, UnicodeDecodeError) as error:
-                raise ValueError(f"{flags.prompts}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from None
+                raise ValueError(
+                    f"{flags.prompts}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})"
+                ) from None
             if not texts:
                 raise ValueError(f"{flags.prompts}: holds no prompt; write one a line")
-        prompts = [encode(flags, tokenizer, render(flags, [text])) if text else [] for text in texts]
+        prompts = [
+            encode(flags, tokenizer, render(flags, [text])) if text else [] for text in texts
+        ]
     for ids in prompts:
         if not ids:
             raise ValueError("the prompt is empty")
         wrong = next((i for i in ids if not 0 <= i < args.vocab_size), None)
         if wrong is not None:
-            raise ValueError(f"token id {wrong} is outside the model's vocabulary of {args.vocab_size}")
+            raise ValueError(
+                f"token id {wrong} is outside the model's vocabulary of {args.vocab_size}"
+            )
         check_room(ids, flags.max_seq_len)
     return prompts
 
 
 def check_room(ids: list[int], max_seq_len: int) -> None:
     if len(ids) >= max_seq_len:
-        raise ValueError(f"the prompt has {len(ids)} tokens, the context holds {max_seq_len}: shorten it or raise --max-seq-len")
+        raise ValueError(
+            f"the prompt has {len(ids)} tokens, the context holds {max_seq_len}: shorten it or raise --max-seq-len"
+        )
 
 
 def render(flags: argparse.Namespace, turns: list[str]) -> str:
     """The text of a conversation: user and assistant texts in turn with --chat, else one text."""
     if not flags.chat:
         return "".join(turns)
-    messages = [{"role": "assistant", **parse_response(turn, flags.thinking)} if i % 2 else {"role": "user", "content": turn}
-                for i, turn in enumerate(turns)]
+    messages = [
+        {"role": "assistant", **parse_response(turn, flags.thinking)}
+        if i % 2
+        else {"role": "user", "content": turn}
+        for i, turn in enumerate(turns)
+    ]
     if flags.system is not None:
         messages.insert(0, {"role": "system", "content": flags.system})
     return encode_messages(messages, thinking=flags.thinking)
@@ -385,13 +528,26 @@ class Progress:
 class Run:
     """One call of the generator: what the rows produced, streamed while it comes."""
 
-    def __init__(self, flags, generator: Generator, tokenizer: Tokenizer | None, eos: int | None, out):
-        self.flags, self.generator, self.tokenizer, self.eos, self.out = flags, generator, tokenizer, eos, out
+    def __init__(
+        self, flags, generator: Generator, tokenizer: Tokenizer | None, eos: int | None, out
+    ):
+        self.flags, self.generator, self.tokenizer, self.eos, self.out = (
+            flags,
+            generator,
+            tokenizer,
+            eos,
+            out,
+        )
 
-    def __call__(self, prompts: list[list[int]], how: Sampling, started: float | None = None) -> dict:
+    def __call__(
+        self, prompts: list[list[int]], how: Sampling, started: float | None = None
+    ) -> dict:
         rows = len(prompts)
         self.tokens, self.text, self.stop = [[] for _ in prompts], [""] * rows, ["length"] * rows
-        decoders = [StreamDecoder(self.tokenizer, self.flags.stop) if self.tokenizer else None for _ in prompts]
+        decoders = [
+            StreamDecoder(self.tokenizer, self.flags.stop) if self.tokenizer else None
+            for _ in prompts
+        ]
         printer, self.ttft = Printer(rows, self.out), None
 
         if self.flags.demo:
@@ -434,7 +590,11 @@ def process_start() -> float:
     """When this process started, in seconds of time.time()."""
     try:
         ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
-        return time.time() - float(Path("/proc/uptime").read_text().split()[0]) + ticks / os.sysconf("SC_CLK_TCK")
+        return (
+            time.time()
+            - float(Path("/proc/uptime").read_text().split()[0])
+            + ticks / os.sysconf("SC_CLK_TCK")
+        )
     except (OSError, ValueError, IndexError):
         return _IMPORTED
 
@@ -448,27 +608,50 @@ def versions() -> dict[str, str | None]:
             return version(package)
         except PackageNotFoundError:
             return None
+
     return {"python": platform.python_version(), "torch": torch.__version__, "triton": of("triton")}
 
 
 def card(report: dict, out) -> None:
     """The statistics, for people."""
     number = lambda value, unit="", digits=1: "-" if value is None else f"{value:,.{digits}f}{unit}"
-    rows = [("prefill", f"{number(report['prefill_tok_per_s'], ' tok/s')}, {report['fed_tokens']} tokens"),
-            ("decode", f"{number(report['tok_per_s'], ' tok/s')}, batch {report['batch']}, {report['decoded']} tokens"),
-            ("first token", f"{number(report['ttft_s'], ' s')} from process start, {number(report['ttft_warm_s'], ' s', 3)} warm"),
-            ("compile", f"{number(report['compile_s'], ' s')}; {report['graphs']} graphs, {report['breaks']} breaks, "
-                        f"{'-' if report['recompiles'] is None else report['recompiles']} recompiles"),
-            ("memory", f"{number(report['memory_bytes'] / 2**20, ' MiB', 0)} peak; decoding reads "
-                       f"{number(report['active_bytes'] / 2**20, ' MiB')} a step, "
-                       f"{number(report['bandwidth_share'] and 100 * report['bandwidth_share'], ' %', 0)} of measured bandwidth"),
-            ("setting", f"{report['dtype']} on {report['device']}, preset {report['preset']}, {report['threads']} CPU threads, act_quant "
-                        f"{'on' if report['act_quant'] else 'off'}, seed {report['seed']}, load {number(report['load'], '', 2)}")]
+    rows = [
+        (
+            "prefill",
+            f"{number(report['prefill_tok_per_s'], ' tok/s')}, {report['fed_tokens']} tokens",
+        ),
+        (
+            "decode",
+            f"{number(report['tok_per_s'], ' tok/s')}, batch {report['batch']}, {report['decoded']} tokens",
+        ),
+        (
+            "first token",
+            f"{number(report['ttft_s'], ' s')} from process start, {number(report['ttft_warm_s'], ' s', 3)} warm",
+        ),
+        (
+            "compile",
+            f"{number(report['compile_s'], ' s')}; {report['graphs']} graphs, {report['breaks']} breaks, "
+            f"{'-' if report['recompiles'] is None else report['recompiles']} recompiles",
+        ),
+        (
+            "memory",
+            f"{number(report['memory_bytes'] / 2**20, ' MiB', 0)} peak; decoding reads "
+            f"{number(report['active_bytes'] / 2**20, ' MiB')} a step, "
+            f"{number(report['bandwidth_share'] and 100 * report['bandwidth_share'], ' %', 0)} of measured bandwidth",
+        ),
+        (
+            "setting",
+            f"{report['dtype']} on {report['device']}, preset {report['preset']}, {report['threads']} CPU threads, act_quant "
+            f"{'on' if report['act_quant'] else 'off'}, seed {report['seed']}, load {number(report['load'], '', 2)}",
+        ),
+    ]
     for name, value in rows:
         print(f"{name:>12}  {value}", file=out)
 
 
-def profile_decode(generator: Generator, prompts: list[list[int]], how: Sampling, steps: int = 32) -> None:
+def profile_decode(
+    generator: Generator, prompts: list[list[int]], how: Sampling, steps: int = 32
+) -> None:
     """Generate a few tokens again under the profiler and print where the time went."""
     room = min(steps, generator.max_seq_len - max(map(len, prompts)))
     seen = [0] * len(prompts)
@@ -479,8 +662,14 @@ def profile_decode(generator: Generator, prompts: list[list[int]], how: Sampling
 
     with torch.profiler.profile() as profile:
         generator(prompts, how, done)
-    print(profile.key_averages().table(sort_by=f"self_{generator.device.type}_time_total", row_limit=25,
-                                       max_name_column_width=70), file=sys.stderr)
+    print(
+        profile.key_averages().table(
+            sort_by=f"self_{generator.device.type}_time_total",
+            row_limit=25,
+            max_name_column_width=70,
+        ),
+        file=sys.stderr,
+    )
 
 
 def run(argv: list[str] | None) -> None:
@@ -490,43 +679,92 @@ def run(argv: list[str] | None) -> None:
     tokenizer = find_tokenizer(flags.checkpoint)
     flags.max_seq_len = flags.max_seq_len or min(args.max_seq_len, LONGEST)
     if flags.max_seq_len > args.max_seq_len:
-        raise ValueError(f"--max-seq-len {flags.max_seq_len}: the model's context is {args.max_seq_len}")
+        raise ValueError(
+            f"--max-seq-len {flags.max_seq_len}: the model's context is {args.max_seq_len}"
+        )
     if tokenizer is None and (flags.stop or flags.interactive):
-        raise ValueError(f"{flags.checkpoint}: has no tokenizer, which {'--stop' if flags.stop else '--interactive'} needs")
+        raise ValueError(
+            f"{flags.checkpoint}: has no tokenizer, which {'--stop' if flags.stop else '--interactive'} needs"
+        )
     prompts = [] if flags.interactive else read_prompts(flags, args, tokenizer)
-    model = load(flags.checkpoint, device=flags.device, dtype=getattr(torch, flags.dtype), weights=flags.weights)
+    model = load(
+        flags.checkpoint,
+        device=flags.device,
+        dtype=getattr(torch, flags.dtype),
+        weights=flags.weights,
+    )
     batch = max(1, len(prompts))
     threads = choose_threads(active_bytes(model, 1))
     eos = None if flags.ignore_eos else args.eos_id
     filtered = flags.top_k is not None or flags.top_p is not None
-    generator = Generator(model, PRESETS[flags.preset], batch, flags.max_seq_len, filtered, eos, progress)
-    how = Sampling.of(flags.temperature, min(flags.top_k or args.vocab_size, args.vocab_size), flags.top_p or 1.0, flags.seed, flags.device)
+    generator = Generator(
+        model, PRESETS[flags.preset], batch, flags.max_seq_len, filtered, eos, progress
+    )
+    how = Sampling.of(
+        flags.temperature,
+        min(flags.top_k or args.vocab_size, args.vocab_size),
+        flags.top_p or 1.0,
+        flags.seed,
+        flags.device,
+    )
     out = sys.stderr if flags.json else sys.stdout
     runner, turns = Run(flags, generator, tokenizer, eos, out), []
     size = active_bytes(model, batch)
 
     def report(stats: dict) -> dict:
         speed = stats["decoded"] / stats["decode_s"] if stats["decode_s"] else None
-        share = stats["steps"] * size / stats["decode_s"] / read_bandwidth(size, generator.device) if stats["decode_s"] else None
+        share = (
+            stats["steps"] * size / stats["decode_s"] / read_bandwidth(size, generator.device)
+            if stats["decode_s"]
+            else None
+        )
         count, load_now = generator.count, os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-        lists = dict(prompt_tokens=[len(p) for p in runner.prompts], tokens=runner.tokens, text=runner.text if tokenizer else None,
-                     stop_reason=runner.stop)
+        lists = dict(
+            prompt_tokens=[len(p) for p in runner.prompts],
+            tokens=runner.tokens,
+            text=runner.text if tokenizer else None,
+            stop_reason=runner.stop,
+        )
         if flags.prompts is None and len(runner.prompts) == 1:
             lists = {key: value and value[0] for key, value in lists.items()}
         return dict(
-            **lists, tok_per_s=speed, ttft_s=runner.ttft, ttft_warm_s=stats["ttft_warm_s"], compile_s=generator.compile_s,
-            graphs=count.graphs, breaks=count.breaks, recompiles=count.recompiles, accepted_per_step=None, seed=flags.seed,
-            dtype=flags.dtype, device=flags.device, preset=flags.preset, threads=threads, act_quant=args.act_quant,
-            versions=versions(), checkpoint=flags.checkpoint, batch=batch, fed_tokens=stats["fed_tokens"],
-            prefill_tok_per_s=stats["prefill_tok_per_s"], decoded=stats["decoded"], memory_bytes=peak_memory(generator.device),
-            active_bytes=size, bandwidth_share=share, load=load_now)
+            **lists,
+            tok_per_s=speed,
+            ttft_s=runner.ttft,
+            ttft_warm_s=stats["ttft_warm_s"],
+            compile_s=generator.compile_s,
+            graphs=count.graphs,
+            breaks=count.breaks,
+            recompiles=count.recompiles,
+            accepted_per_step=None,
+            seed=flags.seed,
+            dtype=flags.dtype,
+            device=flags.device,
+            preset=flags.preset,
+            threads=threads,
+            act_quant=args.act_quant,
+            versions=versions(),
+            checkpoint=flags.checkpoint,
+            batch=batch,
+            fed_tokens=stats["fed_tokens"],
+            prefill_tok_per_s=stats["prefill_tok_per_s"],
+            decoded=stats["decoded"],
+            memory_bytes=peak_memory(generator.device),
+            active_bytes=size,
+            bandwidth_share=share,
+            load=load_now,
+        )
 
     def once(prompts, started=None):
         runner.prompts = prompts
         return report(runner(prompts, how, started))
 
     if flags.interactive:
-        texts, ids, said = [], [], ""  # the turns; the conversation so far as ids, and the text that they stand for
+        texts, ids, said = (
+            [],
+            [],
+            "",
+        )  # the turns; the conversation so far as ids, and the text that they stand for
         if sys.stdin and sys.stdin.isatty():
             print("type a turn and press return; end with control-D", file=sys.stderr)
         for line in sys.stdin or ():
@@ -535,11 +773,18 @@ def run(argv: list[str] | None) -> None:
             texts.append(line.rstrip("\n") if flags.chat else line)
             text = render(flags, texts)
             # What was generated stays as it is: the tokenizer might split its text otherwise, and the cache would not fit.
-            ids = ids + tokenizer.encode(text[len(said):]) if ids and text.startswith(said) else encode(flags, tokenizer, text)
+            ids = (
+                ids + tokenizer.encode(text[len(said) :])
+                if ids and text.startswith(said)
+                else encode(flags, tokenizer, text)
+            )
             if len(ids) >= flags.max_seq_len:
                 if not turns:
                     check_room(ids, flags.max_seq_len)
-                print(f"the context of {flags.max_seq_len} tokens is full: raise --max-seq-len for longer conversations", file=sys.stderr)
+                print(
+                    f"the context of {flags.max_seq_len} tokens is full: raise --max-seq-len for longer conversations",
+                    file=sys.stderr,
+                )
                 break
             turns.append(once([ids], None if turns else started))
             texts.append(runner.text[0])
@@ -550,7 +795,10 @@ def run(argv: list[str] | None) -> None:
                 ids, said = ids + runner.tokens[0][: -1 if ended else None], text + runner.text[0]
         if not turns:
             raise ValueError("the prompt is empty: standard input held no turn")
-        final = turns[-1] | {key: [turn[key] for turn in turns] for key in ("prompt_tokens", "tokens", "text", "stop_reason")}
+        final = turns[-1] | {
+            key: [turn[key] for turn in turns]
+            for key in ("prompt_tokens", "tokens", "text", "stop_reason")
+        }
         final["ttft_s"] = turns[0]["ttft_s"]
     else:
         final = once(prompts, started)

@@ -14,6 +14,7 @@
 Nothing here is known to the model. Gradients are sums over processes: each one's loss is its share of the mean. Each process
 runs hooks of FSDP2 around the compiled layers, whose full graphs hold the exchange of tokens.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -39,9 +40,13 @@ from ops.muon import grad_norm, length, muon_direction
 from ops.registry import Table
 from training.optim import Optimizer
 
-WHOLE = re.compile(r"(^|\.)hc_|\.ape$|\.gate\.")  # parameters that every process holds, beside vectors
+WHOLE = re.compile(
+    r"(^|\.)hc_|\.ape$|\.gate\."
+)  # parameters that every process holds, beside vectors
 FACTS = "facts.json"
-EXPERT = re.compile(r"(.*\.experts)\.(?:(w13|w2)|(\d+)\.(w[123])\.weight)$")  # in the model; released
+EXPERT = re.compile(
+    r"(.*\.experts)\.(?:(w13|w2)|(\d+)\.(w[123])\.weight)$"
+)  # in the model; released
 
 
 def local(t: torch.Tensor) -> torch.Tensor:
@@ -57,12 +62,24 @@ def exchange(x: torch.Tensor, group: str) -> torch.Tensor:
 class ExchangedExperts(Experts):
     """The routed experts that this process holds, for the tokens of all `ways` processes of a group."""
 
-    def forward(self, x: torch.Tensor, chosen: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:  # -> [N, d] fp32
-        E, K, to = len(self.w13), chosen.shape[1], torch.arange(self.ways, device=x.device)[:, None, None]
+    def forward(
+        self, x: torch.Tensor, chosen: torch.Tensor, weight: torch.Tensor
+    ) -> torch.Tensor:  # -> [N, d] fp32
+        E, K, to = (
+            len(self.w13),
+            chosen.shape[1],
+            torch.arange(self.ways, device=x.device)[:, None, None],
+        )
         theirs = chosen // E == to  # [ways, N, K]
-        pairs = torch.cat([torch.where(theirs, chosen - to * E, E), torch.where(theirs, weight, 0.0)], -1)  # expert E: none
+        pairs = torch.cat(
+            [torch.where(theirs, chosen - to * E, E), torch.where(theirs, weight, 0.0)], -1
+        )  # expert E: none
         x, pairs = exchange(x.expand(self.ways, -1, -1), self.group), exchange(pairs, self.group)
-        y = super().forward(x.flatten(0, 1), pairs[..., :K].flatten(0, 1).long(), pairs[..., K:].flatten(0, 1).contiguous())
+        y = super().forward(
+            x.flatten(0, 1),
+            pairs[..., :K].flatten(0, 1).long(),
+            pairs[..., K:].flatten(0, 1).contiguous(),
+        )
         return exchange(y.unflatten(0, (self.ways, -1)), self.group).sum(0)
 
 
@@ -123,7 +140,9 @@ class Ranks:
         """Sums over all processes, fp32."""
         flat = torch.cat([t.detach().flatten().float() for t in tensors])
         dist.all_reduce(flat, group=self.mesh.get_group())
-        return [part.view(t.shape) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors)]
+        return [
+            part.view(t.shape) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors)
+        ]
 
     def share(self, rows) -> Share:
         return Share(rows, self.rank, self.size)
@@ -140,7 +159,9 @@ class Ranks:
         near = int(os.environ["LOCAL_WORLD_SIZE"])
         ep = self.ep or (near if self.experts % near == 0 else 1)
         if self.size % ep or self.experts % ep:
-            raise ValueError(f"--ep {ep}: choose a divisor of {self.size} processes and of {self.experts} experts")
+            raise ValueError(
+                f"--ep {ep}: choose a divisor of {self.size} processes and of {self.experts} experts"
+            )
         ranks = torch.arange(self.size).view(-1, ep).T.contiguous()  # groups are neighbours
         self.ep, self.grid = ep, DeviceMesh(self.device.type, ranks, mesh_dim_names=("ep", "rest"))
         if ep > 1:
@@ -149,16 +170,28 @@ class Ranks:
                 for name in ("w13", "w2"):
                     part = getattr(experts, name).detach().chunk(ep)[mine]
                     setattr(experts, name, torch.nn.Parameter(part.to(self.device, copy=True)))
-                experts.__class__, experts.ways, experts.group = ExchangedExperts, ep, self.grid.get_group("ep").group_name
-                experts.ops = Table({**experts.ops.modes, "moe": "opaque"})  # the form that knows pairs without an expert
+                experts.__class__, experts.ways, experts.group = (
+                    ExchangedExperts,
+                    ep,
+                    self.grid.get_group("ep").group_name,
+                )
+                experts.ops = Table(
+                    {**experts.ops.modes, "moe": "opaque"}
+                )  # the form that knows pairs without an expert
         named = dict(model.named_parameters())
-        whole = {p for name, p in named.items() if p.dim() == 1 or WHOLE.search(name) or ep == self.size > 1 and EXPERT.match(name)}
+        whole = {
+            p
+            for name, p in named.items()
+            if p.dim() == 1 or WHOLE.search(name) or ep == self.size > 1 and EXPERT.match(name)
+        }
         for tensor in (*whole, *model.buffers()):
             tensor.data = tensor.data.to(self.device)
         how = dict(mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
         for block in blocks:
             if 1 < ep < self.size:
-                self._shard_with(block, fully_shard(block.ffn.experts, mesh=self.grid["rest"], **how))
+                self._shard_with(
+                    block, fully_shard(block.ffn.experts, mesh=self.grid["rest"], **how)
+                )
             fully_shard(block, mesh=self.mesh, ignored_params=whole, **how)
         fully_shard(model, mesh=self.mesh, ignored_params=whole, reshard_after_forward=False, **how)
         for module in model.modules():
@@ -186,7 +219,9 @@ class Ranks:
         else:
             return part
         stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(part, mesh, [Shard(0)] * mesh.ndim, run_check=False, shape=shape, stride=stride)
+        return DTensor.from_local(
+            part, mesh, [Shard(0)] * mesh.ndim, run_check=False, shape=shape, stride=stride
+        )
 
     def whole(self, model: Transformer) -> Callable[[str], torch.Tensor]:
         """-> get(released name) -> the tensor; all processes call it together."""
@@ -194,10 +229,19 @@ class Ranks:
 
         def get(name: str) -> torch.Tensor:
             if not (match := EXPERT.match(name)):
-                return tensors[name].full_tensor() if isinstance(tensors[name], DTensor) else tensors[name]
+                return (
+                    tensors[name].full_tensor()
+                    if isinstance(tensors[name], DTensor)
+                    else tensors[name]
+                )
             prefix, _, e, part = match.groups()
-            stack, held = local(tensors[f"{prefix}.{'w2' if part == 'w2' else 'w13'}"]), self.experts // self.ep
-            i, e = divmod(int(e), held)  # the group's process, and its expert, of which it has kept `each`
+            stack, held = (
+                local(tensors[f"{prefix}.{'w2' if part == 'w2' else 'w13'}"]),
+                self.experts // self.ep,
+            )
+            i, e = divmod(
+                int(e), held
+            )  # the group's process, and its expert, of which it has kept `each`
             each = -(-held // self.grid.shape[1])
             owner = int(self.grid.mesh[i, e // each])
             expert = stack[e % each] if self.rank == owner else stack.new_empty(stack.shape[1:])
@@ -206,6 +250,7 @@ class Ranks:
             expert = expert.contiguous()
             dist.broadcast(expert, owner, group=self.mesh.get_group())
             return expert
+
         return get
 
     @torch.no_grad()
@@ -228,7 +273,9 @@ class Ranks:
 
         class Shared(base):
             @torch.no_grad()
-            def save(self, model: Transformer, optimizer: Divided, step: int, facts: dict, **layout) -> Path:
+            def save(
+                self, model: Transformer, optimizer: Divided, step: int, facts: dict, **layout
+            ) -> Path:
                 temporary = self.begin(step) if ranks.lead else self.folder / f".step-{step:06d}"
                 ranks.any(False)
                 ranks.save(model, temporary, **layout)
@@ -245,18 +292,26 @@ class Ranks:
                 try:
                     about = json.loads((path / FACTS).read_text())
                 except (OSError, ValueError):
-                    raise ValueError(f"{path}: was not saved by several processes: name another folder") from None
+                    raise ValueError(
+                        f"{path}: was not saved by several processes: name another folder"
+                    ) from None
                 self.compare(path, about["facts"], facts)
                 try:
                     dcp.load(ranks.state(model, optimizer), checkpoint_id=path)
                 except Exception as error:  # a torn checkpoint fails in as many ways
-                    raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]}); remove it") from None
+                    raise ValueError(
+                        f"{path}: cannot be read ({str(error).splitlines()[0]}); remove it"
+                    ) from None
                 return about["step"]
+
         return Shared
 
     def state(self, model: Transformer, optimizer: Divided) -> dict[str, torch.Tensor]:
         """All that a checkpoint holds, as parts of whole tensors, in the memory where training has it."""
-        weights = {f"weight.{name}": self.describe(name, local(t), t) for name, t in model.state_dict().items()}
+        weights = {
+            f"weight.{name}": self.describe(name, local(t), t)
+            for name, t in model.state_dict().items()
+        }
         return weights | {f"optimizer.{name}": t for name, t in optimizer.state_dict().items()}
 
 
@@ -277,20 +332,35 @@ class Divided(Optimizer):
         super().__init__(model, *args, **options)
         self.ranks, self.size, self.group = ranks, ranks.size, ranks.group
         self.parameters, shapes = {name: p for name, p, *_ in (*self.muon, *self.adam)}, {}
-        self.alike = {name for name, p in self.parameters.items() if not isinstance(p, DTensor) and not EXPERT.match(name)}
+        self.alike = {
+            name
+            for name, p in self.parameters.items()
+            if not isinstance(p, DTensor) and not EXPERT.match(name)
+        }
         for name, p, blocks in self.muon:
             if isinstance(p, DTensor) and p.dim() == 2:
                 shapes.setdefault((p.shape, blocks), []).append((name, local(p)))
-        self.rounds = [(shape, blocks, found[at : at + self.size])
-                       for (shape, blocks), found in shapes.items() for at in range(0, len(found), self.size)]
+        self.rounds = [
+            (shape, blocks, found[at : at + self.size])
+            for (shape, blocks), found in shapes.items()
+            for at in range(0, len(found), self.size)
+        ]
         divided = {name for *_, found in self.rounds for name, _ in found}
-        self.muon = [(name, local(p), blocks) for name, p, blocks in self.muon if name not in divided]
+        self.muon = [
+            (name, local(p), blocks) for name, p, blocks in self.muon if name not in divided
+        ]
         self.adam = [(name, local(p)) for name, p in self.adam]
-        self.state = {name: {key: local(t) for key, t in state.items()} for name, state in self.state.items()}
+        self.state = {
+            name: {key: local(t) for key, t in state.items()} for name, state in self.state.items()
+        }
 
     def compile(self, compiler: Callable) -> None:
         """Eager where parts differ in size: graphs that differ might communicate in another order."""
-        if all(len(p) % p.device_mesh.size() == 0 for p in self.parameters.values() if isinstance(p, DTensor)):
+        if all(
+            len(p) % p.device_mesh.size() == 0
+            for p in self.parameters.values()
+            if isinstance(p, DTensor)
+        ):
             super().compile(compiler)
 
     def gradients(self) -> dict[str, torch.Tensor]:
@@ -302,13 +372,25 @@ class Divided(Optimizer):
         return grads | dict(zip(alike, self.ranks.total([grads[name] for name in alike])))
 
     def norm(self, grads: dict[str, torch.Tensor]) -> torch.Tensor:
-        alike, parts = ([g for name, g in grads.items() if (name in self.alike) == which] for which in (True, False))
-        return (functional.all_reduce(grad_norm(parts).square(), "sum", self.group) + grad_norm(alike).square()).sqrt()
+        alike, parts = (
+            [g for name, g in grads.items() if (name in self.alike) == which]
+            for which in (True, False)
+        )
+        return (
+            functional.all_reduce(grad_norm(parts).square(), "sum", self.group)
+            + grad_norm(alike).square()
+        ).sqrt()
 
-    def update_matrices(self, grads: dict[str, torch.Tensor], scale: torch.Tensor, lr: torch.Tensor) -> None:
+    def update_matrices(
+        self, grads: dict[str, torch.Tensor], scale: torch.Tensor, lr: torch.Tensor
+    ) -> None:
         super().update_matrices(grads, scale, lr)
         for shape, blocks, found in self.rounds:
-            found, each, sent = [(name, p) for name, p in found if name in grads], -(-shape[0] // self.size), []
+            found, each, sent = (
+                [(name, p) for name, p in found if name in grads],
+                -(-shape[0] // self.size),
+                [],
+            )
             if not found:
                 continue
             for name, p in found:
@@ -316,8 +398,13 @@ class Divided(Optimizer):
                 first.mul_(self.momentum).add_(g)
                 sent.append(F.pad(g + self.momentum * first, (0, 0, 0, each - len(p))))
             sent += [torch.zeros_like(sent[0])] * (self.size - len(sent))
-            u = muon_direction(exchange(torch.stack(sent), self.group).flatten(0, 1)[: shape[0]], blocks)
-            u = exchange(F.pad(u, (0, 0, 0, each * self.size - shape[0])).unflatten(0, (self.size, each)), self.group)
+            u = muon_direction(
+                exchange(torch.stack(sent), self.group).flatten(0, 1)[: shape[0]], blocks
+            )
+            u = exchange(
+                F.pad(u, (0, 0, 0, each * self.size - shape[0])).unflatten(0, (self.size, each)),
+                self.group,
+            )
             for (name, p), part in zip(found, u):
                 weight = self.state[name].get("master", p)
                 weight.mul_(1 - lr * self.decay).sub_(part[: len(p)] * (lr * length(shape, blocks)))
@@ -328,4 +415,10 @@ class Divided(Optimizer):
     def state_dict(self) -> dict[str, torch.Tensor]:
         """As parts of whole tensors."""
         state = {(name, key): t for name, entry in self.state.items() for key, t in entry.items()}
-        return {"count": self.count, **{f"{name}.{key}": self.ranks.describe(name, t, self.parameters[name]) for (name, key), t in state.items()}}
+        return {
+            "count": self.count,
+            **{
+                f"{name}.{key}": self.ranks.describe(name, t, self.parameters[name])
+                for (name, key), t in state.items()
+            },
+        }

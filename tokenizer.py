@@ -13,6 +13,7 @@ Three parts, each usable alone:
 A rendered prompt starts with the BOS token already, so it is tokenised without adding another one. The facts are those
 of spec 11.2, 11.3 and 16 (README.md has the key).
 """
+
 from __future__ import annotations
 
 import codecs
@@ -27,7 +28,10 @@ BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 USER, ASSISTANT, REMINDER = "<｜User｜>", "<｜Assistant｜>", "<｜latest_reminder｜>"
 THINK, END_THINK = "<think>", "</think>"
 DSML = "｜DSML｜"
-TASKS = {name: f"<｜{name}｜>" for name in ("action", "query", "authority", "domain", "title", "read_url")}
+TASKS = {
+    name: f"<｜{name}｜>"
+    for name in ("action", "query", "authority", "domain", "title", "read_url")
+}
 ROLES = ("system", "user", "assistant", "tool", "developer", "latest_reminder")
 
 
@@ -62,7 +66,9 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise TokenizerError(f"the text is not valid Unicode at character {error.start}: pass UTF-8") from None
+            raise TokenizerError(
+                f"the text is not valid Unicode at character {error.start}: pass UTF-8"
+            ) from None
         return [self.bos_id] * bos + self._encode(text)
 
     def decode(self, ids) -> str:
@@ -72,7 +78,9 @@ class Tokenizer:
     def token_bytes(self, token: int) -> bytes:
         """The bytes one id stands for, which may end in the middle of a character."""
         if token not in self._bytes:
-            self._bytes[token] = self._lookup(token) if 0 <= token < self.vocab_size else "\ufffd".encode()
+            self._bytes[token] = (
+                self._lookup(token) if 0 <= token < self.vocab_size else "\ufffd".encode()
+            )
         return self._bytes[token]
 
     def token_id(self, piece: str) -> int | None:
@@ -90,11 +98,15 @@ class ByteLevelTokenizer(Tokenizer):
         except Exception as error:  # the library raises bare Exception
             raise _unreadable(path, error) from None
         if not isinstance(self._bpe.decoder, tokenizers.decoders.ByteLevel):
-            raise TokenizerError(f"{path}: not a byte-level BPE; use the tokenizer.json of a DeepSeek checkpoint")
+            raise TokenizerError(
+                f"{path}: not a byte-level BPE; use the tokenizer.json of a DeepSeek checkpoint"
+            )
         # GPT-2's alphabet: the vocabulary is spelled in 256 printable characters, one per byte.
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
         hidden = [byte for byte in range(256) if byte not in printable]
-        self._alphabet = {chr(byte): byte for byte in printable} | {chr(256 + n): b for n, b in enumerate(hidden)}
+        self._alphabet = {chr(byte): byte for byte in printable} | {
+            chr(256 + n): b for n, b in enumerate(hidden)
+        }
         self.vocab_size = self._bpe.get_vocab_size(with_added_tokens=True)
         self.bos_id, self.eos_id = self.token_id(BOS), self.token_id(EOS)
 
@@ -128,10 +140,15 @@ class SentencePieceTokenizer(Tokenizer):
             raise _unreadable(path, error) from None
         self.vocab_size = self._sp.get_piece_size()
         pieces = {token: self._sp.id_to_piece(token) for token in range(self.vocab_size)}
-        self._literal = {piece: [token] for token, piece in pieces.items()
-                         if self._sp.is_control(token) or piece.startswith("<｜") and piece.endswith("｜>")}
+        self._literal = {
+            piece: [token]
+            for token, piece in pieces.items()
+            if self._sp.is_control(token) or piece.startswith("<｜") and piece.endswith("｜>")
+        }
         self._special = {token: piece.encode() for piece, (token,) in self._literal.items()}
-        for name in [name for name in self._literal if "▁" in name]:  # spelled with a space it is no special token
+        for name in [
+            name for name in self._literal if "▁" in name
+        ]:  # spelled with a space it is no special token
             head, tail = name.replace("▁", " ").split(" ", 1)
             self._literal[f"{head} {tail}"] = self._sp.encode(head) + self._sp.encode(f" {tail}")
         space = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in "▁".encode()]
@@ -139,17 +156,24 @@ class SentencePieceTokenizer(Tokenizer):
         # Longest first: where two names match at one place, the longer one is meant.
         names = sorted(self._literal, key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, names)) + ")")
-        ends = ((BOS, self._sp.bos_id()), (EOS, self._sp.eos_id()))  # the declared ids are -1 where there is none
+        ends = (
+            (BOS, self._sp.bos_id()),
+            (EOS, self._sp.eos_id()),
+        )  # the declared ids are -1 where there is none
         ids = [self._literal.get(name, [declared])[0] for name, declared in ends]
         self.bos_id, self.eos_id = (token if token >= 0 else None for token in ids)
 
     def token_id(self, piece):
         token = self._sp.piece_to_id(piece)
-        return token if self._sp.id_to_piece(token) == piece else None  # unknown pieces map to the unknown id
+        return (
+            token if self._sp.id_to_piece(token) == piece else None
+        )  # unknown pieces map to the unknown id
 
     def _encode(self, text):
         parts = filter(None, self._split.split(text))
-        return [token for part in parts for token in self._literal.get(part) or self._sp.encode(part)]
+        return [
+            token for part in parts for token in self._literal.get(part) or self._sp.encode(part)
+        ]
 
     def _lookup(self, token):
         if token in self._special:
@@ -177,7 +201,9 @@ def load_tokenizer(path) -> Tokenizer:
     if not file.exists():
         raise TokenizerError(f"{path}: no such file or folder")
     if file.is_dir():
-        raise TokenizerError(f"{path}: no {' or '.join(names)} in this folder; copy the checkpoint's or feed ids")
+        raise TokenizerError(
+            f"{path}: no {' or '.join(names)} in this folder; copy the checkpoint's or feed ids"
+        )
     if file.suffix == ".json":
         return ByteLevelTokenizer(file)
     if file.suffix == ".model":
@@ -216,14 +242,20 @@ class StreamDecoder:
             return ""
         text, self._held = self._held + text, ""
         # Earliest end first, so that the answer does not depend on how the text was cut into tokens.
-        found = min(((at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0), default=None)
+        found = min(
+            ((at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0),
+            default=None,
+        )
         if found:
             self.stopped = True
             return text[: found[1]]
         if final:
             return text
         longest = min(len(text), max(map(len, self._stops), default=1) - 1)
-        keep = next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in self._stops)), 0)
+        keep = next(
+            (n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in self._stops)),
+            0,
+        )
         cut = len(text) - keep
         self._held = text[cut:]
         return text[:cut]
@@ -268,16 +300,26 @@ Otherwise, output directly after {END_THINK} with tool calls or final response.
 
 You MUST strictly follow the above defined tool name and parameter schemas to invoke tool calls.
 """
-RESPONSE_FORMAT = "## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n%s"
+RESPONSE_FORMAT = (
+    "## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n%s"
+)
 
 CALLS, CALLS_END = f"\n\n<{DSML}tool_calls>", re.compile(rf"\s*</{DSML}tool_calls>")
 INVOKE, INVOKE_END = re.compile(rf'\s*<{DSML}invoke name="([^"\n]*)">\s*'), f"</{DSML}invoke>"
 PARAMETER = re.compile(
-    rf'<{DSML}parameter name="([^"\n]*)" string="(true|false)">(.*?)</{DSML}parameter>\s*', re.DOTALL)
+    rf'<{DSML}parameter name="([^"\n]*)" string="(true|false)">(.*?)</{DSML}parameter>\s*',
+    re.DOTALL,
+)
 
 
-def encode_messages(messages: list[dict], *, thinking: bool = False, reasoning_effort: str | None = None,
-                    drop_thinking: bool = True, bos: bool = True) -> str:
+def encode_messages(
+    messages: list[dict],
+    *,
+    thinking: bool = False,
+    reasoning_effort: str | None = None,
+    drop_thinking: bool = True,
+    bos: bool = True,
+) -> str:
     """The prompt text of a conversation in the OpenAI format, ready for `Tokenizer.encode` (spec 11.3).
 
     Message fields: role, content; on system and developer also tools and response_format; on assistant also
@@ -287,8 +329,10 @@ def encode_messages(messages: list[dict], *, thinking: bool = False, reasoning_e
     conversations with tools always keep them. ValueError, one line, for what the format cannot express.
     """
     if reasoning_effort not in (None, "high", "max"):
-        raise ValueError(f"reasoning_effort {reasoning_effort!r} is not one of V4's: None, 'high' or 'max' "
-                         "('low' and others belong to the -0731 and V4.1 encoders)")
+        raise ValueError(
+            f"reasoning_effort {reasoning_effort!r} is not one of V4's: None, 'high' or 'max' "
+            "('low' and others belong to the -0731 and V4.1 encoders)"
+        )
     turns = _turns(messages)
     drop = thinking and drop_thinking and not any(turn.get("tools") for turn in turns)
     if drop:
@@ -304,9 +348,16 @@ def encode_messages(messages: list[dict], *, thinking: bool = False, reasoning_e
             # The answer to a task is bare; dropped reasoning was already closed by the user turn before it.
             if thinking and not (drop and i <= last) and not (i and turns[i - 1].get("task")):
                 prompt += [turn.get("reasoning_content") or "", END_THINK]
-            prompt += [turn.get("content") or "", _calls_text(turn), "" if turn.get("wo_eos") else EOS]
+            prompt += [
+                turn.get("content") or "",
+                _calls_text(turn),
+                "" if turn.get("wo_eos") else EOS,
+            ]
         else:
-            prompt += [{"system": "", "latest_reminder": REMINDER}.get(role, USER), _content_text(turn)]
+            prompt += [
+                {"system": "", "latest_reminder": REMINDER}.get(role, USER),
+                _content_text(turn),
+            ]
         if i + 1 < len(turns) and turns[i + 1]["role"] not in ("assistant", "latest_reminder"):
             continue  # the model is not asked to speak here
         if task == "action":
@@ -334,15 +385,19 @@ def _turns(messages: list[dict]) -> list[dict]:
         elif role == "tool":
             key = message.get("tool_call_id")
             if not calls or key and all(calls) and key not in calls:
-                raise ValueError(f"messages[{i}] (tool): answers no call of an assistant message before it; "
-                                 "keep the assistant message with its tool_calls, and their ids")
+                raise ValueError(
+                    f"messages[{i}] (tool): answers no call of an assistant message before it; "
+                    "keep the assistant message with its tool_calls, and their ids"
+                )
             result = "\n\n".join(_texts(message["content"]))
             order = calls.index(key) if key in calls else 0
             turn |= {"role": "user", "parts": [(order, f"<tool_result>{result}</tool_result>")]}
         elif role == "user":
             turn["parts"] = [(None, text) for text in _texts(message["content"])]
         previous = turns[-1] if turns else {}
-        if previous.get("role") == turn["role"] == "user" and not (role == "user" and previous.get("task")):
+        if previous.get("role") == turn["role"] == "user" and not (
+            role == "user" and previous.get("task")
+        ):
             previous["parts"] += turn["parts"]
             previous["task"] = previous.get("task") or turn.get("task")
         else:
@@ -357,7 +412,10 @@ def _check(message, where: str) -> None:
         raise ValueError(f"{where}: unknown role {role!r}; V4 has {', '.join(ROLES)}")
     role, content, task = message["role"], message.get("content"), message.get("task")
     where = f"{where} ({role})"
-    instead = {"assistant": ("tool_calls", "reasoning_content"), "system": ("tools", "response_format")}
+    instead = {
+        "assistant": ("tool_calls", "reasoning_content"),
+        "system": ("tools", "response_format"),
+    }
     if content is None and not any(message.get(key) for key in instead.get(role, ())):
         raise ValueError(f"{where}: content is missing; give a string")
     if role == "developer" and not content:
@@ -368,7 +426,9 @@ def _check(message, where: str) -> None:
             if kind is None or kind == "text" and not isinstance(part.get("text"), str):
                 raise ValueError(f'{where}: a content part is not {{"type": "text", "text": ...}}')
             if kind != "text" and role == "user":
-                raise ValueError(f"{where}: V4 reads text only, not {kind!r}; images need the Vision or V4.1 encoder")
+                raise ValueError(
+                    f"{where}: V4 reads text only, not {kind!r}; images need the Vision or V4.1 encoder"
+                )
     elif not isinstance(content, (str, type(None))):
         raise ValueError(f"{where}: content is a {type(content).__name__}; give one string")
     if not isinstance(message.get("reasoning_content"), (str, type(None))):
@@ -377,33 +437,51 @@ def _check(message, where: str) -> None:
         raise ValueError(f"{where}: unknown task {task!r}; V4 has {', '.join(TASKS)}")
     for key in ("tools", "response_format"):
         if message.get(key) and role not in ("system", "developer"):
-            raise ValueError(f"{where}: {key} would not be rendered; put it on a system or developer message")
+            raise ValueError(
+                f"{where}: {key} would not be rendered; put it on a system or developer message"
+            )
     for tool in message.get("tools") or []:
         if not isinstance(tool, dict) or not isinstance(tool.get("function"), dict):
             raise ValueError(f"{where}: an entry of tools has no function; use the OpenAI format")
     for call in message.get("tool_calls") or []:
         function = call.get("function") if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str) \
-                or not isinstance(function.get("arguments"), (str, dict)):
-            raise ValueError(f"{where}: an entry of tool_calls has no function with name and arguments (JSON text)")
+        if (
+            not isinstance(function, dict)
+            or not isinstance(function.get("name"), str)
+            or not isinstance(function.get("arguments"), (str, dict))
+        ):
+            raise ValueError(
+                f"{where}: an entry of tool_calls has no function with name and arguments (JSON text)"
+            )
 
 
 def _last_user(turns: list[dict]) -> int:
-    return max((i for i, turn in enumerate(turns) if turn["role"] in ("user", "developer")), default=-1)
+    return max(
+        (i for i, turn in enumerate(turns) if turn["role"] in ("user", "developer")), default=-1
+    )
 
 
 def _texts(content: str | list) -> list[str]:
     """A string, or the texts of OpenAI content parts; a tool result names what it cannot show, as the official code."""
     if isinstance(content, str):
         return [content]
-    return [part["text"] if part.get("type") == "text" else f"[Unsupported {part.get('type')}]" for part in content]
+    return [
+        part["text"] if part.get("type") == "text" else f"[Unsupported {part.get('type')}]"
+        for part in content
+    ]
 
 
 def _content_text(turn: dict) -> str:
     """Body of a turn that the assistant did not write; tool results go in the order of their calls."""
     if "parts" in turn:
-        results = iter(sorted((part for part in turn["parts"] if part[0] is not None), key=lambda part: part[0]))
-        return "\n\n".join(text if order is None else next(results)[1] for order, text in turn["parts"])
+        results = iter(
+            sorted(
+                (part for part in turn["parts"] if part[0] is not None), key=lambda part: part[0]
+            )
+        )
+        return "\n\n".join(
+            text if order is None else next(results)[1] for order, text in turn["parts"]
+        )
     sections = [turn.get("content") or ""]
     if turn.get("tools"):
         sections.append(TOOLS % "\n".join(_json(tool["function"]) for tool in turn["tools"]))
@@ -420,10 +498,14 @@ def _calls_text(turn: dict) -> str:
         if isinstance(arguments, str):
             parsed = _parse_json(arguments)
             arguments = parsed if isinstance(parsed, dict) else {"arguments": arguments}
-        lines = [f'<{DSML}parameter name="{key}" string="{"true" if isinstance(value, str) else "false"}">'
-                 f"{value if isinstance(value, str) else _json(value)}</{DSML}parameter>"
-                 for key, value in arguments.items()]
-        invokes.append("\n".join([f'<{DSML}invoke name="{function["name"]}">', "\n".join(lines), INVOKE_END]))
+        lines = [
+            f'<{DSML}parameter name="{key}" string="{"true" if isinstance(value, str) else "false"}">'
+            f"{value if isinstance(value, str) else _json(value)}</{DSML}parameter>"
+            for key, value in arguments.items()
+        ]
+        invokes.append(
+            "\n".join([f'<{DSML}invoke name="{function["name"]}">', "\n".join(lines), INVOKE_END])
+        )
     return "\n".join([CALLS, *invokes, f"</{DSML}tool_calls>"]) if invokes else ""
 
 
@@ -445,7 +527,7 @@ def parse_response(text: str, thinking: bool = False) -> dict:
     calls, at = _parse_calls(block)
     end = CALLS_END.match(block, at)
     if calls or end:
-        mark, block = "", block[end.end() if end else at:]
+        mark, block = "", block[end.end() if end else at :]
     return {"reasoning_content": reasoning, "content": content + mark + block, "tool_calls": calls}
 
 
@@ -461,7 +543,9 @@ def _parse_calls(block: str) -> tuple[list[dict], int]:
         if not block.startswith(INVOKE_END, inside):
             break
         fields = ", ".join(f"{_json(key)}: {value}" for key, value in arguments.items())
-        calls.append({"type": "function", "function": {"name": head[1], "arguments": f"{{{fields}}}"}})
+        calls.append(
+            {"type": "function", "function": {"name": head[1], "arguments": f"{{{fields}}}"}}
+        )
         at = inside + len(INVOKE_END)
     return calls, at
 

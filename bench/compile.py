@@ -6,6 +6,7 @@
 Depths are those of the embedded width, compiled layer by layer (the regional preset): cold, then warm, each in a process of
 its own with a cache of its own. Flash and Pro are captured at full depth; nothing of them is compiled.
 """
+
 from __future__ import annotations
 
 import os
@@ -28,15 +29,27 @@ def depth() -> None:
     for phase in PHASES:
         for layers in DEPTHS:
             load = os.getloadavg()[0]
-            result[f"{phase}, {layers} layers"] = measured(f"tiny:{layers}", phase, "regional", say) | {
-                "kinds": len(kinds(args_of(f"tiny:{layers}"))), "load_average_before": load}
-        result[f"{phase}, 43 to 12 layers"] = (result[f"{phase}, 43 layers"]["compile_cold_s"] / result[f"{phase}, 12 layers"]["compile_cold_s"])
+            result[f"{phase}, {layers} layers"] = measured(
+                f"tiny:{layers}", phase, "regional", say
+            ) | {"kinds": len(kinds(args_of(f"tiny:{layers}"))), "load_average_before": load}
+        result[f"{phase}, 43 to 12 layers"] = (
+            result[f"{phase}, 43 layers"]["compile_cold_s"]
+            / result[f"{phase}, 12 layers"]["compile_cold_s"]
+        )
         result.pop("environment", None)
         record("compile", result)
 
 
-CASES = {"depth": depth, "tiny": lambda: record("report_tiny", report("tiny", say=say)),
-         **{name: lambda name=name: record(f"report_{name}", report(name, full=True, compiled=False, say=say)) for name in ("flash", "pro")}}
+CASES = {
+    "depth": depth,
+    "tiny": lambda: record("report_tiny", report("tiny", say=say)),
+    **{
+        name: lambda name=name: record(
+            f"report_{name}", report(name, full=True, compiled=False, say=say)
+        )
+        for name in ("flash", "pro")
+    },
+}
 
 
 def main(argv: list[str]) -> int:

@@ -10,6 +10,7 @@ several threads its time is wall time. Neither side has the huge pages that our 
 runs with the fastest of its expert implementations, case by case. It recompiles at every decoded token, so its compiled decode
 is three tokens, on one line.
 """
+
 from __future__ import annotations
 
 import json
@@ -33,8 +34,8 @@ from checkpoint import load
 from compile_config import PRESETS, compile_decode, compile_prefill, compile_train_step
 from generate import ROOT
 from model import ModelArgs, Transformer, Weights
-from training.optim import Optimizer
 from tests.testing import hf_model, rms
+from training.optim import Optimizer
 
 TINY, ROUNDS = str(ROOT / "assets" / "tiny"), 5
 EXPERTS = ("eager", "batched_mm", "grouped_mm")  # Transformers' implementations
@@ -53,7 +54,10 @@ def side_by_side(sides: dict, rounds: int = ROUNDS) -> dict:
         for name, run in sides.items():
             start, wall = clock(), time.perf_counter()
             steps = run(i + 1) or 1
-            now = {"ms": 1e3 * (clock() - start) / steps, "wall_ms": 1e3 * (time.perf_counter() - wall) / steps}
+            now = {
+                "ms": 1e3 * (clock() - start) / steps,
+                "wall_ms": 1e3 * (time.perf_counter() - wall) / steps,
+            }
             best[name] = {key: min(best[name][key], now[key]) for key in now}
     for case in best.values():
         case["contended"] = case["wall_ms"] > 1.33 * case["ms"]
@@ -62,7 +66,9 @@ def side_by_side(sides: dict, rounds: int = ROUNDS) -> dict:
 
 def versus(result: dict, ours: str = "ours compiled") -> dict:
     """Adds how many times faster ours is than the fastest eager Transformers."""
-    theirs = min(case["ms"] for name, case in result.items() if name.startswith("transformers eager"))
+    theirs = min(
+        case["ms"] for name, case in result.items() if name.startswith("transformers eager")
+    )
     return result | {"ratio": theirs / result[ours]["ms"]}
 
 
@@ -76,10 +82,29 @@ def models(name: str = "tiny"):
         ours = load(TINY, dtype=torch.float32, act_quant=False).eval()
     else:
         torch.manual_seed(0)
-        ours = Transformer(ModelArgs(
-            vocab_size=8192, dim=512, moe_inter_dim=256, n_layers=6, n_hash_layers=2, n_mtp_layers=0, n_heads=8, n_routed_experts=16,
-            n_activated_experts=4, q_lora_rank=192, head_dim=128, rope_head_dim=16, o_groups=2, o_lora_rank=256, index_n_heads=16,
-            index_head_dim=32, index_topk=64, max_seq_len=2048, compress_ratios=(0, 0, 4, 128, 4, 128))).eval()
+        ours = Transformer(
+            ModelArgs(
+                vocab_size=8192,
+                dim=512,
+                moe_inter_dim=256,
+                n_layers=6,
+                n_hash_layers=2,
+                n_mtp_layers=0,
+                n_heads=8,
+                n_routed_experts=16,
+                n_activated_experts=4,
+                q_lora_rank=192,
+                head_dim=128,
+                rope_head_dim=16,
+                o_groups=2,
+                o_lora_rank=256,
+                index_n_heads=16,
+                index_head_dim=32,
+                index_topk=64,
+                max_seq_len=2048,
+                compress_ratios=(0, 0, 4, 128, 4, 128),
+            )
+        ).eval()
     return ours, hf_model(ours)
 
 
@@ -89,11 +114,14 @@ def suffix(name: str) -> str:
 
 def transformers_sides(hf, run) -> dict:
     """run(i), once per implementation of the experts."""
+
     def side(name):
         def go(i):
             hf.set_experts_implementation(name)
             return run(i)
+
         return go
+
     return {f"transformers eager, {name}": side(name) for name in EXPERTS}
 
 
@@ -104,13 +132,18 @@ def decode(result: dict, batch: int, steps: int = 24, context: int = 256) -> Non
     need = context + steps * rounds * len(EXPERTS) + 1
     tokens = tokens_of(batch, need)
     ours.setup_caches(batch, 2048)
-    compiled, prefill = compile_decode(ours, PRESETS["default"]), compile_prefill(ours, PRESETS["eager"])
+    compiled, prefill = (
+        compile_decode(ours, PRESETS["default"]),
+        compile_prefill(ours, PRESETS["eager"]),
+    )
     pos = lambda p: torch.full((batch,), p)
     prefill(tokens[:, :context], pos(0), torch.full((batch,), context))
     start = time.perf_counter()
     compiled(tokens[:, context : context + 1], pos(context))
     seconds = time.perf_counter() - start
-    got = torch.cat([compiled(tokens[:, p : p + 1], pos(p)) for p in range(context, context + 8)], 1)
+    got = torch.cat(
+        [compiled(tokens[:, p : p + 1], pos(p)) for p in range(context, context + 8)], 1
+    )
     expected = hf(tokens[:, : context + 8]).logits[:, -8:]
     cache = hf(tokens[:, :context], use_cache=True).past_key_values
     at = [context]  # where Transformers is; it cannot go back
@@ -126,10 +159,23 @@ def decode(result: dict, batch: int, steps: int = 24, context: int = 256) -> Non
             for p in range(context + i * steps, context + (i + 1) * steps):
                 call(tokens[:, p : p + 1], pos(p))
             return steps
+
         return go
 
-    case = versus(side_by_side({**transformers_sides(hf, theirs), "ours eager": mine(ours), "ours compiled": mine(compiled)}))
-    result[f"decode B={batch}"] = case | {"context": context, "compile_s": seconds, "rms": rms(got, expected)}
+    case = versus(
+        side_by_side(
+            {
+                **transformers_sides(hf, theirs),
+                "ours eager": mine(ours),
+                "ours compiled": mine(compiled),
+            }
+        )
+    )
+    result[f"decode B={batch}"] = case | {
+        "context": context,
+        "compile_s": seconds,
+        "rms": rms(got, expected),
+    }
     if batch == 1:
         slow = torch.compile(lambda ids, past: hf(ids, past_key_values=past, use_cache=True).logits)
         spent = []
@@ -153,18 +199,33 @@ def prefill(result: dict, length: int, chunk: int = 256) -> None:
         def go(i):
             for p in range(0, length, chunk):
                 part = prompts[i][:, p : p + chunk]
-                now.append(call(F.pad(part, (0, chunk - part.shape[1])), torch.tensor([p]), torch.tensor([part.shape[1]])))
+                now.append(
+                    call(
+                        F.pad(part, (0, chunk - part.shape[1])),
+                        torch.tensor([p]),
+                        torch.tensor([part.shape[1]]),
+                    )
+                )
+
         return go
 
     now: list[torch.Tensor] = []
     eager = lambda tokens, pos, lengths: ours(tokens, pos, lengths, logits="last")
-    sides = {**transformers_sides(hf, lambda i: hf(prompts[i], use_cache=True, logits_to_keep=1) and None),
-             "ours eager": mine(eager), "ours compiled": mine(compiled)}
+    sides = {
+        **transformers_sides(
+            hf, lambda i: hf(prompts[i], use_cache=True, logits_to_keep=1) and None
+        ),
+        "ours eager": mine(eager),
+        "ours compiled": mine(compiled),
+    }
     if length <= 512:
         sides["transformers compiled"] = lambda i: compiled_hf(prompts[i]) is None
     case = versus(side_by_side(sides))
     mine(compiled)(0)
-    result[f"prefill {length}"] = case | {"chunk": chunk, "rms": rms(now[-1][:, -1], hf(prompts[0]).logits[:, -1])}
+    result[f"prefill {length}"] = case | {
+        "chunk": chunk,
+        "rms": rms(now[-1][:, -1], hf(prompts[0]).logits[:, -1]),
+    }
 
 
 def train_sides(ours, hf, batch: int, length: int) -> dict:
@@ -173,8 +234,12 @@ def train_sides(ours, hf, batch: int, length: int) -> dict:
     ours.train().requires_grad_(True), hf.train()
     batches = [tokens_of(batch, length + 1, seed=i) for i in range(ROUNDS + 1)]
     rate, optimizer = torch.tensor(1e-4), torch.optim.AdamW(hf.parameters(), lr=1e-4)
-    adam = Optimizer(ours, "adamw", betas=(0.9, 0.999), eps=1e-8, decay=0.01, bias_rate=0.0)  # the same
-    step = compile_train_step(ours, adam, PRESETS["regional"], weights=Weights(balance=0.0, index=0.0))
+    adam = Optimizer(
+        ours, "adamw", betas=(0.9, 0.999), eps=1e-8, decay=0.01, bias_rate=0.0
+    )  # the same
+    step = compile_train_step(
+        ours, adam, PRESETS["regional"], weights=Weights(balance=0.0, index=0.0)
+    )
 
     def mine(i):
         step(batches[i][:, :-1].contiguous(), batches[i][:, 1:].contiguous(), None, rate)
@@ -187,7 +252,9 @@ def train_sides(ours, hf, batch: int, length: int) -> dict:
         optimizer.zero_grad()
 
     sides = transformers_sides(hf, theirs)
-    del sides["transformers eager, batched_mm"]  # gathers the weights of every token: ten times slower
+    del sides[
+        "transformers eager, batched_mm"
+    ]  # gathers the weights of every token: ten times slower
     return sides | {"ours compiled": mine}
 
 
@@ -196,7 +263,9 @@ def train(result: dict, batch: int, length: int, name: str = "tiny", threads: in
     torch._dynamo.reset()
     case = versus(side_by_side(train_sides(*models(name), batch, length)))
     torch.set_num_threads(1)
-    key = f"train step {batch} x {length}{suffix(name)}" + (f", {threads} threads" if threads > 1 else "")
+    key = f"train step {batch} x {length}{suffix(name)}" + (
+        f", {threads} threads" if threads > 1 else ""
+    )
     result[key] = case | {"tok_per_s": batch * length / case["ours compiled"]["ms"] * 1e3}
 
 
@@ -221,19 +290,37 @@ before = status("VmRSS")
 step(1), step(2)
 print(status("VmHWM") - before)
 """.format(batch=batch, length=length, name=name)
-    sides = {side: int(subprocess.run([sys.executable, "-c", script, side], capture_output=True, text=True, check=True,
-                                      cwd=ROOT).stdout.split()[-1]) for side in ("ours compiled", "transformers eager, grouped_mm")}
+    sides = {
+        side: int(
+            subprocess.run(
+                [sys.executable, "-c", script, side],
+                capture_output=True,
+                text=True,
+                check=True,
+                cwd=ROOT,
+            ).stdout.split()[-1]
+        )
+        for side in ("ours compiled", "transformers eager, grouped_mm")
+    }
     mine, theirs = sides.values()
     state = 2 * sum(p.nbytes for p in models(name)[1].parameters())
-    result[f"memory of a train step {batch} x {length}{suffix(name)}"] = {f"{side}_bytes": used for side, used in sides.items()} | {
-        "optimizer_state_bytes": state, "ratio": theirs / mine, "ratio_with_optimizer_state": (theirs + state) / (mine + state)}
+    result[f"memory of a train step {batch} x {length}{suffix(name)}"] = {
+        f"{side}_bytes": used for side, used in sides.items()
+    } | {
+        "optimizer_state_bytes": state,
+        "ratio": theirs / mine,
+        "ratio_with_optimizer_state": (theirs + state) / (mine + state),
+    }
 
 
 @torch.no_grad()
 def experts(result: dict) -> None:
     """Whole compiled steps with the experts in the form that is the default on CPU, beside the traced reference."""
-    for key, compiled, batch, length in (("decode B=1", compile_decode, 1, 1), ("decode B=8", compile_decode, 8, 1),
-                                         ("prefill 512", compile_prefill, 1, 512)):
+    for key, compiled, batch, length in (
+        ("decode B=1", compile_decode, 1, 1),
+        ("decode B=8", compile_decode, 8, 1),
+        ("prefill 512", compile_prefill, 1, 512),
+    ):
         sides = {}
         for name, forms in (("opaque", None), ("traced", {"moe": "reference"})):
             model = load(TINY, dtype=torch.float32, act_quant=False, ops=forms).eval()
@@ -242,8 +329,13 @@ def experts(result: dict) -> None:
 
             def run(i, call=call, steps=steps):
                 for p in range(i * steps, (i + 1) * steps):
-                    call(tokens_of(batch, length, seed=p), torch.full((batch,), p), torch.full((batch,), length))
+                    call(
+                        tokens_of(batch, length, seed=p),
+                        torch.full((batch,), p),
+                        torch.full((batch,), length),
+                    )
                 return steps
+
             sides[name] = run
         case = side_by_side(sides)
         result[f"experts in {key}"] = case | {"times": case["traced"]["ms"] / case["opaque"]["ms"]}
@@ -266,9 +358,22 @@ with torch.no_grad():
     ours(tokens, logits="last") if sys.argv[1] == "ours" else hf(tokens, use_cache=False, logits_to_keep=1)
 print(status("VmHWM") - before)
 """.format(length=length)
-    used = {side: int(subprocess.run([sys.executable, "-c", script, side], capture_output=True, text=True, check=True,
-                                     cwd=ROOT).stdout.split()[-1]) for side in ("ours", "transformers")}
-    result[f"memory of a forward over {length}"] = {**{f"{k}_bytes": v for k, v in used.items()}, "ratio": used["transformers"] / used["ours"]}
+    used = {
+        side: int(
+            subprocess.run(
+                [sys.executable, "-c", script, side],
+                capture_output=True,
+                text=True,
+                check=True,
+                cwd=ROOT,
+            ).stdout.split()[-1]
+        )
+        for side in ("ours", "transformers")
+    }
+    result[f"memory of a forward over {length}"] = {
+        **{f"{k}_bytes": v for k, v in used.items()},
+        "ratio": used["transformers"] / used["ours"],
+    }
 
 
 def cache(result: dict, length: int = 131072) -> None:
@@ -276,10 +381,19 @@ def cache(result: dict, length: int = 131072) -> None:
     with torch.device("meta"):
         model = Transformer(ModelArgs.flash()).to(torch.bfloat16)
     model.setup_caches(1, length)
-    mine = sum(b.nbytes for name, b in model.named_buffers() if name.endswith(("ring.rows", "entries")))
-    mla, index = 43 * 2 * (512 + 64) * length, 43 * 2 * 128 * length  # the same depth of V3's latent attention; V3.2's index keys
-    result["cache at 128k, Flash"] = {"bytes": mine, "bytes_per_token": mine / length, "v3_ratio": mla / mine,
-                                      "v32_ratio": (mla + index) / mine}
+    mine = sum(
+        b.nbytes for name, b in model.named_buffers() if name.endswith(("ring.rows", "entries"))
+    )
+    mla, index = (
+        43 * 2 * (512 + 64) * length,
+        43 * 2 * 128 * length,
+    )  # the same depth of V3's latent attention; V3.2's index keys
+    result["cache at 128k, Flash"] = {
+        "bytes": mine,
+        "bytes_per_token": mine / length,
+        "v3_ratio": mla / mine,
+        "v32_ratio": (mla + index) / mine,
+    }
 
 
 def start(result: dict) -> None:
@@ -288,36 +402,76 @@ def start(result: dict) -> None:
         env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": folder.name}
         env.pop("OMP_NUM_THREADS")
         load_before, wall = os.getloadavg()[0], time.perf_counter()
-        out = subprocess.run([sys.executable, "generate.py", "--json"], capture_output=True, text=True, check=True, cwd=ROOT, env=env)
+        out = subprocess.run(
+            [sys.executable, "generate.py", "--json"],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=ROOT,
+            env=env,
+        )
         report = json.loads(out.stdout.splitlines()[-1])
         if name == "cold":
             (RESULTS / "transcript.txt").write_text(out.stderr)
-        result[f"start {name}"] = {"wall_s": time.perf_counter() - wall, "load_average_before": load_before} | {
-            key: report[key] for key in ("ttft_s", "ttft_warm_s", "compile_s", "tok_per_s", "graphs", "breaks", "recompiles", "threads",
-                                         "memory_bytes", "act_quant")}
+        result[f"start {name}"] = {
+            "wall_s": time.perf_counter() - wall,
+            "load_average_before": load_before,
+        } | {
+            key: report[key]
+            for key in (
+                "ttft_s",
+                "ttft_warm_s",
+                "compile_s",
+                "tok_per_s",
+                "graphs",
+                "breaks",
+                "recompiles",
+                "threads",
+                "memory_bytes",
+                "act_quant",
+            )
+        }
     folder.cleanup()
 
 
 CASES = {
     "decode": lambda result: (decode(result, 1), decode(result, 8)),
     "prefill": lambda result: (prefill(result, 512), prefill(result, 1800)),
-    "train": lambda result: (train(result, 1, 256), train(result, 4, 256), train(result, 1, 1024), train(result, 1, 512, "small"),
-                             train(result, 1, 512, "small", threads=2)),
-    "train_memory": lambda result: (train_memory(result, 1, 256), train_memory(result, 4, 256), train_memory(result, 1, 1024),
-                                    train_memory(result, 1, 512, "small")),
-    "experts": experts, "memory": memory, "cache": cache, "start": start,
+    "train": lambda result: (
+        train(result, 1, 256),
+        train(result, 4, 256),
+        train(result, 1, 1024),
+        train(result, 1, 512, "small"),
+        train(result, 1, 512, "small", threads=2),
+    ),
+    "train_memory": lambda result: (
+        train_memory(result, 1, 256),
+        train_memory(result, 4, 256),
+        train_memory(result, 1, 1024),
+        train_memory(result, 1, 512, "small"),
+    ),
+    "experts": experts,
+    "memory": memory,
+    "cache": cache,
+    "start": start,
 }
 
 
 def main(argv: list[str]) -> int:
     unknown = [name for name in argv if name not in CASES]
     if unknown:
-        print(f"bench.cpu: unknown case {unknown[0]!r}: choose from {', '.join(CASES)}", file=sys.stderr)
+        print(
+            f"bench.cpu: unknown case {unknown[0]!r}: choose from {', '.join(CASES)}",
+            file=sys.stderr,
+        )
         return 2
     torch.set_num_threads(1)
     old = RESULTS / "cpu.json"
     result = json.loads(old.read_text()) if argv and old.exists() else {}
-    result |= {"threads": torch.get_num_threads(), "weights": "assets/tiny (small: random), fp32, act_quant off"}
+    result |= {
+        "threads": torch.get_num_threads(),
+        "weights": "assets/tiny (small: random), fp32, act_quant off",
+    }
     for name in argv or CASES:
         before = set(result)
         torch._dynamo.reset()
@@ -327,8 +481,14 @@ def main(argv: list[str]) -> int:
                 print(key, json.dumps(result[key]), flush=True)
         result.pop("environment", None)
         record("cpu", result)
-    ratios = {key: case["ratio"] for key, case in result.items() if isinstance(case, dict) and "ratio" in case}
-    (RESULTS / "cpu.svg").write_text(bars("Times faster (or smaller) than Transformers eager, same weights, CPU", ratios))
+    ratios = {
+        key: case["ratio"]
+        for key, case in result.items()
+        if isinstance(case, dict) and "ratio" in case
+    }
+    (RESULTS / "cpu.svg").write_text(
+        bars("Times faster (or smaller) than Transformers eager, same weights, CPU", ratios)
+    )
     return 0
 
 

@@ -5,6 +5,7 @@
 Pre-norm blocks of rotary multi-head attention and SwiGLU, no biases. "Active size" counts the parameters that one token
 multiplies with: everything but the embedding, and of the routed experts the chosen ones. The MTP block is left out.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -16,14 +17,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from bench.record import record
 from compile_config import CompileConfig, choose_threads, compile_train_step
 from model import ModelArgs, RMSNorm, Transformer
 from ops.rope import reference as rotate
+from train_step import ROOT, held_out_loss, learning_rate, train
 from training.dataset import HELD_OUT, Rows, prepare, read_text
 from training.optim import Optimizer
-from train_step import ROOT, held_out_loss, learning_rate, train
-
-from bench.record import record
 
 
 class Layer(nn.Module):
@@ -32,11 +32,15 @@ class Layer(nn.Module):
         self.heads = heads
         self.attn_norm, self.ffn_norm = RMSNorm(dim, 1e-6), RMSNorm(dim, 1e-6)
         self.wq, self.wk, self.wv, self.wo = (nn.Linear(dim, dim, bias=False) for _ in range(4))
-        self.w1, self.w3, self.w2 = (nn.Linear(*shape, bias=False) for shape in ((dim, inter), (dim, inter), (inter, dim)))
+        self.w1, self.w3, self.w2 = (
+            nn.Linear(*shape, bias=False) for shape in ((dim, inter), (dim, inter), (inter, dim))
+        )
 
     def forward(self, x, cos, sin, mask):  # [B, S, d]
         h = self.attn_norm(x)
-        q, k, v = (w(h).unflatten(-1, (self.heads, -1)) for w in (self.wq, self.wk, self.wv))  # [B, S, H, D]
+        q, k, v = (
+            w(h).unflatten(-1, (self.heads, -1)) for w in (self.wq, self.wk, self.wv)
+        )  # [B, S, H, D]
         q, k = rotate(q, cos, sin, False), rotate(k, cos, sin, False)
         o = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask)
         x = x + self.wo(o.transpose(1, 2).flatten(2))
@@ -69,15 +73,22 @@ class Dense(nn.Module):
 
 
 def dense_loss(model, tokens, targets, doc_ids):
-    loss = F.cross_entropy(model(tokens, doc_ids).flatten(0, 1), targets.next.flatten(), ignore_index=-1)
+    loss = F.cross_entropy(
+        model(tokens, doc_ids).flatten(0, 1), targets.next.flatten(), ignore_index=-1
+    )
     return loss, {"loss": loss.detach()}
 
 
 def active_parameters(model: Transformer) -> int:
     """Parameters that one token multiplies with."""
     share = model.args.n_activated_experts / model.args.n_routed_experts
-    return round(sum(p.numel() * (share if ".experts." in name else 1) for name, p in model.named_parameters()
-                     if not name.startswith(("embed.", "mtp."))))
+    return round(
+        sum(
+            p.numel() * (share if ".experts." in name else 1)
+            for name, p in model.named_parameters()
+            if not name.startswith(("embed.", "mtp."))
+        )
+    )
 
 
 def main(argv=None) -> int:
@@ -93,21 +104,48 @@ def main(argv=None) -> int:
     with torch.device("meta"):
         active = active_parameters(Transformer(args))
     fixed = args.vocab_size * args.dim + args.dim * (1 + args.n_layers * (2 + 4 * args.dim))
-    inter = -(-(active - fixed) // (3 * args.dim * args.n_layers * 8)) * 8  # no smaller than the embedded model
+    inter = (
+        -(-(active - fixed) // (3 * args.dim * args.n_layers * 8)) * 8
+    )  # no smaller than the embedded model
     torch.manual_seed(flags.seed)
     model = Dense(args.vocab_size, args.dim, args.n_layers, args.n_heads, inter)
     size = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("embed."))
-    print(f"embedded model: {active:,} active parameters; dense: {size:,} (inter {inter})", flush=True)
-    data = prepare(read_text([str(ROOT / "data" / "shakespeare.txt")]), ROOT / ".cache", args.vocab_size, str(ROOT / "assets" / "tiny"))
+    print(
+        f"embedded model: {active:,} active parameters; dense: {size:,} (inter {inter})", flush=True
+    )
+    data = prepare(
+        read_text([str(ROOT / "data" / "shakespeare.txt")]),
+        ROOT / ".cache",
+        args.vocab_size,
+        str(ROOT / "assets" / "tiny"),
+    )
     step = compile_train_step(model, Optimizer(model), CompileConfig(region="model"), dense_loss)
     begun = time.perf_counter()
-    train(step, Rows(data.train, flags.seq_len, args.bos_id, flags.seed), torch.device("cpu"), steps=flags.steps, batch=flags.batch,
-          rate=lambda i: learning_rate(i, flags.steps, flags.lr), log=lambda metrics: print(json.dumps(metrics), flush=True))
+    train(
+        step,
+        Rows(data.train, flags.seq_len, args.bos_id, flags.seed),
+        torch.device("cpu"),
+        steps=flags.steps,
+        batch=flags.batch,
+        rate=lambda i: learning_rate(i, flags.steps, flags.lr),
+        log=lambda metrics: print(json.dumps(metrics), flush=True),
+    )
     minutes = (time.perf_counter() - begun) / 60
     loss = held_out_loss(model, data.held_out, flags.seq_len, flags.batch, args.bos_id, dense_loss)
-    record("dense", dict(vars(flags), command="python -m bench.dense", active_parameters=size, minutes=minutes, threads=threads,
-                         tokens=flags.steps * flags.batch * flags.seq_len, held_out_share=HELD_OUT, held_out_nats_per_token=loss,
-                         held_out_nats_per_char=loss * len(data.held_out) / data.held_out_chars))
+    record(
+        "dense",
+        dict(
+            vars(flags),
+            command="python -m bench.dense",
+            active_parameters=size,
+            minutes=minutes,
+            threads=threads,
+            tokens=flags.steps * flags.batch * flags.seq_len,
+            held_out_share=HELD_OUT,
+            held_out_nats_per_token=loss,
+            held_out_nats_per_char=loss * len(data.held_out) / data.held_out_chars,
+        ),
+    )
     return 0
 
 

@@ -5,6 +5,7 @@
 
 The first command makes the model; REPORT.json is what it printed. Without it the training facts of the last record are kept.
 """
+
 from __future__ import annotations
 
 import json
@@ -18,8 +19,8 @@ from bench.record import RESULTS, record
 from checkpoint import load
 from compile_config import choose_threads
 from generate import ROOT
-from training.dataset import HELD_OUT, prepare, read_text
 from train_step import held_out_loss
+from training.dataset import HELD_OUT, prepare, read_text
 
 TINY, LENGTH, BATCH = ROOT / "assets" / "tiny", 1024, 4
 
@@ -38,20 +39,41 @@ def main(argv: list[str]) -> int:
     old = RESULTS / "embedded.json"
     if argv:
         printed = json.loads(Path(argv[0]).read_text().splitlines()[-1])
-        training = {"command": __doc__.splitlines()[2].strip(), "minutes": printed["seconds"] / 60,
-                    **{key: printed[key] for key in ("steps", "tokens", "threads", "memory_bytes", "held_out_nats_per_char")}}
+        training = {
+            "command": __doc__.splitlines()[2].strip(),
+            "minutes": printed["seconds"] / 60,
+            **{
+                key: printed[key]
+                for key in ("steps", "tokens", "threads", "memory_bytes", "held_out_nats_per_char")
+            },
+        }
     else:
         training = json.loads(old.read_text())["training"]
-    data = prepare(read_text([str(ROOT / "data" / "shakespeare.txt")]), ROOT / ".cache", 0, str(TINY))
+    data = prepare(
+        read_text([str(ROOT / "data" / "shakespeare.txt")]), ROOT / ".cache", 0, str(TINY)
+    )
     ids, chars, bos = data.held_out, data.held_out_chars, data.tokenizer.bos_id
-    result = {"training": training, "held_out_share": HELD_OUT, "held_out_chars": chars, "held_out_tokens": len(ids),
-              "bytes": sum(file.stat().st_size for file in TINY.iterdir())}
+    result = {
+        "training": training,
+        "held_out_share": HELD_OUT,
+        "held_out_chars": chars,
+        "held_out_tokens": len(ids),
+        "bytes": sum(file.stat().st_size for file in TINY.iterdir()),
+    }
     for name, act_quant in (("", False), ("act_quant_", True)):
         model = load(TINY, dtype=torch.float32, act_quant=act_quant)
         loss = held_out_loss(model, ids, LENGTH, BATCH, bos)
-        result[f"{name}held_out_nats_per_token"], result[f"{name}held_out_nats_per_char"] = loss, loss * len(ids) / chars
-    result["first_rows_nats_per_token"] = held_out_loss(model, ids[: BATCH * (LENGTH + 1)], LENGTH, BATCH, bos)
-    result["draft_acceptance"], result["active_parameters"] = draft_acceptance(model.eval(), ids), active_parameters(model)
+        result[f"{name}held_out_nats_per_token"], result[f"{name}held_out_nats_per_char"] = (
+            loss,
+            loss * len(ids) / chars,
+        )
+    result["first_rows_nats_per_token"] = held_out_loss(
+        model, ids[: BATCH * (LENGTH + 1)], LENGTH, BATCH, bos
+    )
+    result["draft_acceptance"], result["active_parameters"] = (
+        draft_acceptance(model.eval(), ids),
+        active_parameters(model),
+    )
     result["parameters"] = sum(p.numel() for p in model.parameters())
     record("embedded", result)
     return 0

@@ -4,6 +4,7 @@ A row is one function at one shape: ours first, then baselines, each on the same
 are random and rotate, so that together they exceed the L2 cache. Times are medians of device events; what takes less than
 0.1 ms is captured into a CUDA graph of many calls. A baseline that cannot run is listed with its error.
 """
+
 from __future__ import annotations
 
 import gc
@@ -16,7 +17,10 @@ from typing import Callable, NamedTuple
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-BF16_RATE, BANDWIDTH = 790e12, 4.3e12  # FLOP/s and bytes/s that an H200 reaches on random data: what floors are made of
+BF16_RATE, BANDWIDTH = (
+    790e12,
+    4.3e12,
+)  # FLOP/s and bytes/s that an H200 reaches on random data: what floors are made of
 L2 = 60e6
 CASES: dict[str, "Case"] = {}
 
@@ -31,11 +35,17 @@ class Case(NamedTuple):
     ops: tuple[str, ...]
 
 
-def case(name: str, title: str, seconds: float, parts: float | dict[str, float], *ops: str) -> Callable:
+def case(
+    name: str, title: str, seconds: float, parts: float | dict[str, float], *ops: str
+) -> Callable:
     """Register a function of a Bench as a case. parts: gigabytes, of the whole or by name of a part."""
+
     def add(run):
-        CASES[name] = Case(run, title, seconds, parts if isinstance(parts, dict) else {"": parts}, ops)
+        CASES[name] = Case(
+            run, title, seconds, parts if isinstance(parts, dict) else {"": parts}, ops
+        )
         return run
+
     return add
 
 
@@ -61,16 +71,20 @@ def nbytes(*x) -> int:
 
 def double(args):
     """The same values in fp64, cut from any graph; integers as they are."""
-    cast = lambda t: t.detach().double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+    cast = lambda t: (
+        t.detach().double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+    )
     return tree_map(cast, args)
 
 
 def both(function: Callable, wrt: tuple[int, ...]) -> Callable:
     """Forward and backward: call(*args, g) -> gradients of the arguments `wrt` from those of the results."""
+
     def call(*args):
         *args, g = args
         with torch.enable_grad():
             return torch.autograd.grad(function(*args), [args[i] for i in wrt], g)
+
     return call
 
 
@@ -83,7 +97,10 @@ def backward_of(function: Callable, wrt: tuple[int, ...]) -> Side:
         with torch.enable_grad(), torch._functorch.config.patch(donated_buffer=False):
             if g.data_ptr() not in kept:
                 kept[g.data_ptr()] = function(*args)
-            return torch.autograd.grad(kept[g.data_ptr()], [args[i] for i in wrt], g, retain_graph=True)
+            return torch.autograd.grad(
+                kept[g.data_ptr()], [args[i] for i in wrt], g, retain_graph=True
+            )
+
     return Side(call, made=True, graph=False)
 
 
@@ -96,15 +113,28 @@ def against(exact: Callable[[], tuple], pick: Callable = lambda out: out) -> Cal
             kept.extend(t.double() for t in tensors(exact()))
         pairs = [(a.detach().double(), b) for a, b in zip(tensors(pick(out)), kept, strict=True)]
         errors = [float((a - b).norm() / b.norm().clamp(min=1e-300)) for a, b in pairs]
-        return {"error": max(errors), "errors": errors, "max_error": max(float((a - b).abs().max()) for a, b in pairs)}
+        return {
+            "error": max(errors),
+            "errors": errors,
+            "max_error": max(float((a - b).abs().max()) for a, b in pairs),
+        }
+
     return judge
 
 
 class Bench:
     """What a case measures with. toy: tiny sizes on CPU, to exercise the code; prepare: compile only, for the warm phase."""
 
-    def __init__(self, toy: bool = False, prepare: bool = False, part: str = "", deadline: float = math.inf):
-        self.toy, self.prepare, self.part, self.deadline, self.rows = toy, prepare, part, deadline, {}
+    def __init__(
+        self, toy: bool = False, prepare: bool = False, part: str = "", deadline: float = math.inf
+    ):
+        self.toy, self.prepare, self.part, self.deadline, self.rows = (
+            toy,
+            prepare,
+            part,
+            deadline,
+            {},
+        )
         self.device = torch.device("cpu" if toy else "cuda")
         self.random = torch.Generator(self.device).manual_seed(0)
 
@@ -112,8 +142,16 @@ class Bench:
         """A size: the real one, or the toy one."""
         return toy if self.toy else real
 
-    def normal(self, *shape: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0, grad: bool = False) -> torch.Tensor:
-        x = torch.empty(shape, dtype=dtype, device=self.device).normal_(0, scale, generator=self.random)
+    def normal(
+        self,
+        *shape: int,
+        dtype: torch.dtype = torch.bfloat16,
+        scale: float = 1.0,
+        grad: bool = False,
+    ) -> torch.Tensor:
+        x = torch.empty(shape, dtype=dtype, device=self.device).normal_(
+            0, scale, generator=self.random
+        )
         return x.requires_grad_(grad)
 
     def integers(self, high: int, *shape: int) -> torch.Tensor:
@@ -122,12 +160,29 @@ class Bench:
     def sets(self, make: Callable[[], tuple]) -> list[tuple]:
         """Inputs made as often as it takes to exceed the L2 cache."""
         first = make()
-        return [first] + [make() for _ in range(1 if self.toy else 0 if self.prepare else
-                                                min(63, math.ceil(2 * L2 / max(nbytes(first), 1)) - 1))]
+        return [first] + [
+            make()
+            for _ in range(
+                1
+                if self.toy
+                else 0
+                if self.prepare
+                else min(63, math.ceil(2 * L2 / max(nbytes(first), 1)) - 1)
+            )
+        ]
 
     def compiled(self, function: Callable, whole: bool = True, graph: bool = True) -> Side:
         """torch.compile of a function, static shapes."""
-        return Side(torch.compile(function, fullgraph=whole, dynamic=False, backend="eager" if self.toy else "inductor"), True, graph)
+        return Side(
+            torch.compile(
+                function,
+                fullgraph=whole,
+                dynamic=False,
+                backend="eager" if self.toy else "inductor",
+            ),
+            True,
+            graph,
+        )
 
     def wants(self, part: str) -> bool:
         """Whether this part of a case is to be run."""
@@ -171,7 +226,9 @@ class Bench:
                 call(*args)
         return graph.replay, turns * len(inputs)
 
-    def _enter(self, side: Side, inputs: list[tuple], judge: Callable | None) -> tuple[dict, Callable, int, int]:
+    def _enter(
+        self, side: Side, inputs: list[tuple], judge: Callable | None
+    ) -> tuple[dict, Callable, int, int]:
         """Run a side for the first times -> its result so far, a shot of it, calls per shot, and how many shots to take."""
         result: dict = {}
         begun = time.perf_counter()
@@ -199,17 +256,39 @@ class Bench:
                 result["not_captured"] = str(error).splitlines()[0][:160]
                 self.sync()
         shots = 2 if self.toy else 20 if once < 50 else 5 if once < 3000 else 1
-        return result | {"method": "events"}, lambda: side.call(*inputs[next(turn) % len(inputs)]), 1, shots
+        return (
+            result | {"method": "events"},
+            lambda: side.call(*inputs[next(turn) % len(inputs)]),
+            1,
+            shots,
+        )
 
-    def compare(self, row: str, sides: dict[str, Side | Callable], inputs: list[tuple], *, flops: float = 0, moved: float = 0,
-                judge: Callable | None = None, rate: float = BF16_RATE, **more) -> dict:
+    def compare(
+        self,
+        row: str,
+        sides: dict[str, Side | Callable],
+        inputs: list[tuple],
+        *,
+        flops: float = 0,
+        moved: float = 0,
+        judge: Callable | None = None,
+        rate: float = BF16_RATE,
+        **more,
+    ) -> dict:
         """Measure sides, the first of which is ours, and keep the row. moved: the fewest bytes; more: goes into the row."""
-        sides = {name: side if isinstance(side, Side) else Side(side, made=i == 0) for i, (name, side) in enumerate(sides.items())}
+        sides = {
+            name: side if isinstance(side, Side) else Side(side, made=i == 0)
+            for i, (name, side) in enumerate(sides.items())
+        }
         if time.monotonic() > self.deadline:
             self.rows[row] = {"left_out": "the budget was spent"}
             return self.rows[row]
         with torch.no_grad():
-            return self._prepared(row, sides, inputs) if self.prepare else self._measured(row, sides, inputs, flops, moved, judge, rate, more)
+            return (
+                self._prepared(row, sides, inputs)
+                if self.prepare
+                else self._measured(row, sides, inputs, flops, moved, judge, rate, more)
+            )
 
     def _prepared(self, row, sides, inputs) -> dict:
         failed = {}
@@ -232,7 +311,13 @@ class Bench:
                 results[name], *entered[name] = self._enter(side, inputs, judge)
                 times[name] = []
             except Exception as error:  # whatever a contender raises is its result
-                how = "absent" if isinstance(error, ImportError) else "skipped" if isinstance(error, Skipped) else "failed"
+                how = (
+                    "absent"
+                    if isinstance(error, ImportError)
+                    else "skipped"
+                    if isinstance(error, Skipped)
+                    else "failed"
+                )
                 results[name] = {how: f"{type(error).__name__}: {error}".strip()[:300]}
             gc.collect()
         for i in range(max((shots for *_, shots in entered.values()), default=0)):
@@ -241,8 +326,13 @@ class Bench:
                     times[name].append(self.shot(call) / calls)
         for name, (call, calls, shots) in entered.items():
             ms = statistics.median(times[name])
-            results[name] |= {"ms": ms, "least_ms": min(times[name]), "repetitions": shots * calls, "tflops": flops / ms / 1e9,
-                              "gb_s": moved / ms / 1e6}
+            results[name] |= {
+                "ms": ms,
+                "least_ms": min(times[name]),
+                "repetitions": shots * calls,
+                "tflops": flops / ms / 1e9,
+                "gb_s": moved / ms / 1e6,
+            }
             if ms < 50:
                 results[name]["wall_ms"] = self._wall(sides[name], inputs)
         ours = next(iter(sides))
@@ -250,15 +340,37 @@ class Bench:
         kept = {"sides": results, "shapes": [list(t.shape) for t in tensors(inputs[0])], **more}
         if "ms" in mine:
             for name in entered:
-                results[name]["less_accurate"] = results[name].get("error", 0.0) > 1.1 * mine.get("error", math.inf) + 1e-9
+                results[name]["less_accurate"] = (
+                    results[name].get("error", 0.0) > 1.1 * mine.get("error", math.inf) + 1e-9
+                )
             floor = 1e3 * max(flops / rate, moved / BANDWIDTH)
-            kept |= {"ms": mine["ms"], "floor_ms": floor, "percent_of_floor": 100 * floor / mine["ms"],
-                     "ratio": {name: result["ms"] / mine["ms"] for name, result in results.items() if name != ours and "ms" in result},
-                     "wall_ratio": {name: result["wall_ms"] / mine["wall_ms"] for name, result in results.items()
-                                    if name != ours and "wall_ms" in result and "wall_ms" in mine}}
+            kept |= {
+                "ms": mine["ms"],
+                "floor_ms": floor,
+                "percent_of_floor": 100 * floor / mine["ms"],
+                "ratio": {
+                    name: result["ms"] / mine["ms"]
+                    for name, result in results.items()
+                    if name != ours and "ms" in result
+                },
+                "wall_ratio": {
+                    name: result["wall_ms"] / mine["wall_ms"]
+                    for name, result in results.items()
+                    if name != ours and "wall_ms" in result and "wall_ms" in mine
+                },
+            }
         self.rows[row] = kept
-        print(f"  {row}: " + ", ".join(f"{name} {result['ms']:.3f} ms" if "ms" in result else f"{name} {next(iter(result))}" for name, result in results.items()),
-              file=sys.stderr, flush=True)
+        print(
+            f"  {row}: "
+            + ", ".join(
+                f"{name} {result['ms']:.3f} ms"
+                if "ms" in result
+                else f"{name} {next(iter(result))}"
+                for name, result in results.items()
+            ),
+            file=sys.stderr,
+            flush=True,
+        )
         return kept
 
     def _wall(self, side: Side, inputs: list[tuple]) -> float:
@@ -296,7 +408,12 @@ class Bench:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
             call()
             torch.cuda.synchronize()
-        events = [e for e in profiler.events() if e.device_type != torch.autograd.DeviceType.CPU and not getattr(e, "is_user_annotation", False)]
+        events = [
+            e
+            for e in profiler.events()
+            if e.device_type != torch.autograd.DeviceType.CPU
+            and not getattr(e, "is_user_annotation", False)
+        ]
         found: dict = {"kernels": 0, "copies": 0, "host_to_device": 0, "us": {}}
         for e in events:
             found["copies" if e.name.startswith(("Memcpy", "Memset")) else "kernels"] += 1

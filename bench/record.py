@@ -1,4 +1,5 @@
 """Results as JSON files that name the machine, the versions and the load they were measured under."""
+
 from __future__ import annotations
 
 import datetime
@@ -15,16 +16,30 @@ RESULTS = Path(__file__).parent / "results"
 
 def environment() -> dict:
     """Date, machine, versions and load average."""
+
     def version(package):
         try:
             return importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             return None
-    model = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
-    return {"date": datetime.date.today().isoformat(), "cpu": model, "cores": os.cpu_count(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "python": platform.python_version(),
-            **{package: version(package) for package in ("torch", "triton", "transformers")},
-            "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None}
+
+    model = next(
+        (
+            line.split(":")[1].strip()
+            for line in _lines("/proc/cpuinfo")
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    return {
+        "date": datetime.date.today().isoformat(),
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        **{package: version(package) for package in ("torch", "triton", "transformers")},
+        "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
+    }
 
 
 def _lines(path: str) -> list[str]:

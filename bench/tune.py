@@ -8,6 +8,7 @@ compiles, fits into shared memory, keeps its matrix instructions, hardly spills 
 fall short, the one that does least.
 Entries that the run does not come upon stay as they are; with --new all do, and only what the table lacks is chosen.
 """
+
 from __future__ import annotations
 
 import json
@@ -18,12 +19,12 @@ import sys
 
 import torch
 
-from tools import cli
 from bench import cases, gpu_cases, gpu_measure
 from bench.offline import SHARED, TARGETS, all_calls, check_archs, compile_quietly
 from bench.record import replace
 from ops.launch import PROCESSORS, TUNED, Launch, arch, asked, choose
 from ops.registry import require
+from tools import cli
 
 IN_LOOPS, IN_ALL = 0.03, 0.05  # shares of instructions that may spill
 CANNOT_RUN = 1000.0
@@ -34,18 +35,31 @@ Table = dict[tuple[str, str], dict]  # tiles by (kernel, key)
 
 def shortcoming(found: dict, launch: Launch, where: str, tile: dict) -> float:
     """0 for a kernel as one wishes it, more the worse it is; found: what offline.compile_quietly says."""
-    if "error" in found or found["shared"] > SHARED[where] * 1024 or found["dots"] and not found["matrix"]:
+    if (
+        "error" in found
+        or found["shared"] > SHARED[where] * 1024
+        or found["dots"]
+        and not found["matrix"]
+    ):
         return CANNOT_RUN
     spills = found["spills"] / found["instructions"]
-    adapts = any("split" in name.lower() and name not in tile for name in launch.kernel.arg_names)  # to the GPU, by itself
+    adapts = any(
+        "split" in name.lower() and name not in tile for name in launch.kernel.arg_names
+    )  # to the GPU, by itself
     idle = 0.0 if adapts else max(0.0, 1 - math.prod(launch.grid) / PROCESSORS[where])
-    return idle + (spills + found["spilling"] if spills > IN_ALL or found["spilling"] > IN_LOOPS else 0.0)
+    return idle + (
+        spills + found["spilling"] if spills > IN_ALL or found["spilling"] > IN_LOOPS else 0.0
+    )
 
 
 def by_resources(where: str, calls: list[cases.Call], known: dict | None = None) -> Table:
     """Tiles of all kernels that the calls launch on an architecture; a tile is judged by all that its call launches.
     known: of what is chosen already, by kernel, architecture and key."""
-    table = {(name, key): tile for name, archs in (known or {}).items() for key, tile in archs.get(where, {}).items()}
+    table = {
+        (name, key): tile
+        for name, archs in (known or {}).items()
+        for key, tile in archs.get(where, {}).items()
+    }
     compiled = {}
 
     def worst(call: cases.Call, tile: dict) -> float:
@@ -60,7 +74,11 @@ def by_resources(where: str, calls: list[cases.Call], known: dict | None = None)
     def open_questions(call: cases.Call) -> dict:
         with choose(table), asked() as questions:
             call.launches(where)
-        return {question: candidates for question, candidates in questions.items() if table.get(question) not in candidates}
+        return {
+            question: candidates
+            for question, candidates in questions.items()
+            if table.get(question) not in candidates
+        }
 
     for call in calls:
         while questions := open_questions(call):  # an answer may change what is asked next
@@ -72,7 +90,11 @@ def by_resources(where: str, calls: list[cases.Call], known: dict | None = None)
                 if not scores[-1]:
                     break
             table[question] = candidates[min(range(len(scores)), key=scores.__getitem__)]
-            print(f"{where:7} {scores[-1]:.3f} {' '.join(question)} {table[question]}", file=sys.stderr, flush=True)
+            print(
+                f"{where:7} {scores[-1]:.3f} {' '.join(question)} {table[question]}",
+                file=sys.stderr,
+                flush=True,
+            )
     return table
 
 
@@ -112,7 +134,9 @@ class Tuning(gpu_measure.Bench):
                 return {}
             question = left[0]
             self.table[question] = min(questions[question], key=seconds)
-            print(f"{row}: {' '.join(question)} {self.table[question]}", file=sys.stderr, flush=True)
+            print(
+                f"{row}: {' '.join(question)} {self.table[question]}", file=sys.stderr, flush=True
+            )
 
 
 def by_time(names: list[str], toy: bool = False) -> Table:
@@ -132,9 +156,22 @@ def write(tables: dict[str, Table]) -> None:
     for where, table in tables.items():
         for (name, key), tile in table.items():
             kept.setdefault(name, {}).setdefault(where, {})[key] = tile
-    entry = lambda keys: "{\n" + ",\n".join(f"   {json.dumps(key)}: {json.dumps(keys[key])}" for key in sorted(keys)) + "}"
-    of = lambda archs: "{\n" + ",\n".join(f"  {json.dumps(where)}: {entry(archs[where])}" for where in sorted(archs)) + "}"
-    replace(TUNED, "{\n" + ",\n".join(f" {json.dumps(name)}: {of(kept[name])}" for name in sorted(kept)) + "}\n")
+    entry = lambda keys: (
+        "{\n"
+        + ",\n".join(f"   {json.dumps(key)}: {json.dumps(keys[key])}" for key in sorted(keys))
+        + "}"
+    )
+    of = lambda archs: (
+        "{\n"
+        + ",\n".join(f"  {json.dumps(where)}: {entry(archs[where])}" for where in sorted(archs))
+        + "}"
+    )
+    replace(
+        TUNED,
+        "{\n"
+        + ",\n".join(f" {json.dumps(name)}: {of(kept[name])}" for name in sorted(kept))
+        + "}\n",
+    )
 
 
 def run(argv: list[str] | None) -> None:
@@ -143,12 +180,23 @@ def run(argv: list[str] | None) -> None:
     parser.add_argument("--op", help="only this op (and its backward)")
     parser.add_argument("--new", action="store_true", help="only what the table lacks")
     parser.add_argument("--measure", action="store_true", help="by time, on this GPU")
-    parser.add_argument("--only", default=",".join(gpu_measure.CASES), metavar="A,B", help="with --measure: cases of bench.gpu")
+    parser.add_argument(
+        "--only",
+        default=",".join(gpu_measure.CASES),
+        metavar="A,B",
+        help="with --measure: cases of bench.gpu",
+    )
     args = parser.parse_args(argv)
     if args.measure:
-        require(torch.cuda.is_available(), "no GPU is visible to torch here: without --measure none is needed")
+        require(
+            torch.cuda.is_available(),
+            "no GPU is visible to torch here: without --measure none is needed",
+        )
         for name in args.only.split(","):
-            require(name in gpu_measure.CASES, f"--only {name}: choose from {', '.join(gpu_measure.CASES)}")
+            require(
+                name in gpu_measure.CASES,
+                f"--only {name}: choose from {', '.join(gpu_measure.CASES)}",
+            )
         return write({arch(torch.empty(0, device="cuda")): by_time(args.only.split(","))})
     archs = args.arch.split(",")
     check_archs(archs)

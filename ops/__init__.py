@@ -1,4 +1,5 @@
 """The heavy regions of DeepSeek-V4, one file each. Call `ops.<name>(...)`, or choose forms per model: see registry.py."""
+
 from .act_quant import act_quant
 from .compress import compress
 from .hc_post import hc_post

@@ -11,6 +11,7 @@ The gradient passes straight through. Errors: unknown format, block not positive
 The kernel reads and writes every value once. A tile is a few rows by whole blocks; rows may be a view into wider ones.
 `quantize` stops half way and keeps the e4m3 values and their scales, the input of an FP8 matrix product.
 """
+
 from __future__ import annotations
 
 import torch
@@ -48,21 +49,38 @@ def quantized(v, FP4: tl.constexpr):
     amax = tl.max(tl.abs(v), -1)
     scale = scale_e2m1(amax) if FP4 else scale_e4m3(amax)
     u = v * tl.expand_dims(inverse(scale), -1)
-    power = (u.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)  # 2^floor(log2 |u|)
-    large = tl.maximum(power, 1.0) * 6291456.0 if FP4 else tl.maximum(power, 0.015625) * 1572864.0  # step * 1.5 * 2^23
+    power = (u.to(tl.int32, bitcast=True) & 0x7F800000).to(
+        tl.float32, bitcast=True
+    )  # 2^floor(log2 |u|)
+    large = (
+        tl.maximum(power, 1.0) * 6291456.0 if FP4 else tl.maximum(power, 0.015625) * 1572864.0
+    )  # step * 1.5 * 2^23
     return (u + large) - large, scale
 
 
 @jit
-def act_quant_kernel(x, y, scales, rows, n, row_stride, block, FP4: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-                     BLOCK: tl.constexpr):
+def act_quant_kernel(
+    x,
+    y,
+    scales,
+    rows,
+    n,
+    row_stride,
+    block,
+    FP4: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     width = tl.cdiv(n, block * BLOCKS)  # programs along a row
     row = (tl.program_id(0) // width).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     b = tl.program_id(0) % width * BLOCKS + tl.arange(0, BLOCKS)[None, :]  # scale blocks
     j = tl.arange(0, BLOCK)[None, None, :]
     col = b[:, :, None] * block + j
     inside = (row < rows)[:, :, None] & (col < n) & (j < block)
-    v = tl.load(x + row[:, :, None] * row_stride + col, mask=inside, other=0.0).to(tl.float32)  # [ROWS, BLOCKS, BLOCK]
+    v = tl.load(x + row[:, :, None] * row_stride + col, mask=inside, other=0.0).to(
+        tl.float32
+    )  # [ROWS, BLOCKS, BLOCK]
     q, scale = quantized(v, FP4)
     if scales is None:
         q = q * scale[:, :, None]
@@ -78,8 +96,22 @@ def _launch(x, y, scales, block, fmt):
     total = max(cfg.pop("SIZE"), size)
     blocks = min(power_of_two(cdiv(n, block)), max(1024, size) // size, total // size)
     tile = min(total // (size * blocks), power_of_two(rows))
-    launch(act_quant_kernel, (cdiv(rows, tile) * cdiv(n, block * blocks),), x, y, scales, rows, n, x.stride(0), block,
-           FP4=fmt == "fp4", ROWS=tile, BLOCKS=blocks, BLOCK=size, **cfg)
+    launch(
+        act_quant_kernel,
+        (cdiv(rows, tile) * cdiv(n, block * blocks),),
+        x,
+        y,
+        scales,
+        rows,
+        n,
+        x.stride(0),
+        block,
+        FP4=fmt == "fp4",
+        ROWS=tile,
+        BLOCKS=blocks,
+        BLOCK=size,
+        **cfg,
+    )
 
 
 def flattened(x: torch.Tensor) -> torch.Tensor:
@@ -97,13 +129,22 @@ def forward(x: torch.Tensor, block: int, fmt: str) -> torch.Tensor:
 def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x [rows, n] -> e4m3 [rows, n], scales of blocks of 128 [ceil(n / 128), rows] fp32."""
     rows, n = x.shape
-    q, scales = x.new_empty(rows, n, dtype=torch.float8_e4m3fn), x.new_empty(cdiv(n, 128), rows, dtype=torch.float32)
+    q, scales = (
+        x.new_empty(rows, n, dtype=torch.float8_e4m3fn),
+        x.new_empty(cdiv(n, 128), rows, dtype=torch.float32),
+    )
     _launch(x, q, scales, 128, "fp8")
     return q, scales
 
 
-_opaque = register("act_quant(Tensor x, int block, str fmt) -> Tensor", impl=fake_quant, kernel=forward,
-                   fake=lambda x, block, fmt: x.new_empty(x.shape), flops=lambda *shapes, out_shape=None, **kw: 0,
-                   setup_context=lambda ctx, inputs, output: None, backward=lambda ctx, grad: (grad, None, None))
+_opaque = register(
+    "act_quant(Tensor x, int block, str fmt) -> Tensor",
+    impl=fake_quant,
+    kernel=forward,
+    fake=lambda x, block, fmt: x.new_empty(x.shape),
+    flops=lambda *shapes, out_shape=None, **kw: 0,
+    setup_context=lambda ctx, inputs, output: None,
+    backward=lambda ctx, grad: (grad, None, None),
+)
 
 act_quant = Op("act_quant", reference, _opaque, check)

@@ -3,6 +3,7 @@
 Until then, and where nothing can be compiled, the op runs its Python function. HEADER has what kernels share: a product of
 small matrices that is as fast as the library's and may be called within a thread, and sums and exponentials of vectors.
 """
+
 from __future__ import annotations
 
 from typing import Callable
@@ -235,7 +236,13 @@ class CppKernel:
     """
 
     def __init__(self, namespace: str, name: str, python: Callable, source: str):
-        self.namespace, self.name, self.python, self.source, self.built = namespace, name, python, source, None
+        self.namespace, self.name, self.python, self.source, self.built = (
+            namespace,
+            name,
+            python,
+            source,
+            None,
+        )
         self._use_python()
         KERNELS[name] = self
 
@@ -247,13 +254,18 @@ class CppKernel:
         """Compile, once a machine, and register the C++ in place of the Python. -> whether that was possible."""
         if self.built is None:
             together = [kernel for kernel in KERNELS.values() if kernel.source == self.source]
-            names = "\n".join(f'm.impl("{kernel.name}", TORCH_BOX(&{kernel.name}));' for kernel in together)
+            names = "\n".join(
+                f'm.impl("{kernel.name}", TORCH_BOX(&{kernel.name}));' for kernel in together
+            )
             for kernel in together:
                 del kernel.library  # two registrations at a time would be a warning
             try:
                 from torch._inductor.codecache import CppCodeCache
-                CppCodeCache.load(f"{HEADER}{self.source}\nSTABLE_TORCH_LIBRARY_IMPL({self.namespace}, CPU, m) {{\n{names}\n}}\n",
-                                  extra_flags=FLAGS)
+
+                CppCodeCache.load(
+                    f"{HEADER}{self.source}\nSTABLE_TORCH_LIBRARY_IMPL({self.namespace}, CPU, m) {{\n{names}\n}}\n",
+                    extra_flags=FLAGS,
+                )
                 built = True
             except Exception:  # no compiler, other headers: many classes, all of them mean the same
                 built = False

@@ -6,6 +6,7 @@
 
 Everything here is exact and runs eagerly or traced, on any device; the last part is the same inside Triton kernels.
 """
+
 from __future__ import annotations
 
 import torch
@@ -30,7 +31,9 @@ def scale_to_float(scale: torch.Tensor) -> torch.Tensor:
     if scale.dtype != torch.uint8:
         return scale.float()
     bits = scale.to(torch.int32)
-    return torch.where(bits == 0, 0x00400000, bits << 23).view(torch.float32)  # byte 0 is the subnormal 2^-127
+    return torch.where(bits == 0, 0x00400000, bits << 23).view(
+        torch.float32
+    )  # byte 0 is the subnormal 2^-127
 
 
 def scale_to_e8m0(scale: torch.Tensor) -> torch.Tensor:
@@ -86,15 +89,18 @@ def _block_amax(w: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
     return v.unflatten(-1, (-1, b1)).unflatten(-3, (-1, b0)).amax((-3, -1))
 
 
-def quantize_fp8(w: torch.Tensor, block: tuple[int, int] = (128, 128)) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_fp8(
+    w: torch.Tensor, block: tuple[int, int] = (128, 128)
+) -> tuple[torch.Tensor, torch.Tensor]:
     """w [..., o, i] -> (e4m3 [..., o, i], e8m0 bits [..., ceil(o / 128), ceil(i / 128)] uint8)."""
     scale = pow2_ceil(_block_amax(w, block).clamp(min=1e-4) * (1 / E4M3_MAX))
     q = (w.float() / _expand_scale(scale, w.shape, block)).clamp(-E4M3_MAX, E4M3_MAX)
     return q.to(torch.float8_e4m3fn), scale_to_e8m0(scale)
 
 
-def dequantize_fp8(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype,
-                   block: tuple[int, int] = (128, 128)) -> torch.Tensor:
+def dequantize_fp8(
+    q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, block: tuple[int, int] = (128, 128)
+) -> torch.Tensor:
     """The weights that (q, scale) stand for, [..., o, i] in dtype: value times scale of its 128 x 128 block."""
     return (q.float() * _expand_scale(scale, q.shape, block)).to(dtype)
 
@@ -104,12 +110,16 @@ def quantize_fp4(w: torch.Tensor, block: int = 32) -> tuple[torch.Tensor, torch.
     scale = pow2_ceil(_block_amax(w, (1, block)).clamp(min=E2M1_MAX * 2.0**-126) * (1 / E2M1_MAX))
     v = round_e2m1(w.float() / _expand_scale(scale, w.shape, (1, block)))
     a = v.abs()
-    code = torch.where(a < 2, a * 2, torch.where(a < 4, a + 2, a / 2 + 4)).to(torch.uint8)  # 0 .5 1 1.5 2 3 4 6 -> 0..7
+    code = torch.where(a < 2, a * 2, torch.where(a < 4, a + 2, a / 2 + 4)).to(
+        torch.uint8
+    )  # 0 .5 1 1.5 2 3 4 6 -> 0..7
     code |= torch.signbit(v).to(torch.uint8) << 3
     return (code[..., 0::2] | code[..., 1::2] << 4).view(torch.int8), scale_to_e8m0(scale)
 
 
-def dequantize_fp4(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, block: int = 32) -> torch.Tensor:
+def dequantize_fp4(
+    q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, block: int = 32
+) -> torch.Tensor:
     """Packed codes [..., o, i / 2] and scales [..., o, ceil(i / 32)] -> the weights [..., o, i] in dtype."""
     byte = q.view(torch.uint8).to(torch.int32)
     code = torch.stack((byte & 15, byte >> 4), -1).flatten(-2)
@@ -127,14 +137,18 @@ def dequantize_fp4(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, blo
 def decode_e4m3(byte):
     """uint8 bits -> fp32, exact; NaN (0x7f, 0xff) becomes +-480."""
     bits = byte.to(tl.int32)
-    return (((bits & 0x80) << 24) | ((bits & 0x7F) << 20)).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
+    return (((bits & 0x80) << 24) | ((bits & 0x7F) << 20)).to(
+        tl.float32, bitcast=True
+    ) * 1.329227995784916e36  # 2^120
 
 
 @jit
 def decode_e2m1(code):
     """The low four bits of an integer -> fp32, exact."""
     bits = code.to(tl.int32)
-    return (((bits & 8) << 28) | ((bits & 7) << 22)).to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2^126
+    return (((bits & 8) << 28) | ((bits & 7) << 22)).to(
+        tl.float32, bitcast=True
+    ) * 8.507059173023462e37  # 2^126
 
 
 @jit
@@ -150,7 +164,9 @@ def decode_scale(scale):
 def power_above(x):
     """pow2_ceil: the least power of two >= x; x > 0 normal fp32."""
     bits = x.to(tl.int32, bitcast=True)
-    return (((bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.int32)) << 23).to(tl.float32, bitcast=True)
+    return (((bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.int32)) << 23).to(
+        tl.float32, bitcast=True
+    )
 
 
 @jit

@@ -2,6 +2,7 @@
 
 Eight tokens are the lanes of a vector: what is small per token, Sinkhorn above all, is done for eight at a time.
 """
+
 SOURCE = r"""
 constexpr int64_t BLOCK = 32, LANES = 8;  // tokens
 

@@ -25,6 +25,7 @@ in registers; g_x and g_fn in one pass over the streams, a program owning the sa
 where fn stays put and g_fn accumulates; and the sum of what the ranges gave. Results do not vary from run to run. Above
 n = 8 the references run.
 """
+
 from __future__ import annotations
 
 import math
@@ -36,28 +37,54 @@ from .cpp import plain
 from .hc_cpp import SOURCE
 from .launch import cdiv, jit, launch, power_of_two, processors, tiles, tl
 from .registry import Op, register, require
-from .sinkhorn import (IN_REGISTERS, as_columns, backward_reference as sinkhorn_backward, columns, doubly_stochastic,
-                       doubly_stochastic_backward, sinkhorn)
+from .sinkhorn import (
+    IN_REGISTERS,
+    as_columns,
+    columns,
+    doubly_stochastic,
+    doubly_stochastic_backward,
+    sinkhorn,
+)
+from .sinkhorn import backward_reference as sinkhorn_backward
 
 FEW = 64  # tokens: up to here a launch is all about keeping every processor busy
-MIX = [{"BT": 128, "BD": 128, "STAGES": 3, "num_warps": 8}, {"BT": 128, "BD": 64, "STAGES": 4, "num_warps": 8},
-       {"BT": 64, "BD": 64, "STAGES": 3, "num_warps": 4}, {"BT": 64, "BD": 32, "STAGES": 2, "num_warps": 4}]
-MIX_FEW = [{"BT": 16, "BD": 256, "STAGES": 2, "num_warps": 4}, {"BT": 16, "BD": 128, "STAGES": 3, "num_warps": 4},
-           {"BT": 16, "BD": 128, "STAGES": 2, "num_warps": 4}]
-MIX_GRAD = [{"BT": 128, "BD": 32, "STAGES": 3, "num_warps": 8}, {"BT": 128, "BD": 32, "STAGES": 2, "num_warps": 8},
-            {"BT": 64, "BD": 32, "STAGES": 2, "num_warps": 4}]
+MIX = [
+    {"BT": 128, "BD": 128, "STAGES": 3, "num_warps": 8},
+    {"BT": 128, "BD": 64, "STAGES": 4, "num_warps": 8},
+    {"BT": 64, "BD": 64, "STAGES": 3, "num_warps": 4},
+    {"BT": 64, "BD": 32, "STAGES": 2, "num_warps": 4},
+]
+MIX_FEW = [
+    {"BT": 16, "BD": 256, "STAGES": 2, "num_warps": 4},
+    {"BT": 16, "BD": 128, "STAGES": 3, "num_warps": 4},
+    {"BT": 16, "BD": 128, "STAGES": 2, "num_warps": 4},
+]
+MIX_GRAD = [
+    {"BT": 128, "BD": 32, "STAGES": 3, "num_warps": 8},
+    {"BT": 128, "BD": 32, "STAGES": 2, "num_warps": 8},
+    {"BT": 64, "BD": 32, "STAGES": 2, "num_warps": 4},
+]
 FINISH = [{"BT": 64, "BD": 2048, "num_warps": 8}, {"BT": 64, "BD": 1024, "num_warps": 4}]
-TOKENS = [{"BT": 64, "num_warps": 1}, {"BT": 32, "num_warps": 1}]  # a token a thread: a warp has 64 or 32
-STREAMS = [{"BT": 64, "BD": 64, "J": 2, "STAGES": 3, "num_warps": 4}, {"BT": 64, "BD": 64, "J": 2, "STAGES": 2, "num_warps": 4},
-           {"BT": 64, "BD": 64, "J": 1, "STAGES": 2, "num_warps": 4}, {"BT": 32, "BD": 32, "J": 1, "STAGES": 1, "num_warps": 4}]
+TOKENS = [
+    {"BT": 64, "num_warps": 1},
+    {"BT": 32, "num_warps": 1},
+]  # a token a thread: a warp has 64 or 32
+STREAMS = [
+    {"BT": 64, "BD": 64, "J": 2, "STAGES": 3, "num_warps": 4},
+    {"BT": 64, "BD": 64, "J": 2, "STAGES": 2, "num_warps": 4},
+    {"BT": 64, "BD": 64, "J": 1, "STAGES": 2, "num_warps": 4},
+    {"BT": 32, "BD": 32, "J": 1, "STAGES": 1, "num_warps": 4},
+]
 
 
 def check(x, fn, base, scale, norm_eps, hc_eps, iters):
     require(x.dim() == 4, f"hc_pre: x {tuple(x.shape)} is not [B, T, n, d]")
     n, d = x.shape[2:]
     rows = n * (2 + n)
-    require(fn.shape == (rows, n * d) and base.shape == (rows,) and scale.shape == (3,),
-            f"hc_pre: x {tuple(x.shape)}, fn {tuple(fn.shape)}, base {tuple(base.shape)}, scale {tuple(scale.shape)} do not fit")
+    require(
+        fn.shape == (rows, n * d) and base.shape == (rows,) and scale.shape == (3,),
+        f"hc_pre: x {tuple(x.shape)}, fn {tuple(fn.shape)}, base {tuple(base.shape)}, scale {tuple(scale.shape)} do not fit",
+    )
 
 
 def _mix(x, fn, norm_eps):
@@ -82,21 +109,45 @@ def _forward(x, fn, base, scale, norm_eps, hc_eps, iters, sinkhorn):
     return y, 2 * torch.sigmoid(post), sinkhorn(comb, hc_eps, iters)
 
 
-def reference(x: torch.Tensor, fn: torch.Tensor, base: torch.Tensor, scale: torch.Tensor, norm_eps: float, hc_eps: float,
-              iters: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def reference(
+    x: torch.Tensor,
+    fn: torch.Tensor,
+    base: torch.Tensor,
+    scale: torch.Tensor,
+    norm_eps: float,
+    hc_eps: float,
+    iters: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return _forward(x, fn, base, scale, norm_eps, hc_eps, iters, sinkhorn.reference)
 
 
-def backward_reference(g_y: torch.Tensor, g_post: torch.Tensor, g_comb: torch.Tensor, x: torch.Tensor, fn: torch.Tensor,
-                       base: torch.Tensor, scale: torch.Tensor, norm_eps: float, hc_eps: float, iters: int, g_in=None):
+def backward_reference(
+    g_y: torch.Tensor,
+    g_post: torch.Tensor,
+    g_comb: torch.Tensor,
+    x: torch.Tensor,
+    fn: torch.Tensor,
+    base: torch.Tensor,
+    scale: torch.Tensor,
+    norm_eps: float,
+    hc_eps: float,
+    iters: int,
+    g_in=None,
+):
     """Gradients of x, fn, base and scale; g_in is a gradient of x from elsewhere, to be added."""
     n, xf, g_y = x.shape[2], x.float(), g_y.float()
     v, u, r = _mix(x, fn, norm_eps)
     m = u * r
     pre, post, comb = _split(m, base, scale, n)
-    pre, post, g = torch.sigmoid(pre), torch.sigmoid(post), sinkhorn_backward(g_comb.float(), comb, hc_eps, iters)
+    pre, post, g = (
+        torch.sigmoid(pre),
+        torch.sigmoid(post),
+        sinkhorn_backward(g_comb.float(), comb, hc_eps, iters),
+    )
     g_pre = torch.einsum("btd,btjd->btj", g_y, xf) * pre * (1 - pre)
-    g_logit = torch.cat((g_pre, g_post.float() * 2 * post * (1 - post), g.flatten(-2)), -1)  # [B, T, n (2 + n)]
+    g_logit = torch.cat(
+        (g_pre, g_post.float() * 2 * post * (1 - post), g.flatten(-2)), -1
+    )  # [B, T, n (2 + n)]
     g_base = g_logit.sum((0, 1))
     g_scale = torch.stack([part.sum() for part in (g_logit * m).split([n, n, n * n], -1)])
     g_m = g_logit * torch.cat([s.expand(k) for s, k in zip(scale.float(), (n, n, n * n))])
@@ -134,8 +185,23 @@ def row_sums(t, V: tl.constexpr):
 
 
 @jit
-def hc_pre_mix(x, fn, g, partial, N, d, width, splits, n: tl.constexpr, R: tl.constexpr, C: tl.constexpr, BT: tl.constexpr,
-               BD: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr):
+def hc_pre_mix(
+    x,
+    fn,
+    g,
+    partial,
+    N,
+    d,
+    width,
+    splits,
+    n: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
+    V: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     s = tl.program_id(0) % splits
     t, row = tl.program_id(0) // splits * BT + tl.arange(0, BT), tl.arange(0, C)
     token, squares, dots = t.to(tl.int64)[:, None], tl.zeros([BT, BD // V], tl.float32), ()
@@ -143,14 +209,20 @@ def hc_pre_mix(x, fn, g, partial, N, d, width, splits, n: tl.constexpr, R: tl.co
     for j in tl.static_range(n):
         dots += (tl.zeros([BT, BD // V], tl.float32),)
     end = tl.minimum((s + 1) * width, d)
-    for start in tl.range(s * width, end, BD, num_stages=STAGES):  # so that loads for no product are pipelined too
+    for start in tl.range(
+        s * width, end, BD, num_stages=STAGES
+    ):  # so that loads for no product are pipelined too
         cols, new = (start + tl.arange(0, BD))[None, :], ()
         mask = (t < N)[:, None] & (cols < end)
         if g is not None:
             gt = tl.load(g + token * d + cols, mask=mask, other=0.0).to(tl.float32)
         for j in tl.static_range(n):
             xt = tl.load(x + (token * n + j) * d + cols, mask=mask, other=0.0)
-            f = tl.load(fn + (row[:, None] * n + j) * d + cols, mask=(row < R)[:, None] & (cols < end), other=0.0).to(tl.float32)
+            f = tl.load(
+                fn + (row[:, None] * n + j) * d + cols,
+                mask=(row < R)[:, None] & (cols < end),
+                other=0.0,
+            ).to(tl.float32)
             acc = add_mix(acc, f, xt)
             xt = xt.to(tl.float32)
             squares += row_sums(xt * xt, V)
@@ -178,7 +250,10 @@ def store_mix(at, acc, squares, N, splits, t, R: tl.constexpr, C: tl.constexpr):
 def load_mix(partial, t, N, splits, columns: tl.constexpr, C: tl.constexpr, SP: tl.constexpr):
     """What the mix gave for tokens t, all splits added up: [BT, C], 0 from `columns` on."""
     k, s = tl.arange(0, C)[:, None, None], tl.arange(0, SP)[None, None, :]
-    at, mask = partial + (k * N + t[None, :, None]).to(tl.int64) * splits, (k < columns) & (t < N)[None, :, None]
+    at, mask = (
+        partial + (k * N + t[None, :, None]).to(tl.int64) * splits,
+        (k < columns) & (t < N)[None, :, None],
+    )
     total = tl.zeros([C, t.shape[0]], tl.float32)
     for start in range(0, splits, SP):
         total += tl.sum(tl.load(at + start + s, mask=mask & (start + s < splits), other=0.0), 2)
@@ -186,10 +261,30 @@ def load_mix(partial, t, N, splits, columns: tl.constexpr, C: tl.constexpr, SP: 
 
 
 @jit
-def mixing(partial, base, scale, post, comb, t, N, d, splits, norm_eps, hc_eps, iters, n: tl.constexpr, R: tl.constexpr,
-           C: tl.constexpr, SP: tl.constexpr):
+def mixing(
+    partial,
+    base,
+    scale,
+    post,
+    comb,
+    t,
+    N,
+    d,
+    splits,
+    norm_eps,
+    hc_eps,
+    iters,
+    n: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    SP: tl.constexpr,
+):
     """post and comb of tokens t."""
-    m, i, k = columns(load_mix(partial, t, N, splits, R + 1, C, SP), C), t.to(tl.int64)[:, None], tl.arange(0, C)[None, :]
+    m, i, k = (
+        columns(load_mix(partial, t, N, splits, R + 1, C, SP), C),
+        t.to(tl.int64)[:, None],
+        tl.arange(0, C)[None, :],
+    )
     r, p, c = tl.rsqrt(m[R] / (n * d) + norm_eps), (), ()
     for j in tl.static_range(n, 2 * n):
         p += (2 * tl.sigmoid(m[j] * r * tl.load(scale + 1) + tl.load(base + j)),)
@@ -201,14 +296,31 @@ def mixing(partial, base, scale, post, comb, t, N, d, splits, norm_eps, hc_eps, 
 
 
 @jit
-def collapse(x, partial, base, scale, y, token, cols, N, d, splits, norm_eps, hc_eps, n: tl.constexpr, R: tl.constexpr,
-             SP: tl.constexpr):
+def collapse(
+    x,
+    partial,
+    base,
+    scale,
+    y,
+    token,
+    cols,
+    N,
+    d,
+    splits,
+    norm_eps,
+    hc_eps,
+    n: tl.constexpr,
+    R: tl.constexpr,
+    SP: tl.constexpr,
+):
     """Some columns of y of one token."""
     s, xs, out = tl.arange(0, SP), (), tl.zeros(cols.shape, tl.float32)
     for j in tl.static_range(n):
         xs += (tl.load(x + (token * n + j) * d + cols, mask=cols < d, other=0.0).to(tl.float32),)
     at, there = partial + token * splits + s, s < splits
-    r = tl.rsqrt(tl.sum(tl.load(at + R * N * splits, mask=there, other=0.0), 0) / (n * d) + norm_eps)
+    r = tl.rsqrt(
+        tl.sum(tl.load(at + R * N * splits, mask=there, other=0.0), 0) / (n * d) + norm_eps
+    )
     for j in tl.static_range(n):
         u = tl.sum(tl.load(at + j * N * splits, mask=there, other=0.0), 0)
         out += (tl.sigmoid(u * r * tl.load(scale) + tl.load(base + j)) + hc_eps) * xs[j]
@@ -216,20 +328,63 @@ def collapse(x, partial, base, scale, y, token, cols, N, d, splits, norm_eps, hc
 
 
 @jit
-def hc_pre_finish(x, partial, base, scale, y, post, comb, N, d, splits, norm_eps, hc_eps, iters, n: tl.constexpr, R: tl.constexpr,
-                  C: tl.constexpr, SP: tl.constexpr, SC: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
+def hc_pre_finish(
+    x,
+    partial,
+    base,
+    scale,
+    y,
+    post,
+    comb,
+    N,
+    d,
+    splits,
+    norm_eps,
+    hc_eps,
+    iters,
+    n: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    SP: tl.constexpr,
+    SC: tl.constexpr,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
+):
     i, blocks = tl.program_id(0) - tl.cdiv(N, BT), tl.cdiv(d, BD)
     if i < 0:
         t = tl.program_id(0) * BT + tl.arange(0, BT)
-        mixing(partial, base, scale, post, comb, t, N, d, splits, norm_eps, hc_eps, iters, n, R, C, SP)
+        mixing(
+            partial, base, scale, post, comb, t, N, d, splits, norm_eps, hc_eps, iters, n, R, C, SP
+        )
     else:
         token, cols = (N - 1 - i // blocks).to(tl.int64), i % blocks * BD + tl.arange(0, BD)
         collapse(x, partial, base, scale, y, token, cols, N, d, splits, norm_eps, hc_eps, n, R, SC)
 
 
 @jit
-def hc_pre_backward_tokens(partial, base, scale, g_post, g_comb, aside, u, factors, sums, N, d, splits, norm_eps, hc_eps, iters,
-                           n: tl.constexpr, R: tl.constexpr, C: tl.constexpr, P: tl.constexpr, SP: tl.constexpr, BT: tl.constexpr):
+def hc_pre_backward_tokens(
+    partial,
+    base,
+    scale,
+    g_post,
+    g_comb,
+    aside,
+    u,
+    factors,
+    sums,
+    N,
+    d,
+    splits,
+    norm_eps,
+    hc_eps,
+    iters,
+    n: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    P: tl.constexpr,
+    SP: tl.constexpr,
+    BT: tl.constexpr,
+):
     t, k = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, C)[None, :]
     i, mask = t.to(tl.int64)[:, None], (t < N)[:, None]
     m = load_mix(partial, t, N, splits, R + 1 + n, C, SP)
@@ -254,22 +409,57 @@ def hc_pre_backward_tokens(partial, base, scale, g_post, g_comb, aside, u, facto
     along = tl.sum(g * m, 1)[:, None]
     tl.store(u + i * C + k, g * r[:, None], mask=mask)  # of the un-normalised mix
     factors += i * (n + 1) + k  # of g_y in g_x, [n], and of -x
-    tl.store(factors, tl.where(k < n, sigmoid + hc_eps, along * (r * r)[:, None] / (n * d)), mask=mask & (k <= n))
+    tl.store(
+        factors,
+        tl.where(k < n, sigmoid + hc_eps, along * (r * r)[:, None] / (n * d)),
+        mask=mask & (k <= n),
+    )
 
 
 @jit
-def hc_pre_backward_streams(x, fn, g_y, g_in, u, factors, g_x, parts, N, width, n: tl.constexpr, d: tl.constexpr, R: tl.constexpr,
-                            C: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, J: tl.constexpr, STAGES: tl.constexpr):
-    k, i, stream = tl.arange(0, C), tl.arange(0, BT), tl.program_id(0) % (n // J) * J  # J streams from here on
+def hc_pre_backward_streams(
+    x,
+    fn,
+    g_y,
+    g_in,
+    u,
+    factors,
+    g_x,
+    parts,
+    N,
+    width,
+    n: tl.constexpr,
+    d: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
+    J: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    k, i, stream = (
+        tl.arange(0, C),
+        tl.arange(0, BT),
+        tl.program_id(0) % (n // J) * J,
+    )  # J streams from here on
     block, blocks = tl.program_id(0) // (n // J), tl.cdiv(d, BD)
     s, cols = block // blocks, block % blocks * BD + tl.arange(0, BD)
-    at, mask = k[:, None] * (n * d) + stream * d + cols[None, :], (k < R)[:, None] & (cols < d)[None, :]
+    at, mask = (
+        k[:, None] * (n * d) + stream * d + cols[None, :],
+        (k < R)[:, None] & (cols < d)[None, :],
+    )
     fs, accs, first = (), (), (s * width).to(tl.int64)
     for j in tl.static_range(J):
         fs += (tl.load(fn + at + j * d, mask=mask, other=0.0).to(tl.float32),)
         accs += (tl.zeros([BD, C], tl.float32),)
     skip, step = first * (n * d) + stream * d, BT * (n * d)
-    x, g_x, g_y, u, factors = x + skip, g_x + skip, g_y + first * d, u + first * C, factors + first * (n + 1)
+    x, g_x, g_y, u, factors = (
+        x + skip,
+        g_x + skip,
+        g_y + first * d,
+        u + first * C,
+        factors + first * (n + 1),
+    )
     if g_in is not None:
         g_in += skip
     for left in tl.range(tl.minimum(width, N - s * width), 0, -BT, num_stages=STAGES):
@@ -281,7 +471,9 @@ def hc_pre_backward_streams(x, fn, g_y, g_in, u, factors, g_x, parts, N, width, 
         for j in tl.static_range(J):
             xt = tl.load(x + tile + j * d, mask=there, other=0.0)
             pre = tl.load(factors + i[:, None] * (n + 1) + stream + j, mask=here, other=0.0)
-            if xt.dtype == tl.bfloat16:  # every term on its own between products: it is brought into their layout as bf16
+            if (
+                xt.dtype == tl.bfloat16
+            ):  # every term on its own between products: it is brought into their layout as bf16
                 hi, lo = halves(ut)
                 f_hi, f_lo = halves(fs[j])
                 out = tl.dot(hi, f_hi, -c * xt.to(tl.float32))
@@ -298,7 +490,13 @@ def hc_pre_backward_streams(x, fn, g_y, g_in, u, factors, g_x, parts, N, width, 
                 new += (tl.dot(tl.trans(xt), ut, accs[j], input_precision="ieee"),)
             tl.store(g_x + tile + j * d, out.to(g_x.dtype.element_ty), mask=there)
         accs = new
-        x, g_x, g_y, u, factors = x + step, g_x + step, g_y + BT * d, u + BT * C, factors + BT * (n + 1)
+        x, g_x, g_y, u, factors = (
+            x + step,
+            g_x + step,
+            g_y + BT * d,
+            u + BT * C,
+            factors + BT * (n + 1),
+        )
         if g_in is not None:
             g_in += step
     for j in tl.static_range(J):
@@ -306,8 +504,21 @@ def hc_pre_backward_streams(x, fn, g_y, g_in, u, factors, g_x, parts, N, width, 
 
 
 @jit
-def hc_pre_backward_reduce(parts, sums, g_fn, g_base, g_scale, size, splits, count, n: tl.constexpr, R: tl.constexpr,
-                           C: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr):
+def hc_pre_backward_reduce(
+    parts,
+    sums,
+    g_fn,
+    g_base,
+    g_scale,
+    size,
+    splits,
+    count,
+    n: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    BP: tl.constexpr,
+    BD: tl.constexpr,
+):
     if tl.program_id(0) < tl.cdiv(size, BD):
         i = tl.program_id(0) * BD + tl.arange(0, BD)
         total = tl.zeros([BD], tl.float32)
@@ -315,7 +526,11 @@ def hc_pre_backward_reduce(parts, sums, g_fn, g_base, g_scale, size, splits, cou
             total += tl.load(parts + s * size + i, mask=i < size, other=0.0)
         tl.store(g_fn + i, total.to(g_fn.dtype.element_ty), mask=i < size)
     else:
-        k, base, along = tl.arange(0, C), tl.zeros([BP, C], tl.float32), tl.zeros([BP, C], tl.float32)
+        k, base, along = (
+            tl.arange(0, C),
+            tl.zeros([BP, C], tl.float32),
+            tl.zeros([BP, C], tl.float32),
+        )
         for start in range(0, count, BP):
             p = start + tl.arange(0, BP)[:, None]
             base += tl.load(sums + p * (2 * C) + k[None, :], mask=p < count, other=0.0)
@@ -348,13 +563,32 @@ def width_of(n: int) -> int:
 def launch_mix(x, fn, g_y):
     """-> sums of the mix, of squares, and with g_y of g_y x_j: [R + 1 (+ n), B T, splits]."""
     B, T, n, d = x.shape
-    N, R, candidates = B * T, n * (2 + n), MIX_GRAD if g_y is not None else MIX_FEW if B * T <= FEW else MIX
+    N, R, candidates = (
+        B * T,
+        n * (2 + n),
+        MIX_GRAD if g_y is not None else MIX_FEW if B * T <= FEW else MIX,
+    )
     cfg = tiles("hc_pre_mix", key(x) + " grad" * (g_y is not None), candidates, x)
     streams, d = (1, n * d) if g_y is None else (n, d)  # the mix alone sees one long row
     width, splits = split(x, cdiv(N, cfg["BT"]), d, cfg["BD"])
     partial = x.new_empty(R + 1 + n * (g_y is not None), N, splits, dtype=torch.float32)
-    launch(hc_pre_mix, (cdiv(N, cfg["BT"]) * splits,), x, fn, g_y, partial, N, d, width, splits, n=streams, R=R,
-           C=power_of_two(R, 16), V=8, **cfg)
+    launch(
+        hc_pre_mix,
+        (cdiv(N, cfg["BT"]) * splits,),
+        x,
+        fn,
+        g_y,
+        partial,
+        N,
+        d,
+        width,
+        splits,
+        n=streams,
+        R=R,
+        C=power_of_two(R, 16),
+        V=8,
+        **cfg,
+    )
     return partial
 
 
@@ -363,24 +597,65 @@ def launch_finish(x, partial, base, scale, norm_eps, hc_eps, iters):
     N, splits, cfg = B * T, partial.shape[2], tiles("hc_pre_finish", key(x), FINISH, x)
     y, post, comb = _fake(x, None, None, None, norm_eps, hc_eps, iters)
     C, BT = width_of(n), min(cfg["BT"], power_of_two(N))
-    launch(hc_pre_finish, (cdiv(N, BT) + N * cdiv(d, cfg["BD"]),), x, partial, base, scale, y, post, comb, N, d, splits,
-           norm_eps, hc_eps, iters, n=n, R=n * (2 + n), C=C, SP=min(power_of_two(splits), max(1, 2048 // (C * BT))),
-           SC=power_of_two(splits), **{**cfg, "BT": BT})
+    launch(
+        hc_pre_finish,
+        (cdiv(N, BT) + N * cdiv(d, cfg["BD"]),),
+        x,
+        partial,
+        base,
+        scale,
+        y,
+        post,
+        comb,
+        N,
+        d,
+        splits,
+        norm_eps,
+        hc_eps,
+        iters,
+        n=n,
+        R=n * (2 + n),
+        C=C,
+        SP=min(power_of_two(splits), max(1, 2048 // (C * BT))),
+        SC=power_of_two(splits),
+        **{**cfg, "BT": BT},
+    )
     return y, post, comb
 
 
-def kernel(x: torch.Tensor, fn: torch.Tensor, base: torch.Tensor, scale: torch.Tensor, norm_eps: float, hc_eps: float, iters: int):
+def kernel(
+    x: torch.Tensor,
+    fn: torch.Tensor,
+    base: torch.Tensor,
+    scale: torch.Tensor,
+    norm_eps: float,
+    hc_eps: float,
+    iters: int,
+):
     if x.shape[2] > IN_REGISTERS:
         return reference(x, fn, base, scale, norm_eps, hc_eps, iters)
     x, fn, base, scale = (t.contiguous() for t in (x, fn, base.float(), scale.float()))
     return launch_finish(x, launch_mix(x, fn, None), base, scale, norm_eps, hc_eps, iters)
 
 
-def backward_kernel(g_y: torch.Tensor, g_post: torch.Tensor, g_comb: torch.Tensor, x: torch.Tensor, fn: torch.Tensor,
-                    base: torch.Tensor, scale: torch.Tensor, norm_eps: float, hc_eps: float, iters: int, g_in=None):
+def backward_kernel(
+    g_y: torch.Tensor,
+    g_post: torch.Tensor,
+    g_comb: torch.Tensor,
+    x: torch.Tensor,
+    fn: torch.Tensor,
+    base: torch.Tensor,
+    scale: torch.Tensor,
+    norm_eps: float,
+    hc_eps: float,
+    iters: int,
+    g_in=None,
+):
     B, T, n, d = x.shape
     if n > IN_REGISTERS:
-        return backward_reference(g_y, g_post, g_comb, x, fn, base, scale, norm_eps, hc_eps, iters, g_in)
+        return backward_reference(
+            g_y, g_post, g_comb, x, fn, base, scale, norm_eps, hc_eps, iters, g_in
+        )
     N, R, C = B * T, n * (2 + n), width_of(n)
     g_y, x, fn = g_y.contiguous(), x.contiguous(), fn.contiguous()
     new = lambda *shape: x.new_empty(shape, dtype=torch.float32)
@@ -390,26 +665,91 @@ def backward_kernel(g_y: torch.Tensor, g_post: torch.Tensor, g_comb: torch.Tenso
     partial = launch_mix(x, fn, g_y)
 
     cfg, splits = tiles("hc_pre_backward_tokens", f"n{n}", TOKENS, x), partial.shape[2]
-    count, u, factors, aside = cdiv(N, cfg["BT"]), new(N, C), new(N, n + 1), new(2 * iters - 1, n, N)
+    count, u, factors, aside = (
+        cdiv(N, cfg["BT"]),
+        new(N, C),
+        new(N, n + 1),
+        new(2 * iters - 1, n, N),
+    )
     sums = new(count, 2, C)
-    launch(hc_pre_backward_tokens, (count,), partial, base, scale, g_post, g_comb, aside, u, factors, sums, N, d, splits, norm_eps,
-           hc_eps, iters, n=n, R=R, C=C, P=power_of_two(n), SP=min(power_of_two(splits), 2), **cfg)
+    launch(
+        hc_pre_backward_tokens,
+        (count,),
+        partial,
+        base,
+        scale,
+        g_post,
+        g_comb,
+        aside,
+        u,
+        factors,
+        sums,
+        N,
+        d,
+        splits,
+        norm_eps,
+        hc_eps,
+        iters,
+        n=n,
+        R=R,
+        C=C,
+        P=power_of_two(n),
+        SP=min(power_of_two(splits), 2),
+        **cfg,
+    )
 
     cfg = tiles("hc_pre_backward_streams", key(x) + " in" * (g_in is not None), STREAMS, x)
     cfg = {**cfg, "J": math.gcd(cfg["J"], n)}
     blocks = cdiv(d, cfg["BD"]) * n // cfg["J"]
     width, splits = split(x, blocks, max(N, 1), cfg["BT"])
     parts = new(splits, R, n * d)
-    launch(hc_pre_backward_streams, (blocks * splits,), x, fn, g_y, g_in if g_in is None else g_in.contiguous(), u, factors, g_x,
-           parts, N, width, n=n, d=d, R=R, C=C, **cfg)
-    launch(hc_pre_backward_reduce, (cdiv(fn.numel(), 1024) + 1,), parts, sums, g_fn, g_base, g_scale, fn.numel(), splits, count,
-           n=n, R=R, C=C, BP=64, BD=1024, num_warps=4)
+    launch(
+        hc_pre_backward_streams,
+        (blocks * splits,),
+        x,
+        fn,
+        g_y,
+        g_in if g_in is None else g_in.contiguous(),
+        u,
+        factors,
+        g_x,
+        parts,
+        N,
+        width,
+        n=n,
+        d=d,
+        R=R,
+        C=C,
+        **cfg,
+    )
+    launch(
+        hc_pre_backward_reduce,
+        (cdiv(fn.numel(), 1024) + 1,),
+        parts,
+        sums,
+        g_fn,
+        g_base,
+        g_scale,
+        fn.numel(),
+        splits,
+        count,
+        n=n,
+        R=R,
+        C=C,
+        BP=64,
+        BD=1024,
+        num_warps=4,
+    )
     return tuple(out)
 
 
 def _fake(x, fn, base, scale, norm_eps, hc_eps, iters):
     B, T, n, d = x.shape
-    return x.new_empty(B, T, d), x.new_empty(B, T, n, dtype=torch.float32), x.new_empty(B, T, n, n, dtype=torch.float32)
+    return (
+        x.new_empty(B, T, d),
+        x.new_empty(B, T, n, dtype=torch.float32),
+        x.new_empty(B, T, n, n, dtype=torch.float32),
+    )
 
 
 def _flops(x, fn, *args, out_shape=None, **kw):
@@ -419,10 +759,16 @@ def _flops(x, fn, *args, out_shape=None, **kw):
 
 _backward_op = register(
     "hc_pre_backward(Tensor g_y, Tensor g_post, Tensor g_comb, Tensor x, Tensor fn, Tensor base, Tensor scale, float norm_eps, "
-    "float hc_eps, int iters) -> (Tensor, Tensor, Tensor, Tensor)", impl=backward_reference,
-    fake=lambda g_y, g_post, g_comb, x, fn, base, scale, *args: tuple(t.new_empty(t.shape) for t in (x, fn, base, scale)),
-    flops=lambda g_y, g_post, g_comb, x, fn, *args, out_shape=None, **kw: 3 * _flops(x, fn), kernel=backward_kernel, cpp=SOURCE,
-    takes=plain)
+    "float hc_eps, int iters) -> (Tensor, Tensor, Tensor, Tensor)",
+    impl=backward_reference,
+    fake=lambda g_y, g_post, g_comb, x, fn, base, scale, *args: tuple(
+        t.new_empty(t.shape) for t in (x, fn, base, scale)
+    ),
+    flops=lambda g_y, g_post, g_comb, x, fn, *args, out_shape=None, **kw: 3 * _flops(x, fn),
+    kernel=backward_kernel,
+    cpp=SOURCE,
+    takes=plain,
+)
 
 
 def _setup(ctx, inputs, output):
@@ -434,9 +780,18 @@ def _backward(ctx, g_y, g_post, g_comb):
     return *_backward_op(g_y, g_post, g_comb, *ctx.saved_tensors, *ctx.constants), None, None, None
 
 
-_opaque = register("hc_pre(Tensor x, Tensor fn, Tensor base, Tensor scale, float norm_eps, float hc_eps, int iters) "
-                   "-> (Tensor, Tensor, Tensor)", impl=reference, fake=_fake, flops=_flops, setup_context=_setup,
-                   backward=_backward, kernel=kernel, cpp=SOURCE, takes=plain)
+_opaque = register(
+    "hc_pre(Tensor x, Tensor fn, Tensor base, Tensor scale, float norm_eps, float hc_eps, int iters) "
+    "-> (Tensor, Tensor, Tensor)",
+    impl=reference,
+    fake=_fake,
+    flops=_flops,
+    setup_context=_setup,
+    backward=_backward,
+    kernel=kernel,
+    cpp=SOURCE,
+    takes=plain,
+)
 
 
 def _on_cpu(*args):

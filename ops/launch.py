@@ -6,6 +6,7 @@ a GPU that is not there: tensors may then be fake.
 
 Tiles are never searched for at run time: `tiles` takes them from tuned.json.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -27,11 +28,34 @@ except ImportError:  # no Triton for this platform, and no GPU that it could ser
 INTERPRETING = triton is not None and bool(triton.knobs.runtime.interpret)
 TUNED = Path(__file__).with_name("tuned.json")
 # Multiprocessors (compute units) of the largest part of an architecture: how many programs keep it busy.
-PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "sm_120": 188, "gfx942": 304, "gfx950": 256}
+PROCESSORS = {
+    "sm_80": 108,
+    "sm_90": 132,
+    "sm_100": 148,
+    "sm_120": 188,
+    "gfx942": 304,
+    "gfx950": 256,
+}
 # Architectures whose tiles suit one that has no table of its own.
-LIKE = {"sm_86": "sm_120", "sm_89": "sm_120", "sm_103": "sm_100", "sm_121": "sm_120", "gfx90a": "gfx942"}
-TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8e4nv",
-         torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.bool: "i1"}
+LIKE = {
+    "sm_86": "sm_120",
+    "sm_89": "sm_120",
+    "sm_103": "sm_100",
+    "sm_121": "sm_120",
+    "gfx90a": "gfx942",
+}
+TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int16: "i16",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.bool: "i1",
+}
 
 _recorded: list[Launch] | None = None
 _recorded_arch = ""
@@ -65,9 +89,14 @@ class Launch(NamedTuple):
     def name(self) -> str:
         return self.kernel.fn.__name__
 
-    def specialization(self) -> tuple[dict[str, str], dict[str, object], tuple[str, ...], dict[str, int]]:
+    def specialization(
+        self,
+    ) -> tuple[dict[str, str], dict[str, object], tuple[str, ...], dict[str, int]]:
         """(types by argument, constants, arguments divisible by 16, options): what Triton compiles, and its key in a cache."""
-        given = {**dict(zip(self.kernel.arg_names, self.args)), **{k: v for k, v in self.meta.items() if k in self.kernel.arg_names}}
+        given = {
+            **dict(zip(self.kernel.arg_names, self.args)),
+            **{k: v for k, v in self.meta.items() if k in self.kernel.arg_names},
+        }
         options = {k: v for k, v in self.meta.items() if k not in self.kernel.arg_names}
         types, constants, aligned = {}, {}, []
         for param in self.kernel.params:
@@ -125,7 +154,7 @@ def _processors(index: int) -> int:
 
 
 def arch(x: torch.Tensor) -> str:
-    """"sm_90", "gfx942" and the like: what x is on, or what launches are being recorded for; "cpu" in the interpreter."""
+    """ "sm_90", "gfx942" and the like: what x is on, or what launches are being recorded for; "cpu" in the interpreter."""
     if _recorded is not None:
         return _recorded_arch
     return _arch(x.device.index) if x.device.type == "cuda" else "cpu"

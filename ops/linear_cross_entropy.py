@@ -13,6 +13,7 @@ a kernel that fuses the rest, and one pass over them updates maximum, sum and ta
 p = (softmax - onehot) g in the dtype of x. With whole columns the gradient of weight needs no fp32 copy: each chunk is
 final, rounded once. That of x is added up in fp32. Sums have a fixed order: the results are deterministic.
 """
+
 from __future__ import annotations
 
 import torch
@@ -22,13 +23,22 @@ from .registry import Op, register, require
 
 CHUNK = 1 << 24  # logits held at a time by the reference
 HELD, PARTS = 1 << 27, 16  # by the kernels, but at most in so many parts
-CANDIDATES = [dict(ROWS=1, BLOCK=8192, num_warps=8), dict(ROWS=1, BLOCK=4096, num_warps=4),
-              dict(ROWS=4, BLOCK=1024, num_warps=4), dict(ROWS=16, BLOCK=256, num_warps=4)]
+CANDIDATES = [
+    dict(ROWS=1, BLOCK=8192, num_warps=8),
+    dict(ROWS=1, BLOCK=4096, num_warps=4),
+    dict(ROWS=4, BLOCK=1024, num_warps=4),
+    dict(ROWS=16, BLOCK=256, num_warps=4),
+]
 
 
 def check(x, weight, target):
-    require(x.dim() == 2 and weight.dim() == 2 and x.shape[1] == weight.shape[1] and target.shape == x.shape[:1],
-            f"linear_cross_entropy: x {tuple(x.shape)}, weight {tuple(weight.shape)}, target {tuple(target.shape)} do not fit")
+    require(
+        x.dim() == 2
+        and weight.dim() == 2
+        and x.shape[1] == weight.shape[1]
+        and target.shape == x.shape[:1],
+        f"linear_cross_entropy: x {tuple(x.shape)}, weight {tuple(weight.shape)}, target {tuple(target.shape)} do not fit",
+    )
 
 
 def _chunks(N, V):
@@ -36,20 +46,30 @@ def _chunks(N, V):
     return [slice(c, min(c + step, N)) for c in range(0, max(N, 1), step)]
 
 
-def forward_reference(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def forward_reference(
+    x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """-> loss, lse"""
     w, losses, lses = weight.float(), [], []
     for now in _chunks(x.shape[0], weight.shape[0]):
         logits, t = x[now].float() @ w.T, target[now]
         lse = logits.logsumexp(-1)
-        losses.append(torch.where(t < 0, 0.0, lse - logits.gather(1, t.clamp(min=0)[:, None])[:, 0]))
+        losses.append(
+            torch.where(t < 0, 0.0, lse - logits.gather(1, t.clamp(min=0)[:, None])[:, 0])
+        )
         lses.append(lse)
     return torch.cat(losses), torch.cat(lses)
 
 
-def backward_reference(g: torch.Tensor, lse: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor):
+def backward_reference(
+    g: torch.Tensor, lse: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor
+):
     """Gradients of x and weight."""
-    w, g_x, g_w = weight.float(), x.new_empty(x.shape), torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+    w, g_x, g_w = (
+        weight.float(),
+        x.new_empty(x.shape),
+        torch.zeros(weight.shape, dtype=torch.float32, device=weight.device),
+    )
     for now in _chunks(x.shape[0], weight.shape[0]):
         xc, t = x[now].float(), target[now]
         p = (xc @ w.T - lse[now, None]).exp_()
@@ -61,8 +81,20 @@ def backward_reference(g: torch.Tensor, lse: torch.Tensor, x: torch.Tensor, weig
 
 
 @jit
-def linear_cross_entropy_forward_kernel(logits, target, loss, lse, total, N, first, width, START: tl.constexpr,
-                                        END: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def linear_cross_entropy_forward_kernel(
+    logits,
+    target,
+    loss,
+    lse,
+    total,
+    N,
+    first,
+    width,
+    START: tl.constexpr,
+    END: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Rows of a chunk. Until the last, loss holds the target's logit, lse the maximum and total the sum of exponentials."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < N
@@ -72,12 +104,21 @@ def linear_cross_entropy_forward_kernel(logits, target, loss, lse, total, N, fir
         sum, hit = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
         high = sum - float("inf")
     else:
-        sum, hit = tl.load(total + row, mask=inside, other=0.0), tl.load(loss + row, mask=inside, other=0.0)
+        sum, hit = (
+            tl.load(total + row, mask=inside, other=0.0),
+            tl.load(loss + row, mask=inside, other=0.0),
+        )
         high = tl.load(lse + row, mask=inside, other=0.0)
     for c in range(0, width, BLOCK):
         j = c + tl.arange(0, BLOCK)
-        z = tl.load(logits[:, None] + j[None, :], mask=inside[:, None] & (j < width)[None, :], other=-float("inf"))
-        higher = tl.maximum(tl.maximum(high, tl.max(z, 1)), -3e38)  # finite, for the rows that are not there
+        z = tl.load(
+            logits[:, None] + j[None, :],
+            mask=inside[:, None] & (j < width)[None, :],
+            other=-float("inf"),
+        )
+        higher = tl.maximum(
+            tl.maximum(high, tl.max(z, 1)), -3e38
+        )  # finite, for the rows that are not there
         sum = sum * tl.exp(high - higher) + tl.sum(tl.exp(z - higher[:, None]), 1)
         high = higher
     here = (t >= first) & (t < first + width)
@@ -92,20 +133,33 @@ def linear_cross_entropy_forward_kernel(logits, target, loss, lse, total, N, fir
 
 
 @jit
-def linear_cross_entropy_backward_kernel(logits, target, g, lse, p, N, first, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    row, j = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+def linear_cross_entropy_backward_kernel(
+    logits, target, g, lse, p, N, first, width, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    row, j = (
+        tl.program_id(0) * ROWS + tl.arange(0, ROWS),
+        tl.program_id(1) * BLOCK + tl.arange(0, BLOCK),
+    )
     t = tl.load(target + row, mask=row < N, other=-1)
     counted = (t >= 0)[:, None]
-    at, inside = row.to(tl.int64)[:, None] * width + j[None, :], (row < N)[:, None] & (j < width)[None, :]
+    at, inside = (
+        row.to(tl.int64)[:, None] * width + j[None, :],
+        (row < N)[:, None] & (j < width)[None, :],
+    )
     z = tl.load(logits + at, mask=inside & counted, other=0.0)
     v = tl.exp(z - tl.load(lse + row, mask=row < N, other=0.0)[:, None])
-    v = tl.where((j + first)[None, :] == t[:, None], v - 1.0, v) * tl.load(g + row, mask=row < N, other=0.0)[:, None]
+    v = (
+        tl.where((j + first)[None, :] == t[:, None], v - 1.0, v)
+        * tl.load(g + row, mask=row < N, other=0.0)[:, None]
+    )
     tl.store(p + at, tl.where(counted, v, 0.0).to(p.dtype.element_ty), mask=inside)
 
 
 def _product(a, b, out):
     """out = a b with fp32 sums. out= also keeps autocast away."""
-    if a.device.type == "cpu" or out.dtype.itemsize < a.dtype.itemsize:  # the library has nothing for these
+    if (
+        a.device.type == "cpu" or out.dtype.itemsize < a.dtype.itemsize
+    ):  # the library has nothing for these
         out.copy_(torch.mm(a.float(), b.float(), out=out.new_empty(out.shape, dtype=torch.float32)))
     elif out.dtype == a.dtype:
         torch.mm(a, b, out=out)
@@ -128,20 +182,41 @@ def _logits(x, weight, room, first, columns):
     return w, _product(x, w.T, room[: len(x) * len(w)].view(len(x), len(w)))
 
 
-def forward(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(
+    x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     N, V = x.shape[0], weight.shape[0]
     cfg = tiles("linear_cross_entropy_forward", f"V{V}", CANDIDATES, x)
     loss, lse, total = (x.new_empty(N, dtype=torch.float32) for _ in range(3))
     x, weight, target, columns, room = _prepared(x, weight, target)
     for first in range(0, V, columns):
         w, logits = _logits(x, weight, room, first, columns)
-        launch(linear_cross_entropy_forward_kernel, (cdiv(N, cfg["ROWS"]),), logits, target, loss, lse, total, N, first,
-               len(w), START=first == 0, END=first + columns >= V, **cfg)
+        launch(
+            linear_cross_entropy_forward_kernel,
+            (cdiv(N, cfg["ROWS"]),),
+            logits,
+            target,
+            loss,
+            lse,
+            total,
+            N,
+            first,
+            len(w),
+            START=first == 0,
+            END=first + columns >= V,
+            **cfg,
+        )
     return loss, lse
 
 
-def backward(g: torch.Tensor, lse: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor):
-    (N, V), g_x, g_w = (x.shape[0], weight.shape[0]), x.new_empty(x.shape), weight.new_empty(weight.shape)
+def backward(
+    g: torch.Tensor, lse: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor
+):
+    (N, V), g_x, g_w = (
+        (x.shape[0], weight.shape[0]),
+        x.new_empty(x.shape),
+        weight.new_empty(weight.shape),
+    )
     cfg = tiles("linear_cross_entropy_backward", f"V{V}", CANDIDATES, x)
     g, lse = g.contiguous(), lse.contiguous()
     x, weight, target, columns, room = _prepared(x, weight, target)
@@ -151,7 +226,19 @@ def backward(g: torch.Tensor, lse: torch.Tensor, x: torch.Tensor, weight: torch.
         w, logits = _logits(x, weight, room, first, columns)
         p = ps[: logits.numel()].view(logits.shape)
         grid = cdiv(N, cfg["ROWS"]), cdiv(len(w), cfg["BLOCK"])
-        launch(linear_cross_entropy_backward_kernel, grid, logits, target, g, lse, p, N, first, len(w), **cfg)
+        launch(
+            linear_cross_entropy_backward_kernel,
+            grid,
+            logits,
+            target,
+            g,
+            lse,
+            p,
+            N,
+            first,
+            len(w),
+            **cfg,
+        )
         _product(p.T, x, g_w[first : first + columns])
         total = _product(p, w, total) if first == 0 else total.add_(_product(p, w, part))
     return g_x.copy_(total), g_w
@@ -163,9 +250,11 @@ def _flops(x, weight, *args, out_shape=None, **kw):
 
 _backward_op = register(
     "linear_cross_entropy_backward(Tensor g, Tensor lse, Tensor x, Tensor weight, Tensor target) -> (Tensor, Tensor)",
-    impl=backward_reference, kernel=backward,
+    impl=backward_reference,
+    kernel=backward,
     fake=lambda g, lse, x, weight, target: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
-    flops=lambda g, lse, x, weight, *args, out_shape=None, **kw: 3 * _flops(x, weight))
+    flops=lambda g, lse, x, weight, *args, out_shape=None, **kw: 3 * _flops(x, weight),
+)
 
 
 def _setup(ctx, inputs, output):
@@ -178,9 +267,21 @@ def _backward(ctx, g, _):
     return *_backward_op(g, *ctx.saved_tensors), None
 
 
-_opaque = register("linear_cross_entropy(Tensor x, Tensor weight, Tensor target) -> (Tensor, Tensor)", impl=forward_reference,
-                   fake=lambda x, weight, target: tuple(x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2)),
-                   kernel=forward, flops=_flops, setup_context=_setup, backward=_backward)
+_opaque = register(
+    "linear_cross_entropy(Tensor x, Tensor weight, Tensor target) -> (Tensor, Tensor)",
+    impl=forward_reference,
+    fake=lambda x, weight, target: tuple(
+        x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2)
+    ),
+    kernel=forward,
+    flops=_flops,
+    setup_context=_setup,
+    backward=_backward,
+)
 
-linear_cross_entropy = Op("linear_cross_entropy", lambda *args: forward_reference(*args)[0],
-                          lambda *args: _opaque(*args)[0], check)
+linear_cross_entropy = Op(
+    "linear_cross_entropy",
+    lambda *args: forward_reference(*args)[0],
+    lambda *args: _opaque(*args)[0],
+    check,
+)

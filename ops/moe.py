@@ -18,6 +18,7 @@ it is the default for many tokens; for few, compiled without gradients, moe_few 
 moe_kept, whose backward reads W1 x and W3 x where moe's computes them again. Packed weights are frozen. Errors: shapes
 that do not fit together.
 """
+
 from __future__ import annotations
 
 import torch
@@ -26,24 +27,38 @@ from .cpp import plain
 from .formats import dequantize_fp4, dequantize_fp8
 from .moe_cpp import SOURCE
 from .moe_few import gathered, moe_few, quantized, swiglu
-from .triton.moe import backward, forward
 from .registry import Op, register, require
+from .triton.moe import backward, forward
 
 CHUNK = 1 << 24  # intermediate values held at a time
 
 
 def check(x, w13, w2, idx, weight, s13, s2, limit, act_quant, name="moe"):
-    require(x.dim() == 2 and w13.dim() == 3, f"{name}: x {tuple(x.shape)}, w13 {tuple(w13.shape)} are not [N, d], [E, 2I, d]")
+    require(
+        x.dim() == 2 and w13.dim() == 3,
+        f"{name}: x {tuple(x.shape)}, w13 {tuple(w13.shape)} are not [N, d], [E, 2I, d]",
+    )
     pack, E, I, d = 1 + (w13.dtype == torch.int8), w13.shape[0], w13.shape[1] // 2, x.shape[1]
-    require(w13.shape == (E, 2 * I, d // pack) and w2.shape == (E, d, I // pack) and I % pack == d % pack == 0
-            and idx.dim() == 2 and idx.shape[0] == x.shape[0] and weight.shape == idx.shape,
-            f"{name}: x {tuple(x.shape)}, w13 {tuple(w13.shape)}, w2 {tuple(w2.shape)}, idx {tuple(idx.shape)} do not fit")
-    require((s13 is None) == (s2 is None) == (w13.dtype.itemsize > 1),
-            f"{name}: packed weights have scales, others have none; w13 is {w13.dtype}")
+    require(
+        w13.shape == (E, 2 * I, d // pack)
+        and w2.shape == (E, d, I // pack)
+        and I % pack == d % pack == 0
+        and idx.dim() == 2
+        and idx.shape[0] == x.shape[0]
+        and weight.shape == idx.shape,
+        f"{name}: x {tuple(x.shape)}, w13 {tuple(w13.shape)}, w2 {tuple(w2.shape)}, idx {tuple(idx.shape)} do not fit",
+    )
+    require(
+        (s13 is None) == (s2 is None) == (w13.dtype.itemsize > 1),
+        f"{name}: packed weights have scales, others have none; w13 is {w13.dtype}",
+    )
     if s13 is not None:
         o, i = (1, 32) if pack == 2 else (128, 128)  # a scale's block
-        require(s13.shape == (E, 2 * -(-I // o), -(-d // i)) and s2.shape == (E, -(-d // o), -(-I // i)),
-                f"{name}: scales {tuple(s13.shape)}, {tuple(s2.shape)} do not fit w13 {tuple(w13.shape)}, w2 {tuple(w2.shape)}")
+        require(
+            s13.shape == (E, 2 * -(-I // o), -(-d // i))
+            and s2.shape == (E, -(-d // o), -(-I // i)),
+            f"{name}: scales {tuple(s13.shape)}, {tuple(s2.shape)} do not fit w13 {tuple(w13.shape)}, w2 {tuple(w2.shape)}",
+        )
 
 
 def _few(idx, w13):
@@ -67,11 +82,22 @@ def _dequantize13(w13, s13, dtype):
     """W1 and W3 have block scales of their own, which need not meet at a multiple of 128 rows."""
     if s13 is None:
         return w13
-    return _dequantize(w13.unflatten(-2, (2, -1)), s13.unflatten(-2, (2, -1)), dtype).flatten(-3, -2)
+    return _dequantize(w13.unflatten(-2, (2, -1)), s13.unflatten(-2, (2, -1)), dtype).flatten(
+        -3, -2
+    )
 
 
-def reference(x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, idx: torch.Tensor, weight: torch.Tensor,
-              s13: torch.Tensor | None, s2: torch.Tensor | None, limit: float, act_quant: bool) -> torch.Tensor:
+def reference(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    idx: torch.Tensor,
+    weight: torch.Tensor,
+    s13: torch.Tensor | None,
+    s2: torch.Tensor | None,
+    limit: float,
+    act_quant: bool,
+) -> torch.Tensor:
     N, E, dtype = x.shape[0], w13.shape[0], x.dtype
     pick = lambda scale: None if scale is None else scale[idx]
     if _few(idx, w13):
@@ -96,11 +122,24 @@ def _groups(idx, E):
             yield e, rows
 
 
-def grouped(x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, idx: torch.Tensor, weight: torch.Tensor,
-            s13: torch.Tensor | None, s2: torch.Tensor | None, limit: float, act_quant: bool) -> torch.Tensor:
+def grouped(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    idx: torch.Tensor,
+    weight: torch.Tensor,
+    s13: torch.Tensor | None,
+    s2: torch.Tensor | None,
+    limit: float,
+    act_quant: bool,
+) -> torch.Tensor:
     """The reference's mathematics, expert by expert."""
     one = lambda scale, e: None if scale is None else scale[e]
-    y, xq, flat = torch.zeros(x.shape, dtype=torch.float32, device=x.device), quantized(x, act_quant), weight.flatten()
+    y, xq, flat = (
+        torch.zeros(x.shape, dtype=torch.float32, device=x.device),
+        quantized(x, act_quant),
+        weight.flatten(),
+    )
     for e, rows in _groups(idx, w13.shape[0]):
         token = rows // idx.shape[1]
         h13 = xq[token] @ _dequantize13(w13[e], one(s13, e), x.dtype).T
@@ -109,12 +148,25 @@ def grouped(x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, idx: torch.Ten
     return y
 
 
-def backward_reference(g: torch.Tensor, x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, idx: torch.Tensor,
-                       weight: torch.Tensor, s13: torch.Tensor | None, s2: torch.Tensor | None, limit: float, act_quant: bool):
+def backward_reference(
+    g: torch.Tensor,
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    idx: torch.Tensor,
+    weight: torch.Tensor,
+    s13: torch.Tensor | None,
+    s2: torch.Tensor | None,
+    limit: float,
+    act_quant: bool,
+):
     """Gradients of x, w13, w2 (empty where they are packed) and weight, expert by expert."""
     one = lambda scale, e: None if scale is None else scale[e]
     frozen, dtype, xq, flat = s13 is not None, x.dtype, quantized(x, act_quant), weight.flatten()
-    g_x, g_weight = torch.zeros(x.shape, dtype=torch.float32, device=x.device), torch.zeros_like(flat)
+    g_x, g_weight = (
+        torch.zeros(x.shape, dtype=torch.float32, device=x.device),
+        torch.zeros_like(flat),
+    )
     g_w13, g_w2 = (x.new_zeros(0 if frozen else w.shape) for w in (w13, w2))
     for e, rows in _groups(idx, w13.shape[0]):
         token, w = rows // idx.shape[1], flat[rows, None]
@@ -152,11 +204,17 @@ def _fake_backward(g, x, w13, w2, idx, weight, s13, *args):
 
 _backward_op = register(
     "moe_backward(Tensor g, Tensor x, Tensor w13, Tensor w2, Tensor idx, Tensor weight, Tensor? s13, Tensor? s2, float limit, "
-    "bool act_quant) -> (Tensor, Tensor, Tensor, Tensor)", impl=backward_reference, kernel=backward, fake=_fake_backward,
-    cpp=SOURCE, takes=_takes,
+    "bool act_quant) -> (Tensor, Tensor, Tensor, Tensor)",
+    impl=backward_reference,
+    kernel=backward,
+    fake=_fake_backward,
+    cpp=SOURCE,
+    takes=_takes,
     # two gradients each (one if packed), and h13 again
-    flops=lambda g, x, w13, w2, idx, weight, s13=None, *args, out_shape=None, **kw:
-        (8 if s13 is None else 5) * _flops(x, w13, w2, idx) // 3)
+    flops=lambda g, x, w13, w2, idx, weight, s13=None, *args, out_shape=None, **kw: (
+        (8 if s13 is None else 5) * _flops(x, w13, w2, idx) // 3
+    ),
+)
 
 
 def _setup(ctx, inputs, output):
@@ -172,10 +230,18 @@ def _backward(ctx, g):
     return g_x, g_w13, g_w2, None, g_weight, None, None, None, None
 
 
-_opaque = register("moe(Tensor x, Tensor w13, Tensor w2, Tensor idx, Tensor weight, Tensor? s13, Tensor? s2, float limit, "
-                   "bool act_quant) -> Tensor", impl=grouped, kernel=forward, cpp=SOURCE, takes=_takes,
-                   fake=lambda x, *rest: x.new_empty(x.shape, dtype=torch.float32),
-                   flops=_flops, setup_context=_setup, backward=_backward)
+_opaque = register(
+    "moe(Tensor x, Tensor w13, Tensor w2, Tensor idx, Tensor weight, Tensor? s13, Tensor? s2, float limit, "
+    "bool act_quant) -> Tensor",
+    impl=grouped,
+    kernel=forward,
+    cpp=SOURCE,
+    takes=_takes,
+    fake=lambda x, *rest: x.new_empty(x.shape, dtype=torch.float32),
+    flops=_flops,
+    setup_context=_setup,
+    backward=_backward,
+)
 
 
 from .moe_kept import moe_kept  # noqa: E402: it stands on what is above

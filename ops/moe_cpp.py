@@ -2,6 +2,7 @@
 
 Expert by expert, as there: the tokens that chose one are gathered and go through matrix products of its size.
 """
+
 SOURCE = r"""
 struct Routed {
   const Tensor x_, w13_, w2_, idx_, weight_;

@@ -6,6 +6,7 @@ Each chosen expert is read once, row by row, for up to four of its tokens: decod
 built as cpp.py says. The node has no gradient (looking for one would cost as much as a small expert). Errors: as moe; also
 another dtype than fp32.
 """
+
 from __future__ import annotations
 
 import torch
@@ -110,11 +111,21 @@ Tensor moe_few(const Tensor& x, const Tensor& w13, const Tensor& w2, const Tenso
 
 def check(x, w13, w2, idx, weight, limit, act_quant):
     E, d, I = w13.shape[0], x.shape[-1], w13.shape[-2] // 2
-    require(x.dim() == idx.dim() == 2 and d and I and w13.shape == (E, 2 * I, d) and w2.shape == (E, d, I) and len(idx) == len(x)
-            and weight.shape == idx.shape, f"moe_few: x {tuple(x.shape)}, w13 {tuple(w13.shape)}, w2 {tuple(w2.shape)}, "
-            f"idx {tuple(idx.shape)}, weight {tuple(weight.shape)} do not fit")
-    require(all(t.dtype == torch.float32 for t in (x, w13, w2, weight)) and idx.dtype == torch.int64,
-            f"moe_few: takes float32 and int64 idx, not {x.dtype}, {w13.dtype}, {weight.dtype}, {idx.dtype}")
+    require(
+        x.dim() == idx.dim() == 2
+        and d
+        and I
+        and w13.shape == (E, 2 * I, d)
+        and w2.shape == (E, d, I)
+        and len(idx) == len(x)
+        and weight.shape == idx.shape,
+        f"moe_few: x {tuple(x.shape)}, w13 {tuple(w13.shape)}, w2 {tuple(w2.shape)}, "
+        f"idx {tuple(idx.shape)}, weight {tuple(weight.shape)} do not fit",
+    )
+    require(
+        all(t.dtype == torch.float32 for t in (x, w13, w2, weight)) and idx.dtype == torch.int64,
+        f"moe_few: takes float32 and int64 idx, not {x.dtype}, {w13.dtype}, {weight.dtype}, {idx.dtype}",
+    )
 
 
 def quantized(x, act_quant):
@@ -141,13 +152,24 @@ def gathered(x, w13, w2, weight, limit, act_quant):
     return (w2.float() * h.float()[:, :, None]).sum(-1).to(dtype).float().sum(1)
 
 
-def reference(x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, idx: torch.Tensor, weight: torch.Tensor,
-              limit: float, act_quant: bool) -> torch.Tensor:
+def reference(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    idx: torch.Tensor,
+    weight: torch.Tensor,
+    limit: float,
+    act_quant: bool,
+) -> torch.Tensor:
     return gathered(x, w13[idx], w2[idx], weight, limit, act_quant)
 
 
-_opaque = register("moe_few(Tensor x, Tensor w13, Tensor w2, Tensor idx, Tensor weight, float limit, bool act_quant) -> Tensor",
-                   impl=lambda *args: reference(*args).contiguous(), fake=lambda x, *rest: x.new_empty(x.shape),
-                   flops=lambda x, w13, w2, idx, *args, out_shape=None, **kw: 3 * idx[0] * idx[1] * x[1] * w13[1], cpp=SOURCE)
+_opaque = register(
+    "moe_few(Tensor x, Tensor w13, Tensor w2, Tensor idx, Tensor weight, float limit, bool act_quant) -> Tensor",
+    impl=lambda *args: reference(*args).contiguous(),
+    fake=lambda x, *rest: x.new_empty(x.shape),
+    flops=lambda x, w13, w2, idx, *args, out_shape=None, **kw: 3 * idx[0] * idx[1] * x[1] * w13[1],
+    cpp=SOURCE,
+)
 
 moe_few = Op("moe_few", reference, _opaque, check)

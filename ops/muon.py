@@ -12,6 +12,7 @@ All are opaque on every device: products with their sums in one library call eac
 and generated code would be compiled for every shape. Products run in bf16 on a GPU; CPUs multiply fp32 faster.
 The Newton-Schulz steps are those of DeepSeek-V4's paper; torch.optim.Muon has one triple of coefficients and no stacks.
 """
+
 from __future__ import annotations
 
 import torch
@@ -47,8 +48,17 @@ def length(shape: torch.Size, blocks: int) -> float:
     return 0.18 * max(shape[-2] // blocks, shape[-1]) ** 0.5
 
 
-def update(p: torch.Tensor, first: torch.Tensor, master: torch.Tensor | None, g: torch.Tensor, scale: torch.Tensor, lr: torch.Tensor,
-           blocks: int, momentum: float, decay: float) -> None:
+def update(
+    p: torch.Tensor,
+    first: torch.Tensor,
+    master: torch.Tensor | None,
+    g: torch.Tensor,
+    scale: torch.Tensor,
+    lr: torch.Tensor,
+    blocks: int,
+    momentum: float,
+    decay: float,
+) -> None:
     g = g.float() * scale
     first.mul_(momentum).add_(g)
     u = direction(g.add_(first, alpha=momentum), blocks)
@@ -71,9 +81,22 @@ def _flops(m, blocks, *args, out_shape=None, **kw):
     return stack * blocks * len(HYBRID) * 2 * (2 * a * a * b + a**3)
 
 
-muon = register("muon(Tensor(a!) p, Tensor(b!) first, Tensor(c!)? master, Tensor g, Tensor scale, Tensor lr, int blocks, float momentum, "
-                "float decay) -> ()", impl=update, fake=lambda *args: None, flops=lambda p, *args, **kw: _flops(p, args[5]))
-muon_direction = register("muon_direction(Tensor m, int blocks) -> Tensor", impl=direction, flops=_flops,
-                          fake=lambda m, blocks: m.new_empty(m.shape, dtype=low(m)))
-grad_norm = register("grad_norm(Tensor[] grads) -> Tensor", impl=norm, fake=lambda grads: grads[0].new_empty((), dtype=torch.float32),
-                     flops=lambda *args, out_shape=None, **kw: 0)
+muon = register(
+    "muon(Tensor(a!) p, Tensor(b!) first, Tensor(c!)? master, Tensor g, Tensor scale, Tensor lr, int blocks, float momentum, "
+    "float decay) -> ()",
+    impl=update,
+    fake=lambda *args: None,
+    flops=lambda p, *args, **kw: _flops(p, args[5]),
+)
+muon_direction = register(
+    "muon_direction(Tensor m, int blocks) -> Tensor",
+    impl=direction,
+    flops=_flops,
+    fake=lambda m, blocks: m.new_empty(m.shape, dtype=low(m)),
+)
+grad_norm = register(
+    "grad_norm(Tensor[] grads) -> Tensor",
+    impl=norm,
+    fake=lambda grads: grads[0].new_empty((), dtype=torch.float32),
+    flops=lambda *args, out_shape=None, **kw: 0,
+)

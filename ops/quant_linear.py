@@ -18,47 +18,86 @@ rounded, weights are decoded in registers for up to SOME rows; for more they are
 percent of the time of the library's product that follows. So they are for the gradient. Rounded values and e4m3 weights
 are exact in every form: they differ by fp32 sums alone, but for the library's weights when a scale is no power of two.
 """
+
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
-from .act_quant import flattened, forward as act_quant_forward, inverse, quantize, quantized, reference as fake_quant
+from .act_quant import flattened, inverse, quantize, quantized
+from .act_quant import forward as act_quant_forward
+from .act_quant import reference as fake_quant
 from .formats import decode_e4m3, decode_scale, dequantize_fp8, scale_e4m3
 from .launch import arch, cdiv, jit, launch, power_of_two, processors, tiles, tl
 from .registry import Op, register, require
 
 FEW, SOME = 16, 128
-FP8 = {"sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121", "gfx950", "cpu"}  # with e4m3 matrix instructions
-DECODE = [dict(BN=64, S=4, num_warps=4, num_stages=3), dict(BN=32, S=8, num_warps=8, num_stages=3),
-          dict(BN=32, S=4, num_warps=4, num_stages=3), dict(BN=32, S=4, num_warps=4, num_stages=2),
-          dict(BN=16, S=8, num_warps=8, num_stages=3), dict(BN=16, S=4, num_warps=4, num_stages=2)]
-PRODUCT = [dict(BM=128, BN=128, num_warps=8, num_stages=3), dict(BM=64, BN=128, num_warps=4, num_stages=4),
-           dict(BM=128, BN=64, num_warps=4, num_stages=3), dict(BM=64, BN=32, num_warps=4, num_stages=4),
-           dict(BM=64, BN=32, num_warps=4, num_stages=2)]
+FP8 = {
+    "sm_89",
+    "sm_90",
+    "sm_100",
+    "sm_103",
+    "sm_120",
+    "sm_121",
+    "gfx950",
+    "cpu",
+}  # with e4m3 matrix instructions
+DECODE = [
+    dict(BN=64, S=4, num_warps=4, num_stages=3),
+    dict(BN=32, S=8, num_warps=8, num_stages=3),
+    dict(BN=32, S=4, num_warps=4, num_stages=3),
+    dict(BN=32, S=4, num_warps=4, num_stages=2),
+    dict(BN=16, S=8, num_warps=8, num_stages=3),
+    dict(BN=16, S=4, num_warps=4, num_stages=2),
+]
+PRODUCT = [
+    dict(BM=128, BN=128, num_warps=8, num_stages=3),
+    dict(BM=64, BN=128, num_warps=4, num_stages=4),
+    dict(BM=128, BN=64, num_warps=4, num_stages=3),
+    dict(BM=64, BN=32, num_warps=4, num_stages=4),
+    dict(BM=64, BN=32, num_warps=4, num_stages=2),
+]
 
 
 def check(x, weight, scale, groups, act_quant):
-    require(weight.dtype == torch.float8_e4m3fn and weight.dim() == 2,
-            f"quant_linear: weight is {weight.dtype} {tuple(weight.shape)}, not float8_e4m3fn [o, i]")
+    require(
+        weight.dtype == torch.float8_e4m3fn and weight.dim() == 2,
+        f"quant_linear: weight is {weight.dtype} {tuple(weight.shape)}, not float8_e4m3fn [o, i]",
+    )
     o, i = weight.shape
-    require(scale.shape == (-(-o // 128), -(-i // 128)) and scale.dtype in (torch.uint8, torch.float32),
-            f"quant_linear: scale {tuple(scale.shape)} {scale.dtype} does not fit weight {tuple(weight.shape)}")
-    require(x.shape[-1] == i and o % groups == 0 and (groups == 1 or x.shape[-2:-1] == (groups,)),
-            f"quant_linear: x {tuple(x.shape)} does not fit weight {tuple(weight.shape)} in {groups} groups")
+    require(
+        scale.shape == (-(-o // 128), -(-i // 128)) and scale.dtype in (torch.uint8, torch.float32),
+        f"quant_linear: scale {tuple(scale.shape)} {scale.dtype} does not fit weight {tuple(weight.shape)}",
+    )
+    require(
+        x.shape[-1] == i and o % groups == 0 and (groups == 1 or x.shape[-2:-1] == (groups,)),
+        f"quant_linear: x {tuple(x.shape)} does not fit weight {tuple(weight.shape)} in {groups} groups",
+    )
 
 
-def reference(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, groups: int, act_quant: bool) -> torch.Tensor:
+def reference(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, groups: int, act_quant: bool
+) -> torch.Tensor:
     if act_quant:
         x = fake_quant(x, 128, "fp8")
     w = dequantize_fp8(weight, scale, x.dtype)
-    return F.linear(x, w) if groups == 1 else torch.einsum("...gi,goi->...go", x, w.unflatten(0, (groups, -1))).contiguous()
+    return (
+        F.linear(x, w)
+        if groups == 1
+        else torch.einsum("...gi,goi->...go", x, w.unflatten(0, (groups, -1))).contiguous()
+    )
 
 
-def backward_reference(g: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, groups: int) -> torch.Tensor:
+def backward_reference(
+    g: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, groups: int
+) -> torch.Tensor:
     """Gradient of x."""
     w = dequantize_fp8(weight, scale, g.dtype)
-    return g @ w if groups == 1 else torch.einsum("...go,goi->...gi", g, w.unflatten(0, (groups, -1))).contiguous()
+    return (
+        g @ w
+        if groups == 1
+        else torch.einsum("...go,goi->...gi", g, w.unflatten(0, (groups, -1))).contiguous()
+    )
 
 
 @jit
@@ -66,7 +105,9 @@ def decoded(w, TYPE: tl.constexpr):
     """e4m3 weights, or their bits, as TYPE. Bits as fp16 give 2^-8 of them, which is cheap: `unit` undoes it."""
     if w.dtype == tl.uint8:
         if TYPE == tl.float16:
-            return ((w.to(tl.int8, bitcast=True).to(tl.int16) << 7) & -16385).to(tl.float16, bitcast=True)
+            return ((w.to(tl.int8, bitcast=True).to(tl.int16) << 7) & -16385).to(
+                tl.float16, bitcast=True
+            )
         else:
             return decode_e4m3(w).to(TYPE)
     elif TYPE == tl.bfloat16:
@@ -91,16 +132,36 @@ def output_tile(tile, og, tiles_per_group, BN: tl.constexpr):
 
 
 @jit
-def quant_linear_decode_kernel(x, w, scale, y, rows, i, og, tiles_per_group, x_row, x_group, y_row, span,
-                               QUANT: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, S: tl.constexpr):
-    TYPE: tl.constexpr = tl.float16 if QUANT or x.dtype.element_ty == tl.float16 else tl.bfloat16  # exact for e4m3 values
+def quant_linear_decode_kernel(
+    x,
+    w,
+    scale,
+    y,
+    rows,
+    i,
+    og,
+    tiles_per_group,
+    x_row,
+    x_group,
+    y_row,
+    span,
+    QUANT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BN: tl.constexpr,
+    S: tl.constexpr,
+):
+    TYPE: tl.constexpr = (
+        tl.float16 if QUANT or x.dtype.element_ty == tl.float16 else tl.bfloat16
+    )  # exact for e4m3 values
     COLS: tl.constexpr = max(ROWS, 16)  # what a matrix instruction takes: fewer rows are repeated
     group, first, mine = output_tile(tl.program_id(0), og, tiles_per_group, BN)
     m, s, k = tl.arange(0, ROWS), tl.arange(0, S), tl.arange(0, 128)
     blocks = tl.cdiv(i, 128)
     x += group * x_group + m[None, :, None] * x_row + k[None, None, :]
     w += first.to(tl.int64) * i + tl.arange(0, BN)[None, :, None] * i + k[None, None, :]
-    scale += tl.minimum(first, group * og + og - 1) // 128 * blocks  # a group's last tile may be empty
+    scale += (
+        tl.minimum(first, group * og + og - 1) // 128 * blocks
+    )  # a group's last tile may be empty
     acc = tl.zeros((S, BN, COLS), tl.float32)  # S batches: one per warp
     start = tl.program_id(1) * span
     for b in range(start, min(start + span, blocks), S):
@@ -108,7 +169,9 @@ def quant_linear_decode_kernel(x, w, scale, y, rows, i, og, tiles_per_group, x_r
         inside = at + k[None, None, :] < i
         v = tl.load(x + at, mask=(m < rows)[None, :, None] & inside, other=0.0)  # [S, ROWS, 128]
         q = tl.load(w + at, mask=mine[None, :, None] & inside, other=0.0)  # [S, BN, 128]
-        f = decode_scale(tl.load(scale + b + s, mask=b + s < blocks, other=0.0))[:, None] * unit(q, TYPE)
+        f = decode_scale(tl.load(scale + b + s, mask=b + s < blocks, other=0.0))[:, None] * unit(
+            q, TYPE
+        )
         if QUANT:
             v = v.to(tl.float32)
             if q.dtype == tl.uint8:
@@ -123,8 +186,17 @@ def quant_linear_decode_kernel(x, w, scale, y, rows, i, og, tiles_per_group, x_r
             f = tl.broadcast_to(f[:, None], (S, COLS // ROWS, ROWS)).reshape(S, COLS)
         acc += tl.dot(decoded(q, TYPE), tl.trans(v, (0, 2, 1))) * f[:, None, :]
     c = tl.arange(0, COLS)
-    y += tl.program_id(1).to(tl.int64) * rows * y_row + c[None, :] * y_row + first + tl.arange(0, BN)[:, None]
-    tl.store(y, tl.sum(acc, 0).to(y.dtype.element_ty), mask=mine[:, None] & (c < min(rows, ROWS))[None, :])
+    y += (
+        tl.program_id(1).to(tl.int64) * rows * y_row
+        + c[None, :] * y_row
+        + first
+        + tl.arange(0, BN)[:, None]
+    )
+    tl.store(
+        y,
+        tl.sum(acc, 0).to(y.dtype.element_ty),
+        mask=mine[:, None] & (c < min(rows, ROWS))[None, :],
+    )
 
 
 @jit
@@ -137,9 +209,26 @@ def quant_linear_merge_kernel(parts, y, n, SPLITS: tl.constexpr, BLOCK: tl.const
 
 
 @jit
-def quant_linear_product_kernel(x, sx, w, scale, y, rows, i, og, groups, tiles_per_group, x_row, x_group, BM: tl.constexpr,
-                                BN: tl.constexpr):
-    wide, high = tl.num_programs(0), tl.num_programs(1)  # in tiles; neighbours in time are 8 high, to share rows and weights
+def quant_linear_product_kernel(
+    x,
+    sx,
+    w,
+    scale,
+    y,
+    rows,
+    i,
+    og,
+    groups,
+    tiles_per_group,
+    x_row,
+    x_group,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    wide, high = (
+        tl.num_programs(0),
+        tl.num_programs(1),
+    )  # in tiles; neighbours in time are 8 high, to share rows and weights
     pid = tl.program_id(1) * wide + tl.program_id(0)
     above = pid // (8 * wide) * 8
     rest, beside = pid - above * wide, min(high - above, 8)
@@ -148,11 +237,15 @@ def quant_linear_product_kernel(x, sx, w, scale, y, rows, i, og, groups, tiles_p
     blocks = tl.cdiv(i, 128)
     x += group * x_group + m.to(tl.int64)[:, None] * x_row + k[None, :]
     w += first.to(tl.int64) * i + tl.arange(0, BN)[:, None] * i + k[None, :]
-    scale += tl.minimum(first, group * og + og - 1) // 128 * blocks  # a group's last tile may be empty
+    scale += (
+        tl.minimum(first, group * og + og - 1) // 128 * blocks
+    )  # a group's last tile may be empty
     acc = tl.zeros((BM, BN), tl.float32)
     for b in range(blocks):
         inside = (b * 128 + k < i)[None, :]
-        v = tl.load(x + b * 128, mask=(m < rows)[:, None] & inside, other=0.0)  # [BM, 128] e4m3, or the dtype of y
+        v = tl.load(
+            x + b * 128, mask=(m < rows)[:, None] & inside, other=0.0
+        )  # [BM, 128] e4m3, or the dtype of y
         q = tl.load(w + b * 128, mask=mine[:, None] & inside, other=0.0)  # [BN, 128]
         f = decode_scale(tl.load(scale + b))
         if sx is None:
@@ -166,9 +259,21 @@ def quant_linear_product_kernel(x, sx, w, scale, y, rows, i, og, groups, tiles_p
 
 @jit
 def quant_linear_decoded_kernel(w, scale, y, o, i, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    at, inside = row.to(tl.int64)[:, None] * i + col[None, :], (row < o)[:, None] & (col < i)[None, :]
-    f = decode_scale(tl.load(scale + tl.program_id(0) * ROWS // 128 * tl.cdiv(i, 128) + col // 128, mask=col < i, other=0.0))
+    row, col = (
+        tl.program_id(0) * ROWS + tl.arange(0, ROWS),
+        tl.program_id(1) * BLOCK + tl.arange(0, BLOCK),
+    )
+    at, inside = (
+        row.to(tl.int64)[:, None] * i + col[None, :],
+        (row < o)[:, None] & (col < i)[None, :],
+    )
+    f = decode_scale(
+        tl.load(
+            scale + tl.program_id(0) * ROWS // 128 * tl.cdiv(i, 128) + col // 128,
+            mask=col < i,
+            other=0.0,
+        )
+    )
     v = decode_e4m3(tl.load(w + at, mask=inside, other=0)) * f[None, :]
     tl.store(y + at, v.to(y.dtype.element_ty), mask=inside)
 
@@ -182,8 +287,18 @@ def _decoded(weight, scale, x):
     """The weights [o, i] in the dtype of x, as dequantize_fp8."""
     (o, i), y = weight.shape, x.new_empty(weight.shape)
     bits = weight.view(torch.uint8).contiguous()
-    launch(quant_linear_decoded_kernel, (cdiv(o, 16), cdiv(i, 256)), bits, scale.contiguous(), y, o, i, ROWS=16, BLOCK=256,
-           num_warps=4)
+    launch(
+        quant_linear_decoded_kernel,
+        (cdiv(o, 16), cdiv(i, 256)),
+        bits,
+        scale.contiguous(),
+        y,
+        o,
+        i,
+        ROWS=16,
+        BLOCK=256,
+        num_warps=4,
+    )
     return y
 
 
@@ -196,7 +311,9 @@ def _matmul(x, w, y):
 
 
 def _tiles_per_group(o, groups, BN):
-    return cdiv(o, BN) if groups == 1 else o // groups // BN + (2 if o // groups % BN else 0)  # its ends may lie within tiles
+    return (
+        cdiv(o, BN) if groups == 1 else o // groups // BN + (2 if o // groups % BN else 0)
+    )  # its ends may lie within tiles
 
 
 def _key(rows, weight, groups, act_quant):
@@ -207,27 +324,76 @@ def _few(x, weight, scale, y, M, groups, act_quant):
     (o, i), rows = weight.shape, power_of_two(M)
     cfg = tiles("quant_linear_decode", _key(max(rows, 8), weight, groups, act_quant), DECODE, x)
     each, S = _tiles_per_group(o, groups, cfg["BN"]), cfg["S"]
-    splits = max(1, min(cdiv(i, 128) // (4 * S), processors(x) // (4 * each * groups)))  # merging costs another launch
+    splits = max(
+        1, min(cdiv(i, 128) // (4 * S), processors(x) // (4 * each * groups))
+    )  # merging costs another launch
     span = cdiv(cdiv(i, 128), splits * S) * S
     splits = cdiv(i, 128 * span)
     parts = y if splits == 1 else y.new_empty(splits, M, o, dtype=torch.float32)
-    launch(quant_linear_decode_kernel, (each * groups * (M > 0), splits), x, _stored(weight, x), scale.contiguous(), parts, M,
-           i, o // groups, each, x.stride(0) * groups, x.stride(0), o, span, QUANT=act_quant, ROWS=rows, **cfg)
+    launch(
+        quant_linear_decode_kernel,
+        (each * groups * (M > 0), splits),
+        x,
+        _stored(weight, x),
+        scale.contiguous(),
+        parts,
+        M,
+        i,
+        o // groups,
+        each,
+        x.stride(0) * groups,
+        x.stride(0),
+        o,
+        span,
+        QUANT=act_quant,
+        ROWS=rows,
+        **cfg,
+    )
     if splits > 1:
-        launch(quant_linear_merge_kernel, (cdiv(M * o, 1024),), parts, y, M * o, SPLITS=splits, BLOCK=1024, num_warps=4)
+        launch(
+            quant_linear_merge_kernel,
+            (cdiv(M * o, 1024),),
+            parts,
+            y,
+            M * o,
+            SPLITS=splits,
+            BLOCK=1024,
+            num_warps=4,
+        )
 
 
 def _some(x, sx, weight, scale, y, M, groups):
     (o, i), rows = weight.shape, SOME if M <= SOME else 8192
     cfg = tiles("quant_linear_product", _key(rows, weight, groups, sx is not None), PRODUCT, x)
     each = _tiles_per_group(o, groups, cfg["BN"])
-    launch(quant_linear_product_kernel, (each * groups, cdiv(M, cfg["BM"])), x, sx, _stored(weight, x), scale.contiguous(), y,
-           M, i, o // groups, groups, each, x.stride(0) * groups, x.stride(0), **cfg)
+    launch(
+        quant_linear_product_kernel,
+        (each * groups, cdiv(M, cfg["BM"])),
+        x,
+        sx,
+        _stored(weight, x),
+        scale.contiguous(),
+        y,
+        M,
+        i,
+        o // groups,
+        groups,
+        each,
+        x.stride(0) * groups,
+        x.stride(0),
+        **cfg,
+    )
 
 
-def forward(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, groups: int, act_quant: bool) -> torch.Tensor:
+def forward(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, groups: int, act_quant: bool
+) -> torch.Tensor:
     (o, i), y = weight.shape, x.new_empty(_out_shape(x.shape, weight.shape, groups))
-    x, low, has_fp8 = flattened(x), x.dtype in (torch.bfloat16, torch.float16), arch(x) in FP8  # x [M * g, i]
+    x, low, has_fp8 = (
+        flattened(x),
+        x.dtype in (torch.bfloat16, torch.float16),
+        arch(x) in FP8,
+    )  # x [M * g, i]
     M = len(x) // groups
     if M <= FEW and (low or act_quant):
         _few(x, weight, scale, y, M, groups, act_quant)
@@ -243,7 +409,9 @@ def forward(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, groups: 
     return y
 
 
-def backward(g: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, groups: int) -> torch.Tensor:
+def backward(
+    g: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, groups: int
+) -> torch.Tensor:
     (o, i), g_x = weight.shape, g.new_empty(*g.shape[:-1], weight.shape[1])
     w = _decoded(weight, scale, g).view(groups, o // groups, i)
     _matmul(flattened(g).view(-1, groups, o // groups), w, g_x.view(-1, groups, i))
@@ -262,9 +430,12 @@ def _flops(x, weight, *args, out_shape=None, **kw):
 
 
 _backward_op = register(
-    "quant_linear_backward(Tensor g, Tensor weight, Tensor scale, int groups) -> Tensor", impl=backward_reference,
-    kernel=backward, fake=lambda g, weight, scale, groups: g.new_empty(*g.shape[:-1], weight.shape[1]),
-    flops=lambda g, weight, *args, out_shape=None, **kw: 2 * weight[1] * torch.Size(g).numel())
+    "quant_linear_backward(Tensor g, Tensor weight, Tensor scale, int groups) -> Tensor",
+    impl=backward_reference,
+    kernel=backward,
+    fake=lambda g, weight, scale, groups: g.new_empty(*g.shape[:-1], weight.shape[1]),
+    flops=lambda g, weight, *args, out_shape=None, **kw: 2 * weight[1] * torch.Size(g).numel(),
+)
 
 
 def _setup(ctx, inputs, output):
@@ -276,8 +447,16 @@ def _backward(ctx, g):
     return _backward_op(g, *ctx.saved_tensors, ctx.groups), None, None, None, None
 
 
-_opaque = register("quant_linear(Tensor x, Tensor weight, Tensor scale, int groups, bool act_quant) -> Tensor", impl=reference,
-                   fake=lambda x, weight, scale, groups, act_quant: x.new_empty(_out_shape(x.shape, weight.shape, groups)),
-                   kernel=forward, flops=_flops, setup_context=_setup, backward=_backward)
+_opaque = register(
+    "quant_linear(Tensor x, Tensor weight, Tensor scale, int groups, bool act_quant) -> Tensor",
+    impl=reference,
+    fake=lambda x, weight, scale, groups, act_quant: x.new_empty(
+        _out_shape(x.shape, weight.shape, groups)
+    ),
+    kernel=forward,
+    flops=_flops,
+    setup_context=_setup,
+    backward=_backward,
+)
 
 quant_linear = Op("quant_linear", reference, _opaque, check)

@@ -8,6 +8,7 @@ Every heavy region of the model is an `Op` with two interchangeable forms of the
 
 A model holds a `Table`: its own immutable choice per op. `use({...})` sets the choices of tables made inside it.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -25,12 +26,22 @@ OPS: dict[str, "Op"] = {}
 LAUNCHERS: dict[str, Callable] = {}  # what launches Triton for an opaque op, by the op's name
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _cpp_library = torch.library.Library(CPP, "FRAGMENT")  # C++ for some of an op's arguments
-_modes: dict[str, str] = {}  # the choices of `use`; a plain dict, so that compiled code can read and guard it
+_modes: dict[
+    str, str
+] = {}  # the choices of `use`; a plain dict, so that compiled code can read and guard it
 
 
-def register(schema: str, impl: Callable, fake: Callable, flops: Callable | None = None,
-             setup_context: Callable | None = None, backward: Callable | None = None, cpp: str | None = None,
-             kernel: Callable | None = None, takes: Callable | None = None):
+def register(
+    schema: str,
+    impl: Callable,
+    fake: Callable,
+    flops: Callable | None = None,
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+    cpp: str | None = None,
+    kernel: Callable | None = None,
+    takes: Callable | None = None,
+):
     """Define `torch.ops.dsv4.<name>` and return its overload.
 
     schema          "name(Tensor x, ...) -> Tensor"
@@ -62,9 +73,12 @@ def register(schema: str, impl: Callable, fake: Callable, flops: Callable | None
             if x.device.type == "cpu" and (takes is None or takes(x, *args)):
                 native.build()
             return shapes(x, *args)
+
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     if backward is not None:
-        torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library)
+        torch.library.register_autograd(
+            f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library
+        )
     packet = getattr(getattr(torch.ops, NAMESPACE), name)
     if flops is not None:
         register_flop_formula(packet)(flops)
@@ -78,10 +92,18 @@ class Op:
     on_cpu(*args)   the form that is the default on CPU; None: the reference. Elsewhere it is the opaque one
     """
 
-    def __init__(self, name: str, reference: Callable, opaque: Callable, check: Callable,
-                 on_cpu: Callable | None = None):
+    def __init__(
+        self,
+        name: str,
+        reference: Callable,
+        opaque: Callable,
+        check: Callable,
+        on_cpu: Callable | None = None,
+    ):
         self.name, self._check = name, check
-        self.reference, self.opaque, self._on_cpu = (self._checked(form) for form in (reference, opaque, on_cpu or reference))
+        self.reference, self.opaque, self._on_cpu = (
+            self._checked(form) for form in (reference, opaque, on_cpu or reference)
+        )
         self.__doc__ = reference.__doc__
         OPS[name] = self
 
@@ -90,6 +112,7 @@ class Op:
             if not torch.compiler.is_compiling():
                 self._check(*args)
             return form(*args)
+
         return call
 
     def bind(self, mode: str | None) -> Callable:
@@ -100,6 +123,7 @@ class Op:
 
         def default(*args):
             return (on_cpu if args[0].device.type == "cpu" else opaque)(*args)
+
         return default
 
     def __call__(self, *args):

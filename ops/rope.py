@@ -12,6 +12,7 @@ last r dims and leaves the others alone, which is D / r times less traffic. Erro
 One kernel for all: a program takes some vectors x[b, t, h], loads their last r dims as pairs that lie in one thread's
 registers, turns them and stores them; out of place it copies the other dims on the side, untouched.
 """
+
 from __future__ import annotations
 
 import torch
@@ -21,9 +22,14 @@ from .registry import Op, register, require
 
 
 def check(x, cos, sin, inverse):
-    require(x.dim() in (3, 4) and x.shape[:2] == cos.shape[:2] == sin.shape[:2],
-            f"rope: x {tuple(x.shape)} does not go with angles {tuple(cos.shape)}")
-    require(2 * cos.shape[-1] <= x.shape[-1], f"rope: {2 * cos.shape[-1]} rotated dims exceed {x.shape[-1]}")
+    require(
+        x.dim() in (3, 4) and x.shape[:2] == cos.shape[:2] == sin.shape[:2],
+        f"rope: x {tuple(x.shape)} does not go with angles {tuple(cos.shape)}",
+    )
+    require(
+        2 * cos.shape[-1] <= x.shape[-1],
+        f"rope: {2 * cos.shape[-1]} rotated dims exceed {x.shape[-1]}",
+    )
 
 
 def _turned(pairs, cos, sin, inverse):
@@ -52,8 +58,30 @@ def turn_pairs(x, cos, sin, M: tl.constexpr, N: tl.constexpr):
 
 
 @jit
-def rope_turn(x, y, cos, sin, n, T, xb, xt, xh, xd, yb, yt, yh, yd, INVERSE: tl.constexpr, COPY: tl.constexpr,
-              H: tl.constexpr, D: tl.constexpr, r: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr):
+def rope_turn(
+    x,
+    y,
+    cos,
+    sin,
+    n,
+    T,
+    xb,
+    xt,
+    xh,
+    xd,
+    yb,
+    yt,
+    yh,
+    yd,
+    INVERSE: tl.constexpr,
+    COPY: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    r: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    BR: tl.constexpr,
+):
     i = tl.program_id(0) * BN + tl.arange(0, BN)  # vectors [b, t, h], n of them
     token = i // H
     b, t, h = (token // T).to(tl.int64), (token % T).to(tl.int64), (i % H).to(tl.int64)
@@ -63,7 +91,9 @@ def rope_turn(x, y, cos, sin, n, T, xb, xt, xh, xd, yb, yt, yh, yd, INVERSE: tl.
     if COPY:
         for start in tl.static_range(0, D - r, BD):
             c = start + tl.arange(0, BD)[None, :]
-            tl.store(y + c * yd, tl.load(x + c * xd, mask=there & (c < D - r)), mask=there & (c < D - r))
+            tl.store(
+                y + c * yd, tl.load(x + c * xd, mask=there & (c < D - r)), mask=there & (c < D - r)
+            )
     c, pair = tl.arange(0, BR)[None, :], tl.arange(0, BR // 2)[None, :]
     angle = token.to(tl.int64)[:, None] * (r // 2) + pair
     cos = tl.load(cos + angle, mask=there & (pair < r // 2), other=1.0)
@@ -81,10 +111,30 @@ def _launch(x, y, cos, sin, inverse):
     BR, BD = power_of_two(r, 2), min(power_of_two(D - r), 512)
     width = max(BR, BD) if copy else BR  # of what is loaded at once
     candidates = [{"BN": max(1, size // width), "num_warps": 4} for size in (16384, 8192, 4096)]
-    cfg = tiles("rope_turn", f"{'copy' if copy else 'in place'} D{D} r{r} {str(x.dtype)[6:]}", candidates, x)
+    cfg = tiles(
+        "rope_turn", f"{'copy' if copy else 'in place'} D{D} r{r} {str(x.dtype)[6:]}", candidates, x
+    )
     if r or copy:
-        launch(rope_turn, (cdiv(B * T * H, cfg["BN"]),), x, y, cos.contiguous(), sin.contiguous(), B * T * H, T, *x.stride(),
-               *y.stride(), INVERSE=inverse, COPY=copy, H=H, D=D, r=r, BD=BD, BR=BR, **cfg)
+        launch(
+            rope_turn,
+            (cdiv(B * T * H, cfg["BN"]),),
+            x,
+            y,
+            cos.contiguous(),
+            sin.contiguous(),
+            B * T * H,
+            T,
+            *x.stride(),
+            *y.stride(),
+            INVERSE=inverse,
+            COPY=copy,
+            H=H,
+            D=D,
+            r=r,
+            BD=BD,
+            BR=BR,
+            **cfg,
+        )
 
 
 def kernel(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool) -> torch.Tensor:
@@ -110,16 +160,29 @@ def _flops(x, cos, *args, out_shape=None, **kw):
     return 0
 
 
-_opaque = register("rope(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor", impl=reference,
-                   fake=lambda x, cos, sin, inverse: x.new_empty(x.shape), flops=_flops, setup_context=_setup,
-                   backward=_backward, kernel=kernel)
-_in_place = register("rope_(Tensor(a!) x, Tensor cos, Tensor sin, bool inverse) -> ()", impl=reference_,
-                     fake=lambda x, cos, sin, inverse: None, flops=_flops, kernel=kernel_)
+_opaque = register(
+    "rope(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor",
+    impl=reference,
+    fake=lambda x, cos, sin, inverse: x.new_empty(x.shape),
+    flops=_flops,
+    setup_context=_setup,
+    backward=_backward,
+    kernel=kernel,
+)
+_in_place = register(
+    "rope_(Tensor(a!) x, Tensor cos, Tensor sin, bool inverse) -> ()",
+    impl=reference_,
+    fake=lambda x, cos, sin, inverse: None,
+    flops=_flops,
+    kernel=kernel_,
+)
 
 rope = Op("rope", reference, _opaque, check)
 
 
-def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool, mode: str | None = None) -> torch.Tensor:
+def rotate_(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool, mode: str | None = None
+) -> torch.Tensor:
     """rope(x, ...) for callers that need x no more: where the form is opaque and gradients are off, x itself, overwritten.
 
     mode is the table's choice of form for rope (registry.Op.bind). Compiled code writes in place too, without a copy.

@@ -14,6 +14,7 @@ does it all. The helpers that hold a block of matrices as n n vectors also serve
 divisors of each step are put aside (2 iters - 1 times n per matrix, in the cache), the matrices themselves are multiplied
 back. Above n = 8 matrices outgrow the registers, and the reference runs.
 """
+
 from __future__ import annotations
 
 import torch
@@ -23,7 +24,10 @@ from .registry import LAUNCHERS, Op, register, require
 
 MOST = 16  # streams
 IN_REGISTERS = 8  # streams that kernels can take
-CANDIDATES = [{"BT": 64, "num_warps": 1}, {"BT": 32, "num_warps": 1}]  # a matrix a thread: a warp has 64 or 32
+CANDIDATES = [
+    {"BT": 64, "num_warps": 1},
+    {"BT": 32, "num_warps": 1},
+]  # a matrix a thread: a warp has 64 or 32
 
 SOURCE = """
 template <int N> void run(const float* in, float* out, int64_t matrices, int64_t iters, float eps, int64_t given) {
@@ -57,8 +61,10 @@ Tensor sinkhorn(const Tensor& logits, double eps, int64_t iters) {
 
 
 def check(logits, eps, iters):
-    require(logits.dim() >= 2 and 0 < logits.shape[-1] == logits.shape[-2] <= MOST,
-            f"sinkhorn: logits {tuple(logits.shape)} are not [..., n, n] with n from 1 to {MOST}")
+    require(
+        logits.dim() >= 2 and 0 < logits.shape[-1] == logits.shape[-2] <= MOST,
+        f"sinkhorn: logits {tuple(logits.shape)} are not [..., n, n] with n from 1 to {MOST}",
+    )
     require(iters > 0, f"sinkhorn: iters must be positive, not {iters}")
 
 
@@ -73,7 +79,9 @@ def reference(logits: torch.Tensor, eps: float, iters: int) -> torch.Tensor:
     return c
 
 
-def backward_reference(g: torch.Tensor, logits: torch.Tensor, eps: float, iters: int) -> torch.Tensor:
+def backward_reference(
+    g: torch.Tensor, logits: torch.Tensor, eps: float, iters: int
+) -> torch.Tensor:
     """Gradient of logits."""
     soft = logits.softmax(-1)
     steps, c = [], soft + eps  # the matrix after each division, with the divisor and its axis
@@ -191,13 +199,17 @@ def doubly_stochastic(c, eps, iters, n: tl.constexpr):
 @jit
 def put_aside(at, totals, N, t, n: tl.constexpr, P: tl.constexpr):
     k = tl.arange(0, P)[:, None]
-    tl.store(at + k * N + t[None, :], tl.trans(as_columns(totals, n, P)), mask=(k < n) & (t < N)[None, :])
+    tl.store(
+        at + k * N + t[None, :], tl.trans(as_columns(totals, n, P)), mask=(k < n) & (t < N)[None, :]
+    )
 
 
 @jit
 def fetch(at, N, t, n: tl.constexpr, P: tl.constexpr):
     k = tl.arange(0, P)[:, None]
-    return columns(tl.trans(tl.load(at + k * N + t[None, :], mask=(k < n) & (t < N)[None, :], other=1.0)), P)
+    return columns(
+        tl.trans(tl.load(at + k * N + t[None, :], mask=(k < n) & (t < N)[None, :], other=1.0)), P
+    )
 
 
 @jit
@@ -230,18 +242,41 @@ def doubly_stochastic_backward(g, c, eps, iters, aside, N, t, n: tl.constexpr, P
 
 
 @jit
-def sinkhorn_forward(logits, out, N, eps, iters, n: tl.constexpr, P: tl.constexpr, BT: tl.constexpr):
+def sinkhorn_forward(
+    logits, out, N, eps, iters, n: tl.constexpr, P: tl.constexpr, BT: tl.constexpr
+):
     t, k = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, P)
-    at, mask = t.to(tl.int64)[:, None] * (n * n) + k[None, :], (t < N)[:, None] & (k < n * n)[None, :]
+    at, mask = (
+        t.to(tl.int64)[:, None] * (n * n) + k[None, :],
+        (t < N)[:, None] & (k < n * n)[None, :],
+    )
     c = doubly_stochastic(columns(tl.load(logits + at, mask=mask, other=0.0), P), eps, iters, n)
     tl.store(out + at, as_columns(c, n * n, P), mask=mask)
 
 
 @jit
-def sinkhorn_backward(g, logits, aside, out, N, eps, iters, n: tl.constexpr, P: tl.constexpr, BT: tl.constexpr, PN: tl.constexpr):
+def sinkhorn_backward(
+    g,
+    logits,
+    aside,
+    out,
+    N,
+    eps,
+    iters,
+    n: tl.constexpr,
+    P: tl.constexpr,
+    BT: tl.constexpr,
+    PN: tl.constexpr,
+):
     t, k = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, P)
-    at, mask = t.to(tl.int64)[:, None] * (n * n) + k[None, :], (t < N)[:, None] & (k < n * n)[None, :]
-    c, g = columns(tl.load(logits + at, mask=mask, other=0.0), P), columns(tl.load(g + at, mask=mask, other=0.0), P)
+    at, mask = (
+        t.to(tl.int64)[:, None] * (n * n) + k[None, :],
+        (t < N)[:, None] & (k < n * n)[None, :],
+    )
+    c, g = (
+        columns(tl.load(logits + at, mask=mask, other=0.0), P),
+        columns(tl.load(g + at, mask=mask, other=0.0), P),
+    )
     g = doubly_stochastic_backward(g, c, eps, iters, aside, N, t, n, PN)
     tl.store(out + at, as_columns(g, n * n, P), mask=mask)
 
@@ -252,7 +287,18 @@ def kernel(logits: torch.Tensor, eps: float, iters: int) -> torch.Tensor:
         return reference(logits, eps, iters).contiguous()
     logits, N = logits.contiguous(), logits.numel() // (n * n)
     out, cfg = torch.empty_like(logits), tiles("sinkhorn_forward", f"n{n}", CANDIDATES, logits)
-    launch(sinkhorn_forward, (cdiv(N, cfg["BT"]),), logits, out, N, eps, iters, n=n, P=power_of_two(n * n), **cfg)
+    launch(
+        sinkhorn_forward,
+        (cdiv(N, cfg["BT"]),),
+        logits,
+        out,
+        N,
+        eps,
+        iters,
+        n=n,
+        P=power_of_two(n * n),
+        **cfg,
+    )
     return out
 
 
@@ -262,16 +308,37 @@ def backward_kernel(g: torch.Tensor, logits: torch.Tensor, eps: float, iters: in
     if n > IN_REGISTERS:
         return backward_reference(g, logits, eps, iters)
     g, logits, N = g.contiguous(), logits.contiguous(), logits.numel() // (n * n)
-    out, aside = torch.empty_like(logits), logits.new_empty(2 * iters - 1, n, N, dtype=torch.float32)
+    out, aside = (
+        torch.empty_like(logits),
+        logits.new_empty(2 * iters - 1, n, N, dtype=torch.float32),
+    )
     cfg = tiles("sinkhorn_backward", f"n{n}", CANDIDATES, logits)
-    launch(sinkhorn_backward, (cdiv(N, cfg["BT"]),), g, logits, aside, out, N, eps, iters, n=n, P=power_of_two(n * n),
-           PN=power_of_two(n), **cfg)
+    launch(
+        sinkhorn_backward,
+        (cdiv(N, cfg["BT"]),),
+        g,
+        logits,
+        aside,
+        out,
+        N,
+        eps,
+        iters,
+        n=n,
+        P=power_of_two(n * n),
+        PN=power_of_two(n),
+        **cfg,
+    )
     return out
 
 
-_opaque = register("sinkhorn(Tensor logits, float eps, int iters) -> Tensor",
-                   impl=lambda *args: reference(*args).contiguous(), fake=lambda logits, *args: logits.new_empty(logits.shape),
-                   flops=lambda *shapes, out_shape=None, **kw: 0, cpp=SOURCE, kernel=kernel)
+_opaque = register(
+    "sinkhorn(Tensor logits, float eps, int iters) -> Tensor",
+    impl=lambda *args: reference(*args).contiguous(),
+    fake=lambda logits, *args: logits.new_empty(logits.shape),
+    flops=lambda *shapes, out_shape=None, **kw: 0,
+    cpp=SOURCE,
+    kernel=kernel,
+)
 
 LAUNCHERS["sinkhorn_backward"] = backward_kernel
 

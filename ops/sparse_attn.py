@@ -22,6 +22,7 @@ reads more. All else is deterministic.
 The reference cuts the tokens into blocks that share one band of the window, and into chunks that bound the scores held
 at a time: it never builds a query x key x dim tensor for a long prefill. Errors: shapes that do not fit together.
 """
+
 from __future__ import annotations
 
 import torch
@@ -41,15 +42,30 @@ MASKED = 2  # up to this many entries per chosen one, their gradient is collecte
 def check(q, kv, sink, seen, cos, sin, entries, lo, hi, idx, eps, with_lse=False):
     require(q.dim() == 4, f"sparse_attn: q {tuple(q.shape)} is not [B, T, H, D]")
     B, T, H, D = q.shape
-    require(kv.dim() == 3 and kv.shape[0] == B and kv.shape[1] >= T and kv.shape[2] == D and sink.shape == (H,)
-            and seen.shape == cos.shape[:2] == sin.shape[:2] == (B, T) and 2 * cos.shape[2] <= D,
-            f"sparse_attn: q {tuple(q.shape)}, kv {tuple(kv.shape)}, sink {tuple(sink.shape)}, seen {tuple(seen.shape)}, "
-            f"cos {tuple(cos.shape)} do not fit")
+    require(
+        kv.dim() == 3
+        and kv.shape[0] == B
+        and kv.shape[1] >= T
+        and kv.shape[2] == D
+        and sink.shape == (H,)
+        and seen.shape == cos.shape[:2] == sin.shape[:2] == (B, T)
+        and 2 * cos.shape[2] <= D,
+        f"sparse_attn: q {tuple(q.shape)}, kv {tuple(kv.shape)}, sink {tuple(sink.shape)}, seen {tuple(seen.shape)}, "
+        f"cos {tuple(cos.shape)} do not fit",
+    )
     if entries is not None:
-        require(entries.dim() == 3 and entries.shape[::2] == (B, D) and lo is not None and hi is not None
-                and lo.shape == hi.shape == (B, T),
-                f"sparse_attn: entries {tuple(entries.shape)} do not fit q {tuple(q.shape)}, or lo, hi are not [B, T]")
-    require(idx is None or entries is not None and idx.shape[:2] == (B, T), "sparse_attn: idx needs entries and shape [B, T, K]")
+        require(
+            entries.dim() == 3
+            and entries.shape[::2] == (B, D)
+            and lo is not None
+            and hi is not None
+            and lo.shape == hi.shape == (B, T),
+            f"sparse_attn: entries {tuple(entries.shape)} do not fit q {tuple(q.shape)}, or lo, hi are not [B, T]",
+        )
+    require(
+        idx is None or entries is not None and idx.shape[:2] == (B, T),
+        "sparse_attn: idx needs entries and shape [B, T, K]",
+    )
 
 
 def _chunks(q, kv, seen, cos, sin, entries, lo, hi, idx):
@@ -57,14 +73,18 @@ def _chunks(q, kv, seen, cos, sin, entries, lo, hi, idx):
     B, T, H, D = q.shape
     n = min(T, BLOCK)  # tokens in a block
     band = kv.shape[1] - T + n
-    held = max(H, D // n) * band + (0 if entries is None else entries.shape[1] * H if idx is None else idx.shape[2] * (H + D))
+    held = max(H, D // n) * band + (
+        0 if entries is None else entries.shape[1] * H if idx is None else idx.shape[2] * (H + D)
+    )
     step = max(1, CHUNK // (B * held * n)) * n
     for c in range(0, T, step):
         now, size = slice(c, min(c + step, T)), min(step, T - c)
         pad = -size % n
         keys = F.pad(kv[:, c : c + size + band - n], (0, 0, 0, pad))
-        rows = [None if t is None else F.pad(t[:, now], (0,) * (2 * (t.dim() - 2)) + (0, pad))
-                for t in (cos, sin, seen, lo, hi, idx)]
+        rows = [
+            None if t is None else F.pad(t[:, now], (0,) * (2 * (t.dim() - 2)) + (0, pad))
+            for t in (cos, sin, seen, lo, hi, idx)
+        ]
         yield now, (F.pad(q[:, now], (0, 0, 0, 0, 0, pad)), keys, n, band, *rows)
 
 
@@ -89,7 +109,9 @@ def _scores(q, keys, n, band, seen, lo, hi, idx, entries):
     elif idx is None:
         ents = entries.float()
         e = torch.arange(ents.shape[1], device=q.device)
-        scores = torch.cat((window, (qf.flatten(1, 2) @ ents.transpose(1, 2)).view(B, t, H, -1)), -1)
+        scores = torch.cat(
+            (window, (qf.flatten(1, 2) @ ents.transpose(1, 2)).view(B, t, H, -1)), -1
+        )
         hidden = torch.cat((hidden, (e < lo[..., None]) | (e >= hi[..., None])), -1)
     else:
         row = torch.arange(B, device=q.device)[:, None, None]
@@ -115,9 +137,19 @@ def _attend(q, keys, n, band, cos, sin, seen, lo, hi, idx, entries, sink, eps):
     return rotate((o / den[..., None]).to(q.dtype), cos, sin, True), m + den.log()
 
 
-def forward_reference(q: torch.Tensor, kv: torch.Tensor, sink: torch.Tensor, seen: torch.Tensor, cos: torch.Tensor,
-                      sin: torch.Tensor, entries: torch.Tensor | None, lo: torch.Tensor | None, hi: torch.Tensor | None,
-                      idx: torch.Tensor | None, eps: float):
+def forward_reference(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    sink: torch.Tensor,
+    seen: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    entries: torch.Tensor | None,
+    lo: torch.Tensor | None,
+    hi: torch.Tensor | None,
+    idx: torch.Tensor | None,
+    eps: float,
+):
     """-> o, lse"""
     if entries is not None and entries.requires_grad:
         entries = entries.float()  # the gradients of an entry chosen by many tokens add up in fp32
@@ -129,21 +161,44 @@ def forward_reference(q: torch.Tensor, kv: torch.Tensor, sink: torch.Tensor, see
     return torch.cat(out, 1), torch.cat(lse, 1)
 
 
-def backward_reference(g: torch.Tensor, lse: torch.Tensor, q: torch.Tensor, kv: torch.Tensor, sink: torch.Tensor,
-                       seen: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, entries: torch.Tensor | None,
-                       lo: torch.Tensor | None, hi: torch.Tensor | None, idx: torch.Tensor | None, eps: float):
+def backward_reference(
+    g: torch.Tensor,
+    lse: torch.Tensor,
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    sink: torch.Tensor,
+    seen: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    entries: torch.Tensor | None,
+    lo: torch.Tensor | None,
+    hi: torch.Tensor | None,
+    idx: torch.Tensor | None,
+    eps: float,
+):
     """Gradients of q, kv, sink and entries (empty where there are none), recomputing probabilities from lse."""
     B, T, H, D = q.shape
-    g_q, delta = q.new_empty(q.shape), torch.empty_like(lse)  # delta = sum_j p_j (g' . k_j), exact where g . o would be rounded
+    g_q, delta = (
+        q.new_empty(q.shape),
+        torch.empty_like(lse),
+    )  # delta = sum_j p_j (g' . k_j), exact where g . o would be rounded
     g_kv = torch.zeros(kv.shape, dtype=torch.float32, device=kv.device)
-    g_entries = torch.zeros(q.new_empty(0).shape if entries is None else entries.shape, dtype=torch.float32, device=q.device)
-    for now, (qc, keys, n, band, c, s, *rows) in _chunks(q, kv, seen, cos, sin, entries, lo, hi, idx):
+    g_entries = torch.zeros(
+        q.new_empty(0).shape if entries is None else entries.shape,
+        dtype=torch.float32,
+        device=q.device,
+    )
+    for now, (qc, keys, n, band, c, s, *rows) in _chunks(
+        q, kv, seen, cos, sin, entries, lo, hi, idx
+    ):
         size, pad = now.stop - now.start, qc.shape[1] - (now.stop - now.start)
         unit, r = _normalized(qc, eps)
         qc = rotate(unit.to(q.dtype), c, s, False)
         scores, bands, ents = _scores(qc, keys, n, band, *rows, entries)
         gc = rotate(F.pad(g[:, now].float(), (0, 0, 0, 0, 0, pad)), c, s, False)
-        p = (scores - F.pad(lse[:, now], (0, 0, 0, pad), value=float("inf"))[..., None]).exp()  # padded tokens: 0
+        p = (
+            scores - F.pad(lse[:, now], (0, 0, 0, pad), value=float("inf"))[..., None]
+        ).exp()  # padded tokens: 0
         blocks = lambda x: x.reshape(-1, n * H, x.shape[-1])  # [B, t, H, x] -> [B t/n, n H, x]
         flat = lambda x: x.flatten(1, 2)  # -> [B, t H, x]
         g_p = (blocks(gc) @ bands).view(*gc.shape[:3], band)
@@ -155,23 +210,37 @@ def backward_reference(g: torch.Tensor, lse: torch.Tensor, q: torch.Tensor, kv: 
         g_s, delta[:, now] = p * (g_p - dc) * D**-0.5, dc[:, :size, :, 0]  # [B, t, H, keys]
         qf, g_w, p_w = qc.float(), g_s[..., :band], p[..., :band]
         g_qc = (blocks(g_w) @ bands.transpose(1, 2)).view_as(qf)
-        g_band = blocks(g_w).transpose(1, 2) @ blocks(qf) + blocks(p_w).transpose(1, 2) @ blocks(gc)  # [B t/n, band, D]
+        g_band = blocks(g_w).transpose(1, 2) @ blocks(qf) + blocks(p_w).transpose(1, 2) @ blocks(
+            gc
+        )  # [B t/n, band, D]
         g_keys = torch.zeros_like(keys, dtype=torch.float32)
-        where = (torch.arange(0, qc.shape[1], n, device=q.device)[:, None] + torch.arange(band, device=q.device)).flatten()
+        where = (
+            torch.arange(0, qc.shape[1], n, device=q.device)[:, None]
+            + torch.arange(band, device=q.device)
+        ).flatten()
         g_keys.index_add_(1, where, g_band.view(B, -1, D))
         g_kv[:, now.start : now.stop + band - n] += g_keys[:, : size + band - n]
         if entries is not None:
             g_w, p_w = g_s[..., band:], p[..., band:]
             if rows[3] is None:
                 g_qc += (flat(g_w) @ ents).view_as(qf)
-                g_entries += flat(g_w).transpose(1, 2) @ flat(qf) + flat(p_w).transpose(1, 2) @ flat(gc)
+                g_entries += flat(g_w).transpose(1, 2) @ flat(qf) + flat(p_w).transpose(
+                    1, 2
+                ) @ flat(gc)
             else:
                 g_qc += g_w @ ents
-                g_e = g_w.transpose(2, 3) @ qf + p_w.transpose(2, 3) @ gc  # [B, t, K, D]; zero where idx is -1
-                target = rows[3].clamp(min=0) + torch.arange(B, device=q.device)[:, None, None] * entries.shape[1]
+                g_e = (
+                    g_w.transpose(2, 3) @ qf + p_w.transpose(2, 3) @ gc
+                )  # [B, t, K, D]; zero where idx is -1
+                target = (
+                    rows[3].clamp(min=0)
+                    + torch.arange(B, device=q.device)[:, None, None] * entries.shape[1]
+                )
                 g_entries.view(-1, D).index_add_(0, target.flatten(), g_e.reshape(-1, D))
         g_qc = rotate(g_qc, c, s, True)
-        g_q[:, now] = (r * (g_qc - unit * (g_qc * unit).mean(-1, keepdim=True)))[:, :size].to(q.dtype)
+        g_q[:, now] = (r * (g_qc - unit * (g_qc * unit).mean(-1, keepdim=True)))[:, :size].to(
+            q.dtype
+        )
     return g_q, g_kv.to(kv.dtype), _sink_gradient(delta, lse, sink), g_entries.to(q.dtype)
 
 
@@ -184,16 +253,35 @@ def _sink_gradient(delta, lse, sink):
 # order, the others entries: j - W is their place in idx, or counts from lo. The r rotated dims go through products of
 # their own (q_r . k_r), so that the wide tiles [.., BD] are used as they lie in memory; the norm is a factor of scores.
 
-FORWARD = [dict(BH=64, BN=32, num_warps=8, num_stages=2), dict(BH=64, BN=32, num_warps=8, num_stages=1),
-           dict(BH=16, BN=32, num_warps=4, num_stages=2), dict(BH=16, BN=16, num_warps=4, num_stages=1)]
-QUERIES = [dict(BH=64, BN=32, num_warps=8, num_stages=1),
-           dict(BH=16, BN=32, num_warps=4, num_stages=1), dict(BH=16, BN=16, num_warps=4, num_stages=1)]
-KEYS = [dict(BH=32, BK=32, num_warps=8, num_stages=1), dict(BH=16, BK=32, num_warps=8, num_stages=1),
-        dict(BH=16, BK=16, num_warps=4, num_stages=1)]
+FORWARD = [
+    dict(BH=64, BN=32, num_warps=8, num_stages=2),
+    dict(BH=64, BN=32, num_warps=8, num_stages=1),
+    dict(BH=16, BN=32, num_warps=4, num_stages=2),
+    dict(BH=16, BN=16, num_warps=4, num_stages=1),
+]
+QUERIES = [
+    dict(BH=64, BN=32, num_warps=8, num_stages=1),
+    dict(BH=16, BN=32, num_warps=4, num_stages=1),
+    dict(BH=16, BN=16, num_warps=4, num_stages=1),
+]
+KEYS = [
+    dict(BH=32, BK=32, num_warps=8, num_stages=1),
+    dict(BH=16, BK=32, num_warps=8, num_stages=1),
+    dict(BH=16, BK=16, num_warps=4, num_stages=1),
+]
 # In fp32, which is there to check against, NVIDIA has no matrix instructions of full precision and rows take twice the room: it spills.
-FORWARD_FP32 = [dict(BH=16, BN=16, num_warps=16, num_stages=1), dict(BH=16, BN=16, num_warps=8, num_stages=1)]
-QUERIES_FP32 = [dict(BH=8, BN=16, num_warps=16, num_stages=1), dict(BH=8, BN=16, num_warps=8, num_stages=1)]
-KEYS_FP32 = [dict(BH=16, BK=8, num_warps=16, num_stages=1), dict(BH=16, BK=8, num_warps=8, num_stages=1)]
+FORWARD_FP32 = [
+    dict(BH=16, BN=16, num_warps=16, num_stages=1),
+    dict(BH=16, BN=16, num_warps=8, num_stages=1),
+]
+QUERIES_FP32 = [
+    dict(BH=8, BN=16, num_warps=16, num_stages=1),
+    dict(BH=8, BN=16, num_warps=8, num_stages=1),
+]
+KEYS_FP32 = [
+    dict(BH=16, BK=8, num_warps=16, num_stages=1),
+    dict(BH=16, BK=8, num_warps=8, num_stages=1),
+]
 
 
 @jit
@@ -219,7 +307,9 @@ def sparse_attn_rows(x, at, real, cos, sin, D, R: tl.constexpr, BD: tl.constexpr
 
 
 @jit
-def sparse_attn_store(o_, at, real, o, cos, sin, D, R: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr):
+def sparse_attn_store(
+    o_, at, real, o, cos, sin, D, R: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr
+):
     """Store o' [n, BD] and turn its last dims back: they are read again in pairs.
 
     The program itself reads what it stored, here as in indexer_topk and sinkhorn: behind a barrier that is ordered on CDNA too,
@@ -250,7 +340,19 @@ def sparse_attn_range(t, seen, lo, hi, idx, K, E, W: tl.constexpr, BK: tl.conste
 
 
 @jit
-def sparse_attn_keys(j, first, last, window, entries, idx, D, W: tl.constexpr, R: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr):
+def sparse_attn_keys(
+    j,
+    first,
+    last,
+    window,
+    entries,
+    idx,
+    D,
+    W: tl.constexpr,
+    R: tl.constexpr,
+    BD: tl.constexpr,
+    BR: tl.constexpr,
+):
     """Keys j [n] -> all their dims [n, BD], those that turn [n, BR], which are seen, which entries they are."""
     seen, row, e = (j >= first) & (j < last), window + j * D, j - W
     if entries is not None:
@@ -267,16 +369,52 @@ def sparse_attn_keys(j, first, last, window, entries, idx, D, W: tl.constexpr, R
 @jit
 def sparse_attn_dot(a, a_r, b, b_r):
     """a b^T over all dims [n, m]; those that turn are zero in a or b, and come from a_r and b_r."""
-    return tl.dot(a_r, tl.trans(b_r), tl.dot(a, tl.trans(b), input_precision="ieee"), input_precision="ieee")
+    return tl.dot(
+        a_r, tl.trans(b_r), tl.dot(a, tl.trans(b), input_precision="ieee"), input_precision="ieee"
+    )
 
 
 @jit
-def sparse_attn_forward(q_, kv, entries, idx, seen_, lo, hi, cos, sin, sink, o_, lse_, acc_, l_, T, N, stride, K, E, H, D, scale, eps,
-                        span, SPLITS: tl.constexpr, W: tl.constexpr, R: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
-                        BD: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr):
+def sparse_attn_forward(
+    q_,
+    kv,
+    entries,
+    idx,
+    seen_,
+    lo,
+    hi,
+    cos,
+    sin,
+    sink,
+    o_,
+    lse_,
+    acc_,
+    l_,
+    T,
+    N,
+    stride,
+    K,
+    E,
+    H,
+    D,
+    scale,
+    eps,
+    span,
+    SPLITS: tl.constexpr,
+    W: tl.constexpr,
+    R: tl.constexpr,
+    BH: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    BR: tl.constexpr,
+    BK: tl.constexpr,
+):
     """o and lse; with SPLITS > 1 what sparse_attn_merge makes them of: maxima in lse_, sums in l_ and acc_, of one span of keys."""
     blocks, split = tl.cdiv(H, BH), tl.program_id(1)
-    t, h = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * BH + tl.arange(0, BH)
+    t, h = (
+        (tl.program_id(0) // blocks).to(tl.int64),
+        tl.program_id(0) % blocks * BH + tl.arange(0, BH),
+    )
     b, at, real = t // T, ((t * H + h) * D)[:, None], (h < H)[:, None]
     cos, sin = cos + t * (R // 2), sin + t * (R // 2)
     q, q_r, square = sparse_attn_rows(q_, at, real, cos, sin, D, R, BD, BR)
@@ -293,7 +431,19 @@ def sparse_attn_forward(q_, kv, entries, idx, seen_, lo, hi, cos, sin, sink, o_,
     m = tl.maximum(top, -1e30)
     l, acc = tl.where(split == 0, tl.exp2(top - m), 0.0), tl.zeros([BH, BD], tl.float32)
     for j in range(start, end, BN):
-        k, k_r, seen, e = sparse_attn_keys(j + tl.arange(0, BN), first, end, kv + (b * N + t % T) * D, entries, idx, D, W, R, BD, BR)
+        k, k_r, seen, e = sparse_attn_keys(
+            j + tl.arange(0, BN),
+            first,
+            end,
+            kv + (b * N + t % T) * D,
+            entries,
+            idx,
+            D,
+            W,
+            R,
+            BD,
+            BR,
+        )
         s = tl.where(seen[None], sparse_attn_dot(q, q_r, k, k_r) * norm[:, None], float("-inf"))
         higher = tl.maximum(m, tl.max(s, 1))
         p, shrink = tl.exp2(s - higher[:, None]), tl.exp2(m - higher)
@@ -310,8 +460,23 @@ def sparse_attn_forward(q_, kv, entries, idx, seen_, lo, hi, cos, sin, sink, o_,
 
 
 @jit
-def sparse_attn_merge(acc_, m_, l_, cos, sin, o_, lse_, rows, H, D, SPLITS: tl.constexpr, R: tl.constexpr, BS: tl.constexpr,
-                      BD: tl.constexpr, BR: tl.constexpr):
+def sparse_attn_merge(
+    acc_,
+    m_,
+    l_,
+    cos,
+    sin,
+    o_,
+    lse_,
+    rows,
+    H,
+    D,
+    SPLITS: tl.constexpr,
+    R: tl.constexpr,
+    BS: tl.constexpr,
+    BD: tl.constexpr,
+    BR: tl.constexpr,
+):
     """One head of one token from the sums of all spans."""
     row, d, m, l = tl.program_id(0).to(tl.int64), tl.arange(0, BD), -1e30, 0.0
     acc = tl.zeros([BD], tl.float32)
@@ -321,22 +486,62 @@ def sparse_attn_merge(acc_, m_, l_, cos, sin, o_, lse_, rows, H, D, SPLITS: tl.c
         tops = tl.load(m_ + part, mask=exists, other=-1e30)
         higher = tl.maximum(m, tl.max(tops, 0))
         weight, shrink = tl.exp2(tops - higher), tl.exp2(m - higher)
-        sums = tl.load(acc_ + (part * D)[:, None] + d[None], mask=exists[:, None] & (d < D)[None], other=0.0)
+        sums = tl.load(
+            acc_ + (part * D)[:, None] + d[None], mask=exists[:, None] & (d < D)[None], other=0.0
+        )
         l = l * shrink + tl.sum(tl.load(l_ + part, mask=exists, other=0.0) * weight, 0)
         acc, m = acc * shrink + tl.sum(sums * weight[:, None], 0), higher
     t = row // H
     tl.store(lse_ + row, (m + tl.log2(l)) * 0.6931471805599453)
     at, real = (row * D + tl.zeros([1, 1], tl.int64)), tl.full([1, 1], 1, tl.int1)
-    sparse_attn_store(o_, at, real, (acc / l)[None], cos + t * (R // 2), sin + t * (R // 2), D, R, BD, BR)
+    sparse_attn_store(
+        o_, at, real, (acc / l)[None], cos + t * (R // 2), sin + t * (R // 2), D, R, BD, BR
+    )
 
 
 @jit
-def sparse_attn_backward_q(g_, q_, kv, entries, idx, seen_, lo, hi, cos, sin, lse_, g_q, g_entries, delta_, norm_, qr_, gr_, T, N,
-                           stride, K, E, H, D, scale, eps, SCATTER: tl.constexpr, W: tl.constexpr, R: tl.constexpr, BH: tl.constexpr,
-                           BN: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr):
+def sparse_attn_backward_q(
+    g_,
+    q_,
+    kv,
+    entries,
+    idx,
+    seen_,
+    lo,
+    hi,
+    cos,
+    sin,
+    lse_,
+    g_q,
+    g_entries,
+    delta_,
+    norm_,
+    qr_,
+    gr_,
+    T,
+    N,
+    stride,
+    K,
+    E,
+    H,
+    D,
+    scale,
+    eps,
+    SCATTER: tl.constexpr,
+    W: tl.constexpr,
+    R: tl.constexpr,
+    BH: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    BR: tl.constexpr,
+    BK: tl.constexpr,
+):
     """Gradient of q; what sparse_attn_backward_kv needs of a token; with SCATTER also the gradient of chosen entries, by atomics."""
     blocks = tl.cdiv(H, BH)
-    t, h = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * BH + tl.arange(0, BH)
+    t, h = (
+        (tl.program_id(0) // blocks).to(tl.int64),
+        tl.program_id(0) % blocks * BH + tl.arange(0, BH),
+    )
     b, at, real = t // T, ((t * H + h) * D)[:, None], (h < H)[:, None]
     cos, sin = cos + t * (R // 2), sin + t * (R // 2)
     q, q_r, square = sparse_attn_rows(q_, at, real, cos, sin, D, R, BD, BR)
@@ -351,12 +556,20 @@ def sparse_attn_backward_q(g_, q_, kv, entries, idx, seen_, lo, hi, cos, sin, ls
     window = kv + (b * N + t % T) * D
     lse = tl.load(lse_ + t * H + h, mask=h < H, other=float("inf")) * 1.4426950408889634
     delta = tl.zeros([BH], tl.float32)
-    for j in range(first // BN * BN, last, BN):  # delta = sum_j p_j (g' . k_j) first: g . o would be a rounded one
-        k, k_r, seen, e = sparse_attn_keys(j + tl.arange(0, BN), first, last, window, entries, idx, D, W, R, BD, BR)
+    for j in range(
+        first // BN * BN, last, BN
+    ):  # delta = sum_j p_j (g' . k_j) first: g . o would be a rounded one
+        k, k_r, seen, e = sparse_attn_keys(
+            j + tl.arange(0, BN), first, last, window, entries, idx, D, W, R, BD, BR
+        )
         s = sparse_attn_dot(q, q_r, k, k_r) * norm[:, None]
         p = tl.where(seen[None], tl.exp2(s - lse[:, None]), 0.0)
         delta += tl.sum(p * sparse_attn_dot(g, g_r, k, k_r), 1)
-    acc, acc_r, mean = tl.zeros([BH, BD], tl.float32), tl.zeros([BH, BR], tl.float32), tl.zeros([BH], tl.float32)
+    acc, acc_r, mean = (
+        tl.zeros([BH, BD], tl.float32),
+        tl.zeros([BH, BR], tl.float32),
+        tl.zeros([BH], tl.float32),
+    )
     d, i = tl.arange(0, BD), tl.arange(0, BR)
     for j in range(first // BN * BN, last, BN):
         n = j + tl.arange(0, BN)
@@ -376,9 +589,14 @@ def sparse_attn_backward_q(g_, q_, kv, entries, idx, seen_, lo, hi, cos, sin, ls
             tl.atomic_add(to + d[None], g_k, mask=chosen & (d < D - R)[None], sem="relaxed")
     # Through the norm: the mean of (gradient of q') q' is sum_j g_s_j s_j / D, turned or not.
     mean = (mean * 0.6931471805599453 / D * r)[:, None]
-    tl.store(g_q + at + d[None], (r[:, None] * (acc * scale - q.to(tl.float32) * mean)).to(g_q.dtype.element_ty),
-             mask=real & (d < D - R)[None])
-    x, y = tl.split(tl.reshape(r[:, None] * (acc_r * scale - q_r.to(tl.float32) * mean), (BH, BR // 2, 2)))
+    tl.store(
+        g_q + at + d[None],
+        (r[:, None] * (acc * scale - q.to(tl.float32) * mean)).to(g_q.dtype.element_ty),
+        mask=real & (d < D - R)[None],
+    )
+    x, y = tl.split(
+        tl.reshape(r[:, None] * (acc_r * scale - q_r.to(tl.float32) * mean), (BH, BR // 2, 2))
+    )
     i2 = tl.arange(0, BR // 2)
     c = tl.load(cos + i2, mask=2 * i2 < R, other=0.0)[None]
     s = tl.load(sin + i2, mask=2 * i2 < R, other=0.0)[None]
@@ -393,14 +611,44 @@ def sparse_attn_backward_q(g_, q_, kv, entries, idx, seen_, lo, hi, cos, sin, ls
 
 
 @jit
-def sparse_attn_backward_kv(keys, chosen, lo, hi, begin, end, g_, q_, qr_, gr_, lse_, delta_, norm_, out, T, N, stride, H, D,
-                            W: tl.constexpr, R: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr):
+def sparse_attn_backward_kv(
+    keys,
+    chosen,
+    lo,
+    hi,
+    begin,
+    end,
+    g_,
+    q_,
+    qr_,
+    gr_,
+    lse_,
+    delta_,
+    norm_,
+    out,
+    T,
+    N,
+    stride,
+    H,
+    D,
+    W: tl.constexpr,
+    R: tl.constexpr,
+    BH: tl.constexpr,
+    BK: tl.constexpr,
+    BD: tl.constexpr,
+    BR: tl.constexpr,
+):
     """Gradient of BK keys from one part of the tokens begin <= t < end that may see them.
 
     With W, keys are rows of windows, of which lo tokens see; else entries lo <= e < hi, or chosen ones.
     """
     block, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    n, d, i, hs = block * BK + tl.arange(0, BK), tl.arange(0, BD), tl.arange(0, BR), tl.arange(0, BH)
+    n, d, i, hs = (
+        block * BK + tl.arange(0, BK),
+        tl.arange(0, BD),
+        tl.arange(0, BR),
+        tl.arange(0, BH),
+    )
     row = keys + b * stride + n[:, None].to(tl.int64) * D
     k = tl.load(row + d[None], mask=(n < N)[:, None] & (d < D)[None], other=0.0)
     k_r = tl.load(row + (D - R + i)[None], mask=(n < N)[:, None] & (i < R)[None], other=0.0)
@@ -425,11 +673,17 @@ def sparse_attn_backward_kv(keys, chosen, lo, hi, begin, end, g_, q_, qr_, gr_, 
         norm = tl.load(norm_ + head, mask=h < H, other=0.0)[None]
         lse = tl.load(lse_ + head, mask=h < H, other=float("inf"))[None] * 1.4426950408889634
         delta = tl.load(delta_ + head, mask=h < H, other=0.0)[None]
-        p = tl.where(seen[:, None], tl.exp2(sparse_attn_dot(k, k_r, q, q_r) * norm - lse), 0.0)  # [BK, BH]
-        g_s = (p * (sparse_attn_dot(k, k_r, g, g_r) - delta) * (norm * 0.6931471805599453)).to(k.dtype)
+        p = tl.where(
+            seen[:, None], tl.exp2(sparse_attn_dot(k, k_r, q, q_r) * norm - lse), 0.0
+        )  # [BK, BH]
+        g_s = (p * (sparse_attn_dot(k, k_r, g, g_r) - delta) * (norm * 0.6931471805599453)).to(
+            k.dtype
+        )
         p = p.to(k.dtype)
         acc = tl.dot(p, g, tl.dot(g_s, q, acc, input_precision="ieee"), input_precision="ieee")
-        acc_r = tl.dot(p, g_r, tl.dot(g_s, q_r, acc_r, input_precision="ieee"), input_precision="ieee")
+        acc_r = tl.dot(
+            p, g_r, tl.dot(g_s, q_r, acc_r, input_precision="ieee"), input_precision="ieee"
+        )
     to = out + ((tl.program_id(1) * tl.num_programs(2) + b) * N + n)[:, None] * D
     tl.store(to + d[None], acc, mask=(n < N)[:, None] & (d < D - R)[None])
     tl.store(to + (D - R + i)[None], acc_r, mask=(n < N)[:, None] & (i < R)[None])
@@ -438,19 +692,33 @@ def sparse_attn_backward_kv(keys, chosen, lo, hi, begin, end, g_, q_, qr_, gr_, 
 def _sizes(q, kv, cos, idx):
     """What all kernels know of the shapes."""
     (T, H, D), R = q.shape[1:], 2 * cos.shape[-1]
-    return dict(W=kv.shape[1] - T + 1, R=R, BD=power_of_two(D, 16), BR=power_of_two(R, 16),
-                BK=16 if idx is None else power_of_two(idx.shape[2], 16))
+    return dict(
+        W=kv.shape[1] - T + 1,
+        R=R,
+        BD=power_of_two(D, 16),
+        BR=power_of_two(R, 16),
+        BK=16 if idx is None else power_of_two(idx.shape[2], 16),
+    )
 
 
 def _tile(name, candidates, candidates_fp32, q, note=""):
     (H, D), amd = q.shape[2:], arch(q).startswith("gfx")
-    tile = tiles(name, f"H{H} D{D} {str(q.dtype)[6:]}{note}", candidates_fp32 if q.dtype.itemsize == 4 and not amd else candidates, q)
+    tile = tiles(
+        name,
+        f"H{H} D{D} {str(q.dtype)[6:]}{note}",
+        candidates_fp32 if q.dtype.itemsize == 4 and not amd else candidates,
+        q,
+    )
     return {**tile, "BH": min(tile["BH"], power_of_two(H, 16))}
 
 
 def _whole_rows(entries):
     """Entries whose rows lie one behind the other; their batches may be a cache's, further apart."""
-    return entries if entries is None or entries.stride()[1:] == (entries.shape[2], 1) else entries.contiguous()
+    return (
+        entries
+        if entries is None or entries.stride()[1:] == (entries.shape[2], 1)
+        else entries.contiguous()
+    )
 
 
 def _splits(work, programs, x):
@@ -469,38 +737,130 @@ def forward_kernel(q, kv, sink, seen, cos, sin, entries, lo, hi, idx, eps):
     o, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     sizes, few = _sizes(q, kv, cos, idx), B * T <= 64
     tile = _tile("sparse_attn_forward", FORWARD, FORWARD_FP32, q, " decode" if few else "")
-    keys = sizes["W"] + (0 if entries is None else entries.shape[1] if idx is None else idx.shape[2])
+    keys = sizes["W"] + (
+        0 if entries is None else entries.shape[1] if idx is None else idx.shape[2]
+    )
     programs, splits, span = B * T * cdiv(H, tile["BH"]), 1, keys
     if few:
         splits, span = _splits(cdiv(keys, 2 * tile["BN"]), programs, q)
         span *= 2 * tile["BN"]
-    acc, m, l = (q.new_empty(splits, B, T, H, n, dtype=torch.float32) for n in (D, 1, 1)) if splits > 1 else (None, lse, None)
-    launch(sparse_attn_forward, (programs, splits), q, kv, entries, idx, seen, lo, hi, cos, sin, sink, o, m, acc, l, T, kv.shape[1],
-           0 if entries is None else entries.stride(0), 0 if idx is None else idx.shape[2], 0 if entries is None else entries.shape[1],
-           H, D, D**-0.5, eps, span,
-           SPLITS=splits, **sizes, **tile)
+    acc, m, l = (
+        (q.new_empty(splits, B, T, H, n, dtype=torch.float32) for n in (D, 1, 1))
+        if splits > 1
+        else (None, lse, None)
+    )
+    launch(
+        sparse_attn_forward,
+        (programs, splits),
+        q,
+        kv,
+        entries,
+        idx,
+        seen,
+        lo,
+        hi,
+        cos,
+        sin,
+        sink,
+        o,
+        m,
+        acc,
+        l,
+        T,
+        kv.shape[1],
+        0 if entries is None else entries.stride(0),
+        0 if idx is None else idx.shape[2],
+        0 if entries is None else entries.shape[1],
+        H,
+        D,
+        D**-0.5,
+        eps,
+        span,
+        SPLITS=splits,
+        **sizes,
+        **tile,
+    )
     if splits > 1:
-        launch(sparse_attn_merge, (B * T * H,), acc, m, l, cos, sin, o, lse, B * T * H, H, D, SPLITS=splits, R=sizes["R"],
-               BS=min(8, power_of_two(splits)), BD=sizes["BD"], BR=sizes["BR"], num_warps=4)
+        launch(
+            sparse_attn_merge,
+            (B * T * H,),
+            acc,
+            m,
+            l,
+            cos,
+            sin,
+            o,
+            lse,
+            B * T * H,
+            H,
+            D,
+            SPLITS=splits,
+            R=sizes["R"],
+            BS=min(8, power_of_two(splits)),
+            BD=sizes["BD"],
+            BR=sizes["BR"],
+            num_warps=4,
+        )
     return o, lse
 
 
 def backward_kernel(g, lse, q, kv, sink, seen, cos, sin, entries, lo, hi, idx, eps):
     (B, T, H, D), N, E = q.shape, kv.shape[1], 0 if entries is None else entries.shape[1]
     if not B * T:
-        return torch.empty_like(q), torch.zeros_like(kv), torch.zeros_like(sink), q.new_zeros(0 if entries is None else entries.shape)
-    g, lse, q, kv, seen, cos, sin = (x.contiguous() for x in (g.to(q.dtype), lse, q, kv, seen, cos, sin))
+        return (
+            torch.empty_like(q),
+            torch.zeros_like(kv),
+            torch.zeros_like(sink),
+            q.new_zeros(0 if entries is None else entries.shape),
+        )
+    g, lse, q, kv, seen, cos, sin = (
+        x.contiguous() for x in (g.to(q.dtype), lse, q, kv, seen, cos, sin)
+    )
     entries = _whole_rows(entries)
     lo, hi, idx = (None if x is None else x.contiguous() for x in (lo, hi, idx))
     sizes, g_q = _sizes(q, kv, cos, idx), torch.empty_like(q)
-    scatter = idx is not None and E > MASKED * idx.shape[2] and not torch.are_deterministic_algorithms_enabled()
+    scatter = (
+        idx is not None
+        and E > MASKED * idx.shape[2]
+        and not torch.are_deterministic_algorithms_enabled()
+    )
     g_entries = q.new_zeros(B, E, D, dtype=torch.float32) if scatter else None
     delta, norm = torch.empty_like(lse), torch.empty_like(lse)
     q_r, g_r = q.new_empty(B, T, H, sizes["R"]), q.new_empty(B, T, H, sizes["R"])
     tile = _tile("sparse_attn_backward_q", QUERIES, QUERIES_FP32, q, " scatter" if scatter else "")
-    launch(sparse_attn_backward_q, (B * T * cdiv(H, tile["BH"]),), g, q, kv, entries, idx, seen, lo, hi, cos, sin, lse, g_q, g_entries,
-           delta, norm, q_r, g_r, T, N, 0 if entries is None else entries.stride(0), 0 if idx is None else idx.shape[2], E, H, D,
-           D**-0.5, eps, SCATTER=scatter, **sizes, **tile)
+    launch(
+        sparse_attn_backward_q,
+        (B * T * cdiv(H, tile["BH"]),),
+        g,
+        q,
+        kv,
+        entries,
+        idx,
+        seen,
+        lo,
+        hi,
+        cos,
+        sin,
+        lse,
+        g_q,
+        g_entries,
+        delta,
+        norm,
+        q_r,
+        g_r,
+        T,
+        N,
+        0 if entries is None else entries.stride(0),
+        0 if idx is None else idx.shape[2],
+        E,
+        H,
+        D,
+        D**-0.5,
+        eps,
+        SCATTER=scatter,
+        **sizes,
+        **tile,
+    )
     tile = _tile("sparse_attn_backward_kv", KEYS, KEYS_FP32, q)
 
     def of_keys(keys, sees, chosen, lo, hi, W):
@@ -509,28 +869,84 @@ def backward_kernel(g, lse, q, kv, sink, seen, cos, sin, entries, lo, hi, idx, e
         begin, end = torch.where(sees, t, T).amin(1), torch.where(sees, t + 1, 0).amax(1)
         splits = max(1, min(T, cdiv(2 * processors(q), max(1, B * blocks))))
         out = q.new_empty(splits, *keys.shape, dtype=torch.float32)
-        launch(sparse_attn_backward_kv, (blocks, splits, B), keys, chosen, lo, hi, begin, end, g, q, q_r, g_r, lse, delta, norm, out, T,
-               keys.shape[1], keys.stride(0), H, D, W=W, R=sizes["R"], BD=sizes["BD"], BR=sizes["BR"], **tile)
+        launch(
+            sparse_attn_backward_kv,
+            (blocks, splits, B),
+            keys,
+            chosen,
+            lo,
+            hi,
+            begin,
+            end,
+            g,
+            q,
+            q_r,
+            g_r,
+            lse,
+            delta,
+            norm,
+            out,
+            T,
+            keys.shape[1],
+            keys.stride(0),
+            H,
+            D,
+            W=W,
+            R=sizes["R"],
+            BD=sizes["BD"],
+            BR=sizes["BR"],
+            **tile,
+        )
         return out.sum(0)
 
     def starts(n):  # of the blocks of n keys
         return torch.arange(0, n, tile["BK"], device=q.device)
 
     t, W = torch.arange(T, device=q.device)[:, None], sizes["W"]
-    g_kv = of_keys(kv, ((t < starts(N) + tile["BK"]) & (t + W > starts(N))).expand(B, -1, -1), None, seen, None, W)
+    g_kv = of_keys(
+        kv,
+        ((t < starts(N) + tile["BK"]) & (t + W > starts(N))).expand(B, -1, -1),
+        None,
+        seen,
+        None,
+        W,
+    )
     if entries is None:
         g_entries = q.new_empty(0)
     elif idx is None:
-        g_entries = of_keys(entries, (lo[..., None] < starts(E) + tile["BK"]) & (hi[..., None] > starts(E)), None, lo, hi, 0)
+        g_entries = of_keys(
+            entries,
+            (lo[..., None] < starts(E) + tile["BK"]) & (hi[..., None] > starts(E)),
+            None,
+            lo,
+            hi,
+            0,
+        )
     elif not scatter:
         chosen = torch.zeros(B, T, E + 1, dtype=torch.uint8, device=q.device)  # last: a bin
         chosen.scatter_(2, torch.where(idx < 0, E, idx), 1)
-        sees = F.pad(chosen[..., :E], (0, -E % tile["BK"])).unflatten(2, (-1, tile["BK"])).amax(-1) > 0
+        sees = (
+            F.pad(chosen[..., :E], (0, -E % tile["BK"])).unflatten(2, (-1, tile["BK"])).amax(-1) > 0
+        )
         g_entries = of_keys(entries, sees, chosen, None, None, 0)
     return g_q, g_kv.to(kv.dtype), _sink_gradient(delta, lse, sink), g_entries.to(q.dtype)
 
 
-def _flops(q, kv, sink, seen, cos, sin, entries=None, lo=None, hi=None, idx=None, *args, out_shape=None, **kw):
+def _flops(
+    q,
+    kv,
+    sink,
+    seen,
+    cos,
+    sin,
+    entries=None,
+    lo=None,
+    hi=None,
+    idx=None,
+    *args,
+    out_shape=None,
+    **kw,
+):
     """Scores and values over every key that a token may see: the window, and all entries or the chosen ones."""
     B, T, H, D = q
     keys = kv[1] - T + 1 + (0 if entries is None else entries[1] if idx is None else idx[2])
@@ -540,11 +956,18 @@ def _flops(q, kv, sink, seen, cos, sin, entries=None, lo=None, hi=None, idx=None
 _backward_op = register(
     "sparse_attn_backward(Tensor g, Tensor lse, Tensor q, Tensor kv, Tensor sink, Tensor seen, Tensor cos, "
     "Tensor sin, Tensor? entries, Tensor? lo, Tensor? hi, Tensor? idx, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
-    impl=backward_reference, kernel=backward_kernel, cpp=SOURCE, takes=plain,
+    impl=backward_reference,
+    kernel=backward_kernel,
+    cpp=SOURCE,
+    takes=plain,
     fake=lambda g, lse, q, kv, sink, seen, cos, sin, entries, *rest: (
-        q.new_empty(q.shape), kv.new_empty(kv.shape), sink.new_empty(sink.shape),
-        q.new_empty(0 if entries is None else entries.shape)),
-    flops=lambda g, lse, *args, out_shape=None, **kw: 5 * _flops(*args) // 2)
+        q.new_empty(q.shape),
+        kv.new_empty(kv.shape),
+        sink.new_empty(sink.shape),
+        q.new_empty(0 if entries is None else entries.shape),
+    ),
+    flops=lambda g, lse, *args, out_shape=None, **kw: 5 * _flops(*args) // 2,
+)
 
 
 def _setup(ctx, inputs, output):
@@ -557,14 +980,30 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, g, _):
     lse, *tensors = ctx.saved_tensors
     g_q, g_kv, g_sink, g_entries = _backward_op(g.contiguous(), lse, *tensors, ctx.eps)
-    return g_q, g_kv, g_sink, None, None, None, g_entries if tensors[6] is not None else None, *[None] * 4
+    return (
+        g_q,
+        g_kv,
+        g_sink,
+        None,
+        None,
+        None,
+        g_entries if tensors[6] is not None else None,
+        *[None] * 4,
+    )
 
 
-_opaque = register("sparse_attn(Tensor q, Tensor kv, Tensor sink, Tensor seen, Tensor cos, Tensor sin, Tensor? entries, "
-                   "Tensor? lo, Tensor? hi, Tensor? idx, float eps) -> (Tensor, Tensor)", impl=forward_reference, kernel=forward_kernel,
-                   cpp=SOURCE, takes=plain,
-                   fake=lambda q, *rest: (q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)),
-                   flops=_flops, setup_context=_setup, backward=_backward)
+_opaque = register(
+    "sparse_attn(Tensor q, Tensor kv, Tensor sink, Tensor seen, Tensor cos, Tensor sin, Tensor? entries, "
+    "Tensor? lo, Tensor? hi, Tensor? idx, float eps) -> (Tensor, Tensor)",
+    impl=forward_reference,
+    kernel=forward_kernel,
+    cpp=SOURCE,
+    takes=plain,
+    fake=lambda q, *rest: (q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)),
+    flops=_flops,
+    setup_context=_setup,
+    backward=_backward,
+)
 
 
 def _on_cpu(q, *rest):
@@ -577,7 +1016,10 @@ def _form(form):
     def call(q, kv, sink, seen, cos, sin, entries, lo, hi, idx, eps, with_lse=False):
         o, lse = form(q, kv, sink, seen, cos, sin, entries, lo, hi, idx, eps)
         return (o, lse.detach()) if with_lse else o
+
     return call
 
 
-sparse_attn = Op("sparse_attn", _form(forward_reference), _form(_opaque), check, on_cpu=_form(_on_cpu))
+sparse_attn = Op(
+    "sparse_attn", _form(forward_reference), _form(_opaque), check, on_cpu=_form(_on_cpu)
+)

@@ -3,6 +3,7 @@
 A block of tokens with all its heads meets the keys that any of them sees: one matrix product per direction, as in the
 reference, but of what is visible only, and what lies between the products happens while the scores are in the cache.
 """
+
 SOURCE = r"""
 constexpr int64_t BLOCK = 16;  // tokens
 
@@ -189,4 +190,3 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_attn_backward(const Tensor& g_
   return {g_q, g_kv, g_sink, g_entries};
 }
 """
-

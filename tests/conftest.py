@@ -3,6 +3,7 @@
 Kernels are tested in a process of their own, in Triton's interpreter (TRITON_INTERPRET=1), or on the GPU where there is
 one: the tests of KERNELS then build their tensors there.
 """
+
 import os
 import sys
 from pathlib import Path
@@ -11,17 +12,33 @@ import pytest
 import torch
 
 TOLD = pytest.StashKey[list[str]]()
-QUICK = {f"test_{name}.py" for name in ("assets", "bench", "formats", "model_config", "model_mtp", "model_parity", "tokenizer")}
+QUICK = {
+    f"test_{name}.py"
+    for name in (
+        "assets",
+        "bench",
+        "formats",
+        "model_config",
+        "model_mtp",
+        "model_parity",
+        "tokenizer",
+    )
+}
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent), str(Path(__file__).parent / "ops")]
+sys.path[:0] = [
+    str(Path(__file__).parent.parent),
+    str(Path(__file__).parent),
+    str(Path(__file__).parent / "ops"),
+]
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 KERNELS = {path.name for path in Path(__file__).parent.glob("kernels/test_kernel_*.py")}
 if INTERPRETING:
     import interpreter
+
     interpreter.install()
 
 
@@ -47,12 +64,20 @@ def tensors_live_where_kernels_run(request):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--update-snapshots", action="store_true", help="rewrite tests/compile/snapshots from what is measured now")
+    parser.addoption(
+        "--update-snapshots",
+        action="store_true",
+        help="rewrite tests/compile/snapshots from what is measured now",
+    )
 
 
 def pytest_collection_modifyitems(items):
     if INTERPRETING:  # the rest of test_ops.py is about references, and would take long there
-        items[:] = [item for item in items if item.path.name != "test_ops.py" or item.get_closest_marker("kernels")]
+        items[:] = [
+            item
+            for item in items
+            if item.path.name != "test_ops.py" or item.get_closest_marker("kernels")
+        ]
     for item in items:
         if item.path.name in QUICK:
             item.add_marker(pytest.mark.quick)

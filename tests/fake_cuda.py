@@ -3,6 +3,7 @@
 The function is captured on CPU; its AOT graph is traced anew on fake CUDA tensors and lowered as far as the code, while
 what Inductor asks of torch.cuda and of Triton's driver is answered by stand-ins.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -20,10 +21,27 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map
 
 H200 = types.SimpleNamespace(
-    name="NVIDIA H200", major=9, minor=0, total_memory=141 << 30, multi_processor_count=132, max_threads_per_multi_processor=2048,
-    regs_per_multiprocessor=65536, warp_size=32, gcnArchName="", is_integrated=0, is_multi_gpu_board=0, shared_memory_per_block=49152,
-    shared_memory_per_block_optin=232448, shared_memory_per_multiprocessor=233472, L2_cache_size=60 << 20, uuid="0", clock_rate=1980000,
-    memory_clock_rate=3201000, memory_bus_width=6144, max_threads_per_block=1024)
+    name="NVIDIA H200",
+    major=9,
+    minor=0,
+    total_memory=141 << 30,
+    multi_processor_count=132,
+    max_threads_per_multi_processor=2048,
+    regs_per_multiprocessor=65536,
+    warp_size=32,
+    gcnArchName="",
+    is_integrated=0,
+    is_multi_gpu_board=0,
+    shared_memory_per_block=49152,
+    shared_memory_per_block_optin=232448,
+    shared_memory_per_multiprocessor=233472,
+    L2_cache_size=60 << 20,
+    uuid="0",
+    clock_rate=1980000,
+    memory_clock_rate=3201000,
+    memory_bus_width=6144,
+    max_threads_per_block=1024,
+)
 
 
 def answers(value) -> Callable:
@@ -38,22 +56,53 @@ def pretend_h200():
     import triton
     from torch._dynamo.device_interface import CudaInterface
     from triton.backends.compiler import GPUTarget
-    cuda = dict(is_available=True, get_device_properties=H200, get_device_capability=(9, 0), current_device=0, device_count=1,
-                get_device_name=H200.name, get_rng_state=torch.zeros(16, dtype=torch.uint8), set_rng_state=None, _lazy_init=None,
-                synchronize=None, _exchange_device=0, _maybe_exchange_device=0, _get_device_properties=H200, is_bf16_supported=True,
-                mem_get_info=(140 << 30, 141 << 30))
-    patches = [mock.patch(f"torch.cuda.{name}", answers(value), create=True) for name, value in cuda.items()]
-    patches += [mock.patch("torch.cuda._CudaDeviceProperties", types.SimpleNamespace, create=True),
-                mock.patch.object(torch.version, "cuda", torch.version.cuda or "13.0"),
-                mock.patch.object(fake_tensor, "init_gpu_context", answers(None))]
-    interface = dict(is_available=True, get_compute_capability=90, current_device=0, is_bf16_supported=True)
-    patches += [mock.patch.object(CudaInterface, name, staticmethod(answers(value))) for name, value in interface.items()]
-    patches += [mock.patch.object(CudaInterface.Worker, name, staticmethod(answers(value)))
-                for name, value in (("get_device_properties", H200), ("current_device", 0))]
+
+    cuda = dict(
+        is_available=True,
+        get_device_properties=H200,
+        get_device_capability=(9, 0),
+        current_device=0,
+        device_count=1,
+        get_device_name=H200.name,
+        get_rng_state=torch.zeros(16, dtype=torch.uint8),
+        set_rng_state=None,
+        _lazy_init=None,
+        synchronize=None,
+        _exchange_device=0,
+        _maybe_exchange_device=0,
+        _get_device_properties=H200,
+        is_bf16_supported=True,
+        mem_get_info=(140 << 30, 141 << 30),
+    )
+    patches = [
+        mock.patch(f"torch.cuda.{name}", answers(value), create=True)
+        for name, value in cuda.items()
+    ]
+    patches += [
+        mock.patch("torch.cuda._CudaDeviceProperties", types.SimpleNamespace, create=True),
+        mock.patch.object(torch.version, "cuda", torch.version.cuda or "13.0"),
+        mock.patch.object(fake_tensor, "init_gpu_context", answers(None)),
+    ]
+    interface = dict(
+        is_available=True, get_compute_capability=90, current_device=0, is_bf16_supported=True
+    )
+    patches += [
+        mock.patch.object(CudaInterface, name, staticmethod(answers(value)))
+        for name, value in interface.items()
+    ]
+    patches += [
+        mock.patch.object(CudaInterface.Worker, name, staticmethod(answers(value)))
+        for name, value in (("get_device_properties", H200), ("current_device", 0))
+    ]
     driver = types.SimpleNamespace(
-        get_current_target=answers(GPUTarget("cuda", 90, 32)), get_current_device=answers(0), get_device_interface=answers(None),
-        get_current_stream=answers(0), utils=types.SimpleNamespace(get_device_properties=answers(
-            {"max_shared_mem": 232448, "multiprocessor_count": 132})))
+        get_current_target=answers(GPUTarget("cuda", 90, 32)),
+        get_current_device=answers(0),
+        get_device_interface=answers(None),
+        get_current_stream=answers(0),
+        utils=types.SimpleNamespace(
+            get_device_properties=answers({"max_shared_mem": 232448, "multiprocessor_count": 132})
+        ),
+    )
     before = getattr(triton.runtime.driver, "_active", None)
     cached = [f for f in vars(triton_support).values() if hasattr(f, "cache_clear")]
     with contextlib.ExitStack() as stack:
@@ -80,6 +129,7 @@ def lower(function: Callable, *args) -> str:
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.graph import GraphLowering
+
     graphs, written = [], []
 
     def keep(graph, inputs):
@@ -88,14 +138,30 @@ def lower(function: Callable, *args) -> str:
 
     torch._dynamo.reset()
     with torch.no_grad():
-        torch.compile(function, fullgraph=True, dynamic=False, backend=aot_autograd(
-            fw_compiler=keep, decompositions=select_decomp_table, keep_inference_input_mutations=True))(*args)
+        torch.compile(
+            function,
+            fullgraph=True,
+            dynamic=False,
+            backend=aot_autograd(
+                fw_compiler=keep,
+                decompositions=select_decomp_table,
+                keep_inference_input_mutations=True,
+            ),
+        )(*args)
     ((graph, inputs),) = graphs
     for node in graph.graph.nodes:
-        node.kwargs = tree_map(lambda value: torch.device("cuda", 0) if isinstance(value, torch.device) else value, dict(node.kwargs))
+        node.kwargs = tree_map(
+            lambda value: torch.device("cuda", 0) if isinstance(value, torch.device) else value,
+            dict(node.kwargs),
+        )
     graph.recompile()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        inputs = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda") if isinstance(t, torch.Tensor) else t for t in inputs]
+        inputs = [
+            torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda")
+            if isinstance(t, torch.Tensor)
+            else t
+            for t in inputs
+        ]
         graph = make_fx(graph, tracing_mode="fake")(*inputs)
 
     generate = GraphLowering.codegen
@@ -105,7 +171,11 @@ def lower(function: Callable, *args) -> str:
         written.append(getattr(code, "value", str(code)))
         raise _Written
 
-    with pretend_h200(), config.patch(compile_threads=1, force_disable_caches=True), tracing(TracingContext(detect_fake_mode(inputs))):
+    with (
+        pretend_h200(),
+        config.patch(compile_threads=1, force_disable_caches=True),
+        tracing(TracingContext(detect_fake_mode(inputs))),
+    ):
         with mock.patch.object(GraphLowering, "codegen", codegen):
             try:
                 compile_fx_inner(graph, inputs)

@@ -5,6 +5,7 @@ where hardware rounds to nearest even, and loses carries and subnormals of e4m3.
 torch, whose casts are right, and arithmetic on bfloat16 happens in float32 with one rounding at the end, as on a GPU.
 And a kernel that touches memory of none of its arguments is stopped, also where it makes nothing of what it reads there.
 """
+
 from __future__ import annotations
 
 import inspect
@@ -14,11 +15,24 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-FLOATS = {tl.float64: torch.float64, tl.float32: torch.float32, tl.float16: torch.float16, tl.bfloat16: torch.bfloat16,
-          tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
+FLOATS = {
+    tl.float64: torch.float64,
+    tl.float32: torch.float32,
+    tl.float16: torch.float16,
+    tl.bfloat16: torch.bfloat16,
+    tl.float8e4nv: torch.float8_e4m3fn,
+    tl.float8e5: torch.float8_e5m2,
+}
 LARGEST = {tl.float8e4nv: 448.0, tl.float8e5: 57344.0}  # conversions saturate, infinities too
 BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-COMPUTED_IN_FP32 = ("create_si_to_fp", "create_ui_to_fp", "create_fp_to_si", "create_fp_to_ui", "create_fp_ext", "create_fp_trunc")
+COMPUTED_IN_FP32 = (
+    "create_si_to_fp",
+    "create_ui_to_fp",
+    "create_fp_to_si",
+    "create_fp_to_ui",
+    "create_fp_ext",
+    "create_fp_trunc",
+)
 
 
 def convert(array: np.ndarray, source, target) -> np.ndarray:
@@ -27,8 +41,17 @@ def convert(array: np.ndarray, source, target) -> np.ndarray:
     values = torch.from_numpy(array.view(BITS[array.itemsize]).copy()).view(FLOATS[source])
     if target in LARGEST:
         values = values.float().clamp(-LARGEST[target], LARGEST[target])
-    values = values.float().to(FLOATS[target]) if values.dtype.itemsize == 1 else values.to(FLOATS[target])
-    out = values.contiguous().view(getattr(torch, f"uint{8 * values.dtype.itemsize}")).numpy().reshape(array.shape)
+    values = (
+        values.float().to(FLOATS[target])
+        if values.dtype.itemsize == 1
+        else values.to(FLOATS[target])
+    )
+    out = (
+        values.contiguous()
+        .view(getattr(torch, f"uint{8 * values.dtype.itemsize}"))
+        .numpy()
+        .reshape(array.shape)
+    )
     return out.view(interpreter._get_np_dtype(target))
 
 
@@ -37,13 +60,17 @@ def is_bf16(handle) -> bool:
 
 
 def widen(handle):
-    return interpreter.TensorHandle(convert(handle.data, handle.dtype.scalar, tl.float32), tl.float32)
+    return interpreter.TensorHandle(
+        convert(handle.data, handle.dtype.scalar, tl.float32), tl.float32
+    )
 
 
 def narrow(handle):
     if handle.data.dtype == np.bool_:
         return handle
-    return interpreter.TensorHandle(convert(np.asarray(handle.data, np.float32), tl.float32, tl.bfloat16), tl.bfloat16)
+    return interpreter.TensorHandle(
+        convert(np.asarray(handle.data, np.float32), tl.float32, tl.bfloat16), tl.bfloat16
+    )
 
 
 def install() -> None:
@@ -58,7 +85,9 @@ def install() -> None:
     interpreter.GridExecutor.__call__ = _within_arguments(interpreter.GridExecutor.__call__)
     for name in ("create_masked_load", "create_masked_store", "create_atomic_rmw"):
         setattr(builder, name, _guarded(getattr(builder, name)))
-    builder.get_bf16 = lambda self, value: narrow(interpreter.TensorHandle(np.array([value], np.float32), tl.float32))
+    builder.get_bf16 = lambda self, value: narrow(
+        interpreter.TensorHandle(np.array([value], np.float32), tl.float32)
+    )
     for name in COMPUTED_IN_FP32:
         setattr(builder, name, lambda self, handle, target: self.cast_impl(handle, target))
     for name in ("unary_op", "binary_op", "ternary_op"):
@@ -93,33 +122,48 @@ def _in_fp32(operation):
         if any(is_bf16(a) for a in args):
             return narrow(operation(self, *[widen(a) if is_bf16(a) else a for a in args]))
         return operation(self, *args)
+
     return call
 
 
 def _within_arguments(call):
     def launch(self, *args, **kwargs):
         """Note where the arguments lie: sorted beginnings, and ends; the first ones are of nothing."""
-        storages = [t.untyped_storage() for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
+        storages = [
+            t.untyped_storage() for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)
+        ]
         spans = sorted((s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages)
         starts, ends = np.array([(0, 0), *spans], np.uint64).T
         interpreter.interpreter_builder.memory = starts.copy(), np.maximum.accumulate(ends)
         return call(self, *args, **kwargs)
+
     return launch
 
 
 def _guarded(access):
     names = list(inspect.signature(access).parameters)
-    pointer, mask = (next(i for i, name in enumerate(names) if name in of) for of in (("ptrs", "ptr"), ("mask",)))
+    pointer, mask = (
+        next(i for i, name in enumerate(names) if name in of) for of in (("ptrs", "ptr"), ("mask",))
+    )
 
     def checked(self, *args):
         pointers = args[pointer - 1]
         at, (starts, ends) = pointers.data[args[mask - 1].data.astype(bool)], self.memory
         if at.size:
-            least, most, size = at.min(), at.max(), pointers.get_element_ty().primitive_bitwidth // 8
-            if most + size > ends[np.searchsorted(starts, least, "right") - 1]:  # not all in the same tensor
+            least, most, size = (
+                at.min(),
+                at.max(),
+                pointers.get_element_ty().primitive_bitwidth // 8,
+            )
+            if (
+                most + size > ends[np.searchsorted(starts, least, "right") - 1]
+            ):  # not all in the same tensor
                 at = np.unique(at)
                 outside = at[at + size > ends[np.searchsorted(starts, at, "right") - 1]]
                 if len(outside):
-                    raise IndexError(f"{access.__name__}: {len(outside)} addresses outside of all arguments")
+                    raise IndexError(
+                        f"{access.__name__}: {len(outside)} addresses outside of all arguments"
+                    )
         return access(self, *args)
+
     return checked

@@ -1,4 +1,5 @@
 """What the tests compare with: Transformers' deepseek_v4 on the same weights, and how results are compared."""
+
 from __future__ import annotations
 
 import copy
@@ -8,17 +9,36 @@ import torch.nn.functional as F
 
 from model import ModelArgs, Transformer
 
-RENAMES = [(".attn.", ".self_attn."), (".ffn.", ".mlp."), (".indexer.compressor.", ".compressor.indexer."),
-           ("embed.", "embed_tokens."), ("hc_head_", "hc_head.hc_"), ("attn_norm.", "input_layernorm."),
-           ("ffn_norm.", "post_attention_layernorm."), ("hc_attn_", "attn_hc."), ("hc_ffn_", "ffn_hc."),
-           ("attn_sink", "sinks"), (".indexer.weights_proj.", ".compressor.indexer.scorer.weights_proj."),
-           (".indexer.wq_b.", ".compressor.indexer.q_b_proj."), ("compressor.norm.", "compressor.kv_norm."),
-           ("indexer.norm.", "indexer.kv_norm."), (".ape", ".position_bias"), (".wq_a.", ".q_a_proj."),
-           (".wq_b.", ".q_b_proj."), (".wkv.", ".kv_proj."), (".wgate.", ".gate_proj."), (".wo_a.", ".o_a_proj."),
-           (".wo_b.", ".o_b_proj."), (".q_norm.", ".q_a_norm."), ("gate.bias", "gate.e_score_correction_bias"),
-           ("shared_experts.w1.", "shared_experts.gate_proj."), ("shared_experts.w2.", "shared_experts.down_proj."),
-           ("shared_experts.w3.", "shared_experts.up_proj."), ("experts.w13", "experts.gate_up_proj"),
-           ("experts.w2", "experts.down_proj")]
+RENAMES = [
+    (".attn.", ".self_attn."),
+    (".ffn.", ".mlp."),
+    (".indexer.compressor.", ".compressor.indexer."),
+    ("embed.", "embed_tokens."),
+    ("hc_head_", "hc_head.hc_"),
+    ("attn_norm.", "input_layernorm."),
+    ("ffn_norm.", "post_attention_layernorm."),
+    ("hc_attn_", "attn_hc."),
+    ("hc_ffn_", "ffn_hc."),
+    ("attn_sink", "sinks"),
+    (".indexer.weights_proj.", ".compressor.indexer.scorer.weights_proj."),
+    (".indexer.wq_b.", ".compressor.indexer.q_b_proj."),
+    ("compressor.norm.", "compressor.kv_norm."),
+    ("indexer.norm.", "indexer.kv_norm."),
+    (".ape", ".position_bias"),
+    (".wq_a.", ".q_a_proj."),
+    (".wq_b.", ".q_b_proj."),
+    (".wkv.", ".kv_proj."),
+    (".wgate.", ".gate_proj."),
+    (".wo_a.", ".o_a_proj."),
+    (".wo_b.", ".o_b_proj."),
+    (".q_norm.", ".q_a_norm."),
+    ("gate.bias", "gate.e_score_correction_bias"),
+    ("shared_experts.w1.", "shared_experts.gate_proj."),
+    ("shared_experts.w2.", "shared_experts.down_proj."),
+    ("shared_experts.w3.", "shared_experts.up_proj."),
+    ("experts.w13", "experts.gate_up_proj"),
+    ("experts.w2", "experts.down_proj"),
+]
 
 
 def hf_name(name: str) -> str:
@@ -33,8 +53,12 @@ def hf_name(name: str) -> str:
 def hf_model(model: Transformer):
     """Transformers' model with the weights of `model` (fp32, eager)."""
     from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
+
     config = model.args.to_hf()
-    config["rope_scaling"] = config["rope_scaling"] and {**config["rope_scaling"], "rope_type": "yarn"}
+    config["rope_scaling"] = config["rope_scaling"] and {
+        **config["rope_scaling"],
+        "rope_type": "yarn",
+    }
     hf = DeepseekV4ForCausalLM._from_config(DeepseekV4Config(**config), attn_implementation="eager")
     state = {hf_name(k): v for k, v in model.state_dict().items() if not k.startswith("mtp.")}
     missing, unexpected = hf.load_state_dict(state, strict=False)
@@ -49,8 +73,16 @@ def randomize(model: Transformer, seed: int) -> Transformer:
     for name, p in model.named_parameters():
         if p.dim() > 1 and not name.endswith("ape"):
             fan_in = p.shape[-1]
-            gain = 8 if name.endswith("weights_proj.weight") else 2.4 if name.endswith("gate.weight") else 1.2
-            p.normal_(0, 1.0 if name == "embed.weight" else gain * fan_in**-0.5, generator=generator)
+            gain = (
+                8
+                if name.endswith("weights_proj.weight")
+                else 2.4
+                if name.endswith("gate.weight")
+                else 1.2
+            )
+            p.normal_(
+                0, 1.0 if name == "embed.weight" else gain * fan_in**-0.5, generator=generator
+            )
         elif "norm" in name:
             p.uniform_(0.5, 1.5, generator=generator)
         elif name.endswith("_scale"):
@@ -59,7 +91,11 @@ def randomize(model: Transformer, seed: int) -> Transformer:
             p.normal_(0, 0.5, generator=generator)
     for name, b in model.named_buffers():
         if name.endswith("tid2eid"):
-            b.copy_(torch.rand(b.shape[0], model.args.n_routed_experts, generator=generator).argsort(1)[:, : b.shape[1]])
+            b.copy_(
+                torch.rand(b.shape[0], model.args.n_routed_experts, generator=generator).argsort(1)[
+                    :, : b.shape[1]
+                ]
+            )
     return model
 
 
@@ -86,7 +122,11 @@ class Margins:
             if kind == "DeepseekV4TopKRouter":
                 self.handles.append(module.register_forward_hook(self._router))
             elif kind == "DeepseekV4Indexer":
-                self.handles.append(module.scorer.register_forward_hook(lambda m, i, out: setattr(self, "scores", out)))
+                self.handles.append(
+                    module.scorer.register_forward_hook(
+                        lambda m, i, out: setattr(self, "scores", out)
+                    )
+                )
                 self.handles.append(module.register_forward_hook(self._indexer, with_kwargs=True))
         return self
 
@@ -106,8 +146,11 @@ class Margins:
             visible = (position_ids[..., None] + 1) // module.compress_rate
             scores = self.scores.float().masked_fill(torch.arange(T) >= visible, float("-inf"))
             top = scores.topk(K + 1, -1).values
-            self.gaps.append((top[..., -2] - top[..., -1]).masked_fill(top[..., -1] == float("-inf"), float("inf"))
-                             .expand(self.scores.shape[:2]))
+            self.gaps.append(
+                (top[..., -2] - top[..., -1])
+                .masked_fill(top[..., -1] == float("-inf"), float("inf"))
+                .expand(self.scores.shape[:2])
+            )
 
     def of(self) -> torch.Tensor:
         return torch.stack(self.gaps).amin(0)
@@ -129,5 +172,9 @@ def small(**changes) -> ModelArgs:
 
 def whole_caches(module) -> set[tuple[int, ...]]:
     """Shapes of the caches of a module, with and without the bin that is their last row: no graph should copy one."""
-    shapes = [tuple(b.shape) for name, b in module.named_buffers() if name.endswith(("ring.rows", "entries"))]
+    shapes = [
+        tuple(b.shape)
+        for name, b in module.named_buffers()
+        if name.endswith(("ring.rows", "entries"))
+    ]
     return {(batch, rows - less, dim) for batch, rows, dim in shapes for less in (0, 1)}

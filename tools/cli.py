@@ -1,4 +1,5 @@
 """What the command lines share: mistakes end in one line that says what to do, and in exit code 2."""
+
 from __future__ import annotations
 
 import argparse
@@ -14,9 +15,13 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def main(program: str, run: Callable[[list[str] | None], int | None], argv: list[str] | None) -> int:
+def main(
+    program: str, run: Callable[[list[str] | None], int | None], argv: list[str] | None
+) -> int:
     """run(argv) -> what it returns, or 0; 2 after a one-line message on bad input; 130 when interrupted."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for what torch allocates on CPU: training is faster
+    os.environ.setdefault(
+        "THP_MEM_ALLOC_ENABLE", "1"
+    )  # huge pages for what torch allocates on CPU: training is faster
     try:
         return run(argv) or 0
     except KeyboardInterrupt:

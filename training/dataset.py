@@ -8,6 +8,7 @@ memory-mapped: a second run starts at once. An epoch takes every row once, in an
 order drawn from the seed; which tokens lie in which row differs from epoch to epoch. A row is a function of its number
 alone, so a resumed run reads what it would have read.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -36,7 +37,11 @@ def files_of(paths: list[str]) -> list[Path]:
         raise ValueError("--data: an empty name; name a file or a folder")
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".md") and file.is_file())
+            inside = sorted(
+                file
+                for file in path.rglob("*")
+                if file.suffix in (".txt", ".md") and file.is_file()
+            )
             if not inside:
                 raise ValueError(f"{path}: holds no .txt or .md file")
             found += inside
@@ -52,7 +57,9 @@ def read_text(paths: list[str]) -> str:
         try:
             texts.append(path.read_text(encoding="utf-8").strip("\n"))
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from None
+            raise ValueError(
+                f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})"
+            ) from None
     text = (GAP + "\n").join(text for text in texts if text.strip()) + "\n"
     if not text.strip():
         raise ValueError(f"{', '.join(paths)}: holds no text")
@@ -62,21 +69,42 @@ def read_text(paths: list[str]) -> str:
 def split(text: str) -> tuple[str, str]:
     """The text to train on, and its held-out tail: cut at a line, or where lines are as long as that at a word, or anywhere."""
     at = int(len(text) * (1 - HELD_OUT))
-    cut = next((cut for mark in "\n " if (cut := text.rfind(mark, 0, at) + 1) > (1 - HELD_OUT) * at), at)
+    cut = next(
+        (cut for mark in "\n " if (cut := text.rfind(mark, 0, at) + 1) > (1 - HELD_OUT) * at), at
+    )
     return text[:cut], text[cut:]
 
 
 def train_tokenizer(text: str, folder: Path, vocab_size: int) -> Path:
     """Fit a byte-pair vocabulary with sentencepiece; every text survives encoding and decoding, but U+2581. -> tokenizer.model"""
     import sentencepiece
+
     folder.mkdir(parents=True, exist_ok=True)
-    pieces = (line[at : at + LONGEST] for line in text.splitlines() for at in range(0, len(line) or 1, LONGEST))
+    pieces = (
+        line[at : at + LONGEST]
+        for line in text.splitlines()
+        for at in range(0, len(line) or 1, LONGEST)
+    )
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=pieces, model_prefix=str(folder / "tokenizer"), model_type="bpe",
-        vocab_size=vocab_size, byte_fallback=True, add_dummy_prefix=False, remove_extra_whitespaces=False,
-        normalization_rule_name="identity", allow_whitespace_only_pieces=True, bos_id=0, eos_id=1, unk_id=2, bos_piece=BOS,
-        eos_piece=EOS, user_defined_symbols=[USER, ASSISTANT, THINK, END_THINK], max_sentence_length=4 * LONGEST,
-        num_threads=1, minloglevel=2)
+        sentence_iterator=pieces,
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        allow_whitespace_only_pieces=True,
+        bos_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_piece=BOS,
+        eos_piece=EOS,
+        user_defined_symbols=[USER, ASSISTANT, THINK, END_THINK],
+        max_sentence_length=4 * LONGEST,
+        num_threads=1,
+        minloglevel=2,
+    )
     (folder / "tokenizer.vocab").unlink()
     return folder / "tokenizer.model"
 
@@ -97,7 +125,9 @@ def tokenize(text: str, tokenizer) -> Iterator[np.ndarray]:
     """Each document's ids, uint32: BOS, the text with one newline at its end, EOS."""
     for document in text.split(GAP):
         if document := document.strip("\n"):
-            yield np.array([*tokenizer.encode(document + "\n", bos=True), tokenizer.eos_id], dtype=np.uint32)
+            yield np.array(
+                [*tokenizer.encode(document + "\n", bos=True), tokenizer.eos_id], dtype=np.uint32
+            )
 
 
 def cached(cache: Path, key: dict, make: Callable[[Path], None]) -> Path:
@@ -139,7 +169,11 @@ def prepare(text: str, cache: Path, vocab_size: int, source: str | None = None) 
     source is a folder with a tokenizer. Without one, vocabularies below 512 read bytes, and others are fitted to the text.
     """
     parts, name = split(text), "bytes" if vocab_size < 512 else f"fitted {vocab_size}"
-    files = [file for file in map(Path(source).joinpath, TOKENIZER_FILES) if file.exists()] if source else []
+    files = (
+        [file for file in map(Path(source).joinpath, TOKENIZER_FILES) if file.exists()]
+        if source
+        else []
+    )
     if name == "bytes" and not files:
         source = None
     if source:
@@ -157,10 +191,24 @@ def prepare(text: str, cache: Path, vocab_size: int, source: str | None = None) 
                 for ids in tokenize(part, reader(folder)):
                     out.write(ids.tobytes())
 
-    folder = cached(cache, {"text": hashlib.sha256(text.encode()).hexdigest(), "tokenizer": name, "format": 1}, make)
-    ids = (np.memmap(file, np.uint32, "r") if (file := folder / part).stat().st_size else np.empty(0, np.uint32)
-           for part in ("train", "held_out"))
-    return Data(folder, Path(source) if source else None if name == "bytes" else folder, reader(folder), *ids, len(parts[1]))
+    folder = cached(
+        cache,
+        {"text": hashlib.sha256(text.encode()).hexdigest(), "tokenizer": name, "format": 1},
+        make,
+    )
+    ids = (
+        np.memmap(file, np.uint32, "r")
+        if (file := folder / part).stat().st_size
+        else np.empty(0, np.uint32)
+        for part in ("train", "held_out")
+    )
+    return Data(
+        folder,
+        Path(source) if source else None if name == "bytes" else folder,
+        reader(folder),
+        *ids,
+        len(parts[1]),
+    )
 
 
 class Rows:
@@ -178,13 +226,19 @@ class Rows:
         epoch, number = divmod(row, self.per_epoch)
         if self._epoch is None or self._epoch[0] != epoch:
             random = np.random.default_rng((self.seed, epoch))
-            self._epoch = epoch, int(random.integers(self.length)), random.permutation(self.per_epoch)
+            self._epoch = (
+                epoch,
+                int(random.integers(self.length)),
+                random.permutation(self.per_epoch),
+            )
         return self._epoch[1] + int(self._epoch[2][number]) * self.length
 
     def __call__(self, rows: range) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """-> tokens, targets, doc_ids [B, S] int64 of these rows. The last token of a document has no target (-1)."""
         starts = np.array([self._start(row) for row in rows])
-        window = torch.from_numpy(self.ids[starts[:, None] + np.arange(self.length + 1)].astype(np.int64))
+        window = torch.from_numpy(
+            self.ids[starts[:, None] + np.arange(self.length + 1)].astype(np.int64)
+        )
         return packed(window, self.bos)
 
 

@@ -8,6 +8,7 @@
 
 Parameters below fp32 are updated through fp32 masters.
 """
+
 from __future__ import annotations
 
 from typing import Callable
@@ -21,26 +22,57 @@ from ops.muon import grad_norm, muon
 class Optimizer:
     """Updates the parameters of `model` that require gradients. kind: "muon" as above, or "adamw" for all of them."""
 
-    def __init__(self, model: torch.nn.Module, kind: str = "muon", *, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-20,
-                 decay: float = 0.1, momentum: float = 0.95, clip: float = float("inf"), bias_rate: float = 1e-3):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        kind: str = "muon",
+        *,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-20,
+        decay: float = 0.1,
+        momentum: float = 0.95,
+        clip: float = float("inf"),
+        bias_rate: float = 1e-3,
+    ):
         if kind not in ("muon", "adamw"):
             raise ValueError(f"optimizer {kind!r}: choose muon or adamw")
-        self.betas, self.eps, self.decay, self.momentum, self.clip, self.bias_rate = betas, eps, decay, momentum, clip, bias_rate
+        self.betas, self.eps, self.decay, self.momentum, self.clip, self.bias_rate = (
+            betas,
+            eps,
+            decay,
+            momentum,
+            clip,
+            bias_rate,
+        )
         groups = {m.weight: m.groups for m in model.modules() if isinstance(m, Linear)}
-        self.biases = [m.bias for m in model.modules() if isinstance(m, Gate) and hasattr(m, "bias") and m.weight.requires_grad]
-        self.muon: list[tuple[str, torch.Tensor, int]] = []  # name, parameter, matrices along its rows
+        self.biases = [
+            m.bias
+            for m in model.modules()
+            if isinstance(m, Gate) and hasattr(m, "bias") and m.weight.requires_grad
+        ]
+        self.muon: list[
+            tuple[str, torch.Tensor, int]
+        ] = []  # name, parameter, matrices along its rows
         self.adam: list[tuple[str, torch.Tensor]] = []
         self.state: dict[str, dict[str, torch.Tensor]] = {}
         self.count = torch.zeros((), device=next(model.parameters()).device)
         for name, p in model.named_parameters():
             if not p.requires_grad:
                 continue
-            matrix = kind == "muon" and p.dim() > 1 and not name.startswith(("embed.", "head.")) and not name.endswith("ape")
+            matrix = (
+                kind == "muon"
+                and p.dim() > 1
+                and not name.startswith(("embed.", "head."))
+                and not name.endswith("ape")
+            )
             if matrix:
                 self.muon.append((name, p, 2 if name.endswith("w13") else groups.get(p, 1)))
             else:
                 self.adam.append((name, p))
-            self.state[name] = {key: torch.zeros_like(p, dtype=torch.float32) for key in ("first", "second")[: 2 - matrix]}
+            self.state[name] = {
+                key: torch.zeros_like(p, dtype=torch.float32)
+                for key in ("first", "second")[: 2 - matrix]
+            }
             if p.dtype != torch.float32:
                 self.state[name]["master"] = p.detach().float()
         self._run = self._update
@@ -57,7 +89,9 @@ class Optimizer:
         -> grad_norm, of all gradients before they are clipped.
         """
         self.count += 1
-        filled = [1 - b**self.count for b in self.betas]  # not in the graph, where every few elements would compute the powers
+        filled = [
+            1 - b**self.count for b in self.betas
+        ]  # not in the graph, where every few elements would compute the powers
         return {"grad_norm": self._run(self.gradients(), lr, load, filled)}
 
     def gradients(self) -> dict[str, torch.Tensor]:
@@ -72,14 +106,31 @@ class Optimizer:
         """Of all gradients, () fp32."""
         return grad_norm(list(grads.values()))
 
-    def update_matrices(self, grads: dict[str, torch.Tensor], scale: torch.Tensor, lr: torch.Tensor) -> None:
+    def update_matrices(
+        self, grads: dict[str, torch.Tensor], scale: torch.Tensor, lr: torch.Tensor
+    ) -> None:
         for name, p, blocks in self.muon:
             if name in grads:
                 state = self.state[name]
-                muon(p, state["first"], state.get("master"), grads[name], scale, lr, blocks, self.momentum, self.decay)
+                muon(
+                    p,
+                    state["first"],
+                    state.get("master"),
+                    grads[name],
+                    scale,
+                    lr,
+                    blocks,
+                    self.momentum,
+                    self.decay,
+                )
 
-    def _update(self, grads: dict[str, torch.Tensor], lr: torch.Tensor, load: torch.Tensor | None,
-                filled: list[torch.Tensor]) -> torch.Tensor:
+    def _update(
+        self,
+        grads: dict[str, torch.Tensor],
+        lr: torch.Tensor,
+        load: torch.Tensor | None,
+        filled: list[torch.Tensor],
+    ) -> torch.Tensor:
         """filled: how much of each moving average is filled by now."""
         norm, (b1, b2) = self.norm(grads), self.betas
         scale = (self.clip / (norm + 1e-6)).clamp(max=1.0)
@@ -101,12 +152,19 @@ class Optimizer:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Flat: "count", and NAME.first, NAME.second, NAME.master."""
-        return {"count": self.count, **{f"{name}.{key}": t for name, state in self.state.items() for key, t in state.items()}}
+        return {
+            "count": self.count,
+            **{
+                f"{name}.{key}": t for name, state in self.state.items() for key, t in state.items()
+            },
+        }
 
     def load_state_dict(self, saved: dict[str, torch.Tensor]) -> None:
         """A ValueError names what a state of another model, or of another kind, has more or less."""
         mine = self.state_dict()
         if mine.keys() != saved.keys():
-            raise ValueError(f"the optimizer's state differs in {sorted(mine.keys() ^ saved.keys())[0]!r}")
+            raise ValueError(
+                f"the optimizer's state differs in {sorted(mine.keys() ^ saved.keys())[0]!r}"
+            )
         for key, tensor in mine.items():
             tensor.copy_(saved[key])

@@ -19,6 +19,7 @@ exponent too small by a power of two that the factor of the scale makes up for. 
 none of them through shared memory. It gives the values of a row in another order, 128 at a time, so x and h are stored
 in that order. The products are 2^-64 of the true ones, as the factor must fit a bf16: for scales of 2^-60 to 2^60.
 """
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -44,7 +45,20 @@ def moe_count(idx, counts, n, C: tl.constexpr, EP: tl.constexpr):
 
 
 @jit
-def moe_route(c, idx, counts, order, starts, blocks, n, E, chunks, BM: tl.constexpr, C: tl.constexpr, EP: tl.constexpr):
+def moe_route(
+    c,
+    idx,
+    counts,
+    order,
+    starts,
+    blocks,
+    n,
+    E,
+    chunks,
+    BM: tl.constexpr,
+    C: tl.constexpr,
+    EP: tl.constexpr,
+):
     """order [n]: pairs by expert; starts [E + 2]: where experts begin in it, then n and the number of blocks;
     blocks [.., 4]: expert, first block of the expert, where it begins and ends in order. No counts: there is one chunk."""
     J: tl.constexpr = C if C < 64 else 64
@@ -54,7 +68,9 @@ def moe_route(c, idx, counts, order, starts, blocks, n, E, chunks, BM: tl.conste
     for j0 in range(0, C, J):
         j = c * C + j0 + tl.arange(0, J)
         other = tl.load(idx + j, mask=j < n, other=-1).to(tl.int32)
-        rank += tl.sum(((other[:, None] == mine[None, :]) & (j[:, None] < i[None, :])).to(tl.int32), 0)
+        rank += tl.sum(
+            ((other[:, None] == mine[None, :]) & (j[:, None] < i[None, :])).to(tl.int32), 0
+        )
     start, first, count = tl.zeros([C], tl.int32), tl.zeros([C], tl.int32), tl.zeros([C], tl.int32)
     seen, numbered = 0, 0  # pairs and blocks of the experts so far
     for e0 in range(0, E, 64):
@@ -66,7 +82,9 @@ def moe_route(c, idx, counts, order, starts, blocks, n, E, chunks, BM: tl.conste
             total, before = tl.zeros([64], tl.int32), tl.zeros([64], tl.int32)
             for c0 in range(0, chunks, 64):
                 row = c0 + tl.arange(0, 64)[:, None]
-                here = tl.load(counts + row * EP + e[None, :], mask=(row < chunks) & (e < E)[None, :], other=0)
+                here = tl.load(
+                    counts + row * EP + e[None, :], mask=(row < chunks) & (e < E)[None, :], other=0
+                )
                 total += tl.sum(here, 0)
                 before += tl.sum(tl.where(row < c, here, 0), 0)
             rank += tl.sum(tl.where(same, before[:, None], 0), 0)
@@ -100,7 +118,12 @@ def moe_block(order, blocks, NT, ROUTED: tl.constexpr, BM: tl.constexpr):
         ok = row < end
         pair = tl.load(order + row, mask=ok, other=0)
     else:
-        expert, tile, ok, pair = tl.load(order + block), tl.program_id(0) % NT, slot == 0, block + tl.zeros([BM], tl.int32)
+        expert, tile, ok, pair = (
+            tl.load(order + block),
+            tl.program_id(0) % NT,
+            slot == 0,
+            block + tl.zeros([BM], tl.int32),
+        )
     return block, expert.to(tl.int64), tile, pair, ok
 
 
@@ -117,8 +140,12 @@ def moe_last(counter, n):
 @jit
 def moe_pair(q, f, j: tl.constexpr, J: tl.constexpr, dtype: tl.constexpr):
     """The j-th value of both halves of words [..] times f: [.., 2]"""
-    if J == 4:  # seeemm.. -> sign, and the lowest two bits of a bf16's exponent, the highest of its mantissa
-        magnitude = (q << 6 if j == 0 else q << 2 if j == 1 else q >> 2 if j == 2 else q >> 6) & 0x01C001C0
+    if (
+        J == 4
+    ):  # seeemm.. -> sign, and the lowest two bits of a bf16's exponent, the highest of its mantissa
+        magnitude = (
+            q << 6 if j == 0 else q << 2 if j == 1 else q >> 2 if j == 2 else q >> 6
+        ) & 0x01C001C0
         sign = (q << 12 - 4 * j) & -0x7FFF8000
     else:
         magnitude = (q << 4 if j == 0 else q >> 4) & 0x07F007F0
@@ -134,15 +161,30 @@ def moe_pair(q, f, j: tl.constexpr, J: tl.constexpr, dtype: tl.constexpr):
 
 
 @jit
-def moe_words(w, s, row, k, stride, s_stride, J: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, dtype: tl.constexpr):
+def moe_words(
+    w,
+    s,
+    row,
+    k,
+    stride,
+    s_stride,
+    J: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    dtype: tl.constexpr,
+):
     """Rows of W from column k on, in the order that moe_order gives to x, times 2^-64: [BN, BK]"""
     B: tl.constexpr = BK // 128
     W: tl.constexpr = 64 // J  # words of 128 values
-    q = tl.load(w + row[:, None] * stride + (k // (2 * J) + tl.arange(0, B * W))[None, :]).reshape(BN, B, W)
+    q = tl.load(w + row[:, None] * stride + (k // (2 * J) + tl.arange(0, B * W))[None, :]).reshape(
+        BN, B, W
+    )
     if J == 4:
         if s.dtype.element_ty == tl.int32:  # four scales a word
             f = tl.load(s + row[:, None] * s_stride + (k // 128 + tl.arange(0, B))[None, :])
-            f = tl.join(tl.join(f & 255, (f >> 16) & 255), tl.join((f >> 8) & 255, (f >> 24) & 255)).reshape(BN, 4 * B)
+            f = tl.join(
+                tl.join(f & 255, (f >> 16) & 255), tl.join((f >> 8) & 255, (f >> 24) & 255)
+            ).reshape(BN, 4 * B)
         else:
             f = tl.load(s + row[:, None] * s_stride + (k // 32 + tl.arange(0, 4 * B))[None, :])
         f = tl.broadcast_to(f[:, :, None], [BN, 4 * B, W // 4]).reshape(BN, B, W)
@@ -150,12 +192,20 @@ def moe_words(w, s, row, k, stride, s_stride, J: tl.constexpr, BN: tl.constexpr,
         f = tl.load(s + (row // 128)[:, None] * s_stride + (k // 128 + tl.arange(0, B))[None, :])
         f = tl.broadcast_to(f[:, :, None], [BN, B, W])
     if f.dtype == tl.float32:
-        f *= 4.611686018427388e18 if J == 4 else 7.205759403792794e16  # 2^62, 2^56: 2^-64 of what the exponents lack
+        f *= (
+            4.611686018427388e18 if J == 4 else 7.205759403792794e16
+        )  # 2^62, 2^56: 2^-64 of what the exponents lack
     else:
-        f = ((tl.minimum(f.to(tl.int32), 192) + (62 if J == 4 else 56)) << 7).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        f = (
+            ((tl.minimum(f.to(tl.int32), 192) + (62 if J == 4 else 56)) << 7)
+            .to(tl.int16)
+            .to(tl.bfloat16, bitcast=True)
+        )
     if J == 4:
-        v = tl.join(tl.join(moe_pair(q, f, 0, J, dtype), moe_pair(q, f, 2, J, dtype)),
-                    tl.join(moe_pair(q, f, 1, J, dtype), moe_pair(q, f, 3, J, dtype)))  # [BN, B, W, half, j / 2, j % 2]
+        v = tl.join(
+            tl.join(moe_pair(q, f, 0, J, dtype), moe_pair(q, f, 2, J, dtype)),
+            tl.join(moe_pair(q, f, 1, J, dtype), moe_pair(q, f, 3, J, dtype)),
+        )  # [BN, B, W, half, j / 2, j % 2]
         return tl.permute(v, (0, 1, 4, 5, 2, 3)).reshape(BN, BK)
     else:
         v = tl.join(moe_pair(q, f, 0, J, dtype), moe_pair(q, f, 1, J, dtype))
@@ -169,7 +219,9 @@ def moe_values(w, s, o, i, ok, stride, s_stride, rows, FORMAT: tl.constexpr, dty
         return tl.load(w + o * stride + i, mask=ok, other=0.0)
     else:
         if FORMAT == "fp4":
-            v = decode_e2m1(tl.load(w + o * stride + i // 2, mask=ok, other=0).to(tl.int32) >> i % 2 * 4)
+            v = decode_e2m1(
+                tl.load(w + o * stride + i // 2, mask=ok, other=0).to(tl.int32) >> i % 2 * 4
+            )
             at = o * s_stride + i // 32
         else:
             v = decode_e4m3(tl.load(w + o * stride + i, mask=ok, other=0))
@@ -178,8 +230,21 @@ def moe_values(w, s, o, i, ok, stride, s_stride, rows, FORMAT: tl.constexpr, dty
 
 
 @jit
-def moe_weights(w, s, row, k, K, stride, s_stride, FORMAT: tl.constexpr, J: tl.constexpr, EVEN: tl.constexpr,
-                BN: tl.constexpr, BK: tl.constexpr, dtype: tl.constexpr):
+def moe_weights(
+    w,
+    s,
+    row,
+    k,
+    K,
+    stride,
+    s_stride,
+    FORMAT: tl.constexpr,
+    J: tl.constexpr,
+    EVEN: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    dtype: tl.constexpr,
+):
     """Rows of W from column k of K on: [BN, BK]"""
     if J:
         return moe_words(w, s, row, k, stride, s_stride, J, BN, BK, dtype)
@@ -188,7 +253,9 @@ def moe_weights(w, s, row, k, K, stride, s_stride, FORMAT: tl.constexpr, J: tl.c
         if FORMAT == "plain" and EVEN:
             return tl.load(w + row[:, None] * stride + i)
         else:
-            return moe_values(w, s, row[:, None], i, i < K, stride, s_stride, 1 << 30, FORMAT, dtype)
+            return moe_values(
+                w, s, row[:, None], i, i < K, stride, s_stride, 1 << 30, FORMAT, dtype
+            )
 
 
 class _Weights(NamedTuple):
@@ -217,7 +284,14 @@ def _weights(w, s, dtype, words: bool = True) -> _Weights:
     s, form, w = s.contiguous(), "fp4" if w.dtype == torch.int8 else "fp8", w.view(torch.uint8)
     J = 4 if form == "fp4" else 2
     wide = lambda t: t.dtype != torch.uint8 or t.storage_offset() % 4 == 0 and t.shape[-1] % 4 == 0
-    if not words or dtype != torch.bfloat16 or w.shape[-1] * J // 2 % 128 or not wide(w) or form == "fp4" and not wide(s):
+    if (
+        not words
+        or dtype != torch.bfloat16
+        or w.shape[-1] * J // 2 % 128
+        or not wide(w)
+        or form == "fp4"
+        and not wide(s)
+    ):
         return _Weights(w, s, form, 0, form)
     if form == "fp4" and s.dtype == torch.uint8:
         s = s.view(torch.int32)
@@ -247,7 +321,9 @@ def moe_fp8(v, BM: tl.constexpr, BN: tl.constexpr, SWAP: tl.constexpr):
         b = v.to(tl.float32).reshape(BM, BN // 128, 128)
         scale = scale_e4m3(tl.max(tl.abs(b), 2))[:, :, None]
     power = (b.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    magic = tl.maximum(power, 0.015625 * scale) * 1572864.0  # 1.5 * 2^23 times the worth of the last bit: adding it rounds
+    magic = (
+        tl.maximum(power, 0.015625 * scale) * 1572864.0
+    )  # 1.5 * 2^23 times the worth of the last bit: adding it rounds
     return ((b + magic) - magic).reshape(v.shape).to(v.dtype)
 
 
@@ -272,8 +348,29 @@ def moe_zero(counters, n):
 
 
 @jit
-def moe_begin(idx, counts, order, starts, blocks, x, out, zero, n, E, chunks, N, d, zeros, QUANT: tl.constexpr, J: tl.constexpr,
-              C: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def moe_begin(
+    idx,
+    counts,
+    order,
+    starts,
+    blocks,
+    x,
+    out,
+    zero,
+    n,
+    E,
+    chunks,
+    N,
+    d,
+    zeros,
+    QUANT: tl.constexpr,
+    J: tl.constexpr,
+    C: tl.constexpr,
+    EP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
     """The first programs route (chunks of them), the others bring x [N, d] through fp8 and into the order of the weights."""
     program = tl.program_id(0)
     if zero is not None:
@@ -295,8 +392,22 @@ def moe_begin(idx, counts, order, starts, blocks, x, out, zero, n, E, chunks, N,
 
 
 @jit
-def moe_hidden(gate, up, weight, h, limit, I, pair, col, ok, QUANT: tl.constexpr, ORDER: tl.constexpr, BM: tl.constexpr,
-               BN: tl.constexpr, SWAP: tl.constexpr):
+def moe_hidden(
+    gate,
+    up,
+    weight,
+    h,
+    limit,
+    I,
+    pair,
+    col,
+    ok,
+    QUANT: tl.constexpr,
+    ORDER: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    SWAP: tl.constexpr,
+):
     """The SwiGLU of a tile, stored in h."""
     gate, up = tl.minimum(gate, limit), tl.minimum(tl.maximum(up, -limit), limit)
     v = (gate / (1 + tl.exp(-gate)) * up * tl.load(weight + pair)).to(h.dtype.element_ty)
@@ -306,8 +417,21 @@ def moe_hidden(gate, up, weight, h, limit, I, pair, col, ok, QUANT: tl.constexpr
 
 
 @jit
-def moe_finish(sums, weight, h, limit, n, I, pair, begin, ok, QUANT: tl.constexpr, ORDER: tl.constexpr, SPLIT: tl.constexpr,
-               BM: tl.constexpr):
+def moe_finish(
+    sums,
+    weight,
+    h,
+    limit,
+    n,
+    I,
+    pair,
+    begin,
+    ok,
+    QUANT: tl.constexpr,
+    ORDER: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BM: tl.constexpr,
+):
     """128 columns of h from those of sums [SPLIT, n, 2I], past the L1 cache."""
     col = begin + tl.arange(0, 128)[None, :]
     ok = ok & (col < I)
@@ -320,9 +444,42 @@ def moe_finish(sums, weight, h, limit, n, I, pair, begin, ok, QUANT: tl.constexp
 
 
 @jit
-def moe_up(x, w, s, order, starts, blocks, weight, h, sums, seen, zero, limit, n, K, E, I, d, w_expert, w_row, s_expert, s_row, NT,
-           zeros, FORMAT: tl.constexpr, J: tl.constexpr, EVEN: tl.constexpr, ROUTED: tl.constexpr, QUANT: tl.constexpr,
-           ORDER: tl.constexpr, SPLIT: tl.constexpr, SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+def moe_up(
+    x,
+    w,
+    s,
+    order,
+    starts,
+    blocks,
+    weight,
+    h,
+    sums,
+    seen,
+    zero,
+    limit,
+    n,
+    K,
+    E,
+    I,
+    d,
+    w_expert,
+    w_row,
+    s_expert,
+    s_row,
+    NT,
+    zeros,
+    FORMAT: tl.constexpr,
+    J: tl.constexpr,
+    EVEN: tl.constexpr,
+    ROUTED: tl.constexpr,
+    QUANT: tl.constexpr,
+    ORDER: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SWAP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
     """h [n, I]. If there are sums [SPLIT, n, 2I] they get those of gate and up, over parts of d; the program that completes
     128 columns of both makes h of them, if it is counted in `seen`."""
     if zero is not None:
@@ -347,15 +504,30 @@ def moe_up(x, w, s, order, starts, blocks, weight, h, sums, seen, zero, limit, n
     for k in range(begin, tl.minimum(begin + part, d), BK):
         i = (k + tl.arange(0, BK))[None, :]
         xs = tl.load(x + i, mask=ok[:, None] if EVEN else ok[:, None] & (i < d), other=0.0)
-        gate = moe_dot(xs, moe_weights(w, s, row, k, d, w_row, s_row, FORMAT, J, EVEN, BN, BK, dtype), gate, SWAP)
+        gate = moe_dot(
+            xs,
+            moe_weights(w, s, row, k, d, w_row, s_row, FORMAT, J, EVEN, BN, BK, dtype),
+            gate,
+            SWAP,
+        )
         s3 = s if FORMAT == "plain" else s + s_expert // 2
-        up = moe_dot(xs, moe_weights(w + I * w_row, s3, row, k, d, w_row, s_row, FORMAT, J, EVEN, BN, BK, dtype), up, SWAP)
+        up = moe_dot(
+            xs,
+            moe_weights(w + I * w_row, s3, row, k, d, w_row, s_row, FORMAT, J, EVEN, BN, BK, dtype),
+            up,
+            SWAP,
+        )
     if J:
         gate, up = gate * 18446744073709551616.0, up * 18446744073709551616.0  # 2^64
-    columns, pairs = col[:, None] if SWAP else col[None, :], pair[None, :] if SWAP else pair[:, None]
+    columns, pairs = (
+        col[:, None] if SWAP else col[None, :],
+        pair[None, :] if SWAP else pair[:, None],
+    )
     inside = (ok[None, :] if SWAP else ok[:, None]) & (columns < I)
     if sums is None:
-        moe_hidden(gate, up, weight, h, limit, I, pairs, columns, inside, QUANT, ORDER, BM, BN, SWAP)
+        moe_hidden(
+            gate, up, weight, h, limit, I, pairs, columns, inside, QUANT, ORDER, BM, BN, SWAP
+        )
     else:
         at = sums + (tl.program_id(1).to(tl.int64) * n + pairs) * (2 * I) + columns
         tl.store(at, gate.to(sums.dtype.element_ty), mask=inside)
@@ -363,13 +535,45 @@ def moe_up(x, w, s, order, starts, blocks, weight, h, sums, seen, zero, limit, n
         if seen is not None:
             G: tl.constexpr = 128 // BN  # tiles of 128 columns
             group = tile // G
-            if moe_last(seen + block * ((I + 127) // 128) + group, SPLIT * tl.minimum(G, NT - group * G)):
-                moe_finish(sums, weight, h, limit, n, I, pair[:, None], group * 128, ok[:, None], QUANT, ORDER, SPLIT, BM)
+            if moe_last(
+                seen + block * ((I + 127) // 128) + group, SPLIT * tl.minimum(G, NT - group * G)
+            ):
+                moe_finish(
+                    sums,
+                    weight,
+                    h,
+                    limit,
+                    n,
+                    I,
+                    pair[:, None],
+                    group * 128,
+                    ok[:, None],
+                    QUANT,
+                    ORDER,
+                    SPLIT,
+                    BM,
+                )
 
 
 @jit
-def moe_act(sums, weight, h, limit, n, I, QUANT: tl.constexpr, ORDER: tl.constexpr, SPLIT: tl.constexpr):
-    moe_finish(sums, weight, h, limit, n, I, tl.program_id(0).to(tl.int64), tl.program_id(1) * 128, True, QUANT, ORDER, SPLIT, 1)
+def moe_act(
+    sums, weight, h, limit, n, I, QUANT: tl.constexpr, ORDER: tl.constexpr, SPLIT: tl.constexpr
+):
+    moe_finish(
+        sums,
+        weight,
+        h,
+        limit,
+        n,
+        I,
+        tl.program_id(0).to(tl.int64),
+        tl.program_id(1) * 128,
+        True,
+        QUANT,
+        ORDER,
+        SPLIT,
+        1,
+    )
 
 
 @jit
@@ -378,14 +582,44 @@ def moe_add(pairs, y, idx, row, col, N, d, E, K: tl.constexpr, BM: tl.constexpr,
     ok, total = (row < N) & (col < d), tl.zeros([BM, BN], tl.float32)
     for k in tl.static_range(K):
         has = ok if idx is None else ok & (tl.load(idx + row * K + k, mask=row < N, other=E) < E)
-        total += tl.load(pairs + (row * K + k) * d + col, mask=has, other=0.0, cache_modifier=".cg").to(tl.float32)
+        total += tl.load(
+            pairs + (row * K + k) * d + col, mask=has, other=0.0, cache_modifier=".cg"
+        ).to(tl.float32)
     tl.store(y + row * d + col, total.to(y.dtype.element_ty), mask=ok)
 
 
 @jit
-def moe_down(h, w, s, order, starts, blocks, out, y, seen, K, E, O, I, rows, w_expert, w_row, s_expert, s_row, NT,
-             FORMAT: tl.constexpr, J: tl.constexpr, EVEN: tl.constexpr, ROUTED: tl.constexpr, TRANSPOSED: tl.constexpr,
-             SWAP: tl.constexpr, TERMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+def moe_down(
+    h,
+    w,
+    s,
+    order,
+    starts,
+    blocks,
+    out,
+    y,
+    seen,
+    K,
+    E,
+    O,
+    I,
+    rows,
+    w_expert,
+    w_row,
+    s_expert,
+    s_row,
+    NT,
+    FORMAT: tl.constexpr,
+    J: tl.constexpr,
+    EVEN: tl.constexpr,
+    ROUTED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    SWAP: tl.constexpr,
+    TERMS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
     """out [n, O] = h [n / K, I] W^T; TRANSPOSED: h W, of W [I, O]. Each pair has a row of out, and h one for every K.
     If there is y [1, O], of one token: the program that completes a tile, as `seen` counts, adds the TERMS rows of out."""
     if ROUTED:
@@ -406,7 +640,18 @@ def moe_down(h, w, s, order, starts, blocks, out, y, seen, K, E, O, I, rows, w_e
         hs = tl.load(h + i, mask=ok[:, None] if EVEN else ok[:, None] & (i < I), other=0.0)
         if TRANSPOSED:
             i, inside = (k + tl.arange(0, BK))[:, None], (col < O)[None, :]
-            ws = moe_values(w, s, i, col[None, :], inside if EVEN else inside & (i < I), w_row, s_row, rows, FORMAT, dtype)
+            ws = moe_values(
+                w,
+                s,
+                i,
+                col[None, :],
+                inside if EVEN else inside & (i < I),
+                w_row,
+                s_row,
+                rows,
+                FORMAT,
+                dtype,
+            )
             ws = tl.trans(ws)
         else:
             ws = moe_weights(w, s, row, k, I, w_row, s_row, FORMAT, J, EVEN, BN, BK, dtype)
@@ -425,7 +670,9 @@ def moe_down(h, w, s, order, starts, blocks, out, y, seen, K, E, O, I, rows, w_e
 @jit
 def moe_sum(pairs, y, idx, N, d, E, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     row = (tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM))[:, None]
-    moe_add(pairs, y, idx, row, (tl.program_id(1) * BN + tl.arange(0, BN))[None, :], N, d, E, K, BM, BN)
+    moe_add(
+        pairs, y, idx, row, (tl.program_id(1) * BN + tl.arange(0, BN))[None, :], N, d, E, K, BM, BN
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -433,7 +680,19 @@ def moe_sum(pairs, y, idx, N, d, E, K: tl.constexpr, BM: tl.constexpr, BN: tl.co
 
 
 @jit
-def moe_act_backward(sums, g_h, weight, g_weight, limit, n, I, QUANT: tl.constexpr, H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def moe_act_backward(
+    sums,
+    g_h,
+    weight,
+    g_weight,
+    limit,
+    n,
+    I,
+    QUANT: tl.constexpr,
+    H: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
     """From gate and up, sums [n, 2I], and the gradient g_h [n, I] of h those of gate, up and weight [n]; and h.
     In place: the first two become sums, h becomes g_h."""
     pair = (tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM))[:, None]
@@ -441,14 +700,27 @@ def moe_act_backward(sums, g_h, weight, g_weight, limit, n, I, QUANT: tl.constex
     for i in range(0, I, BN):
         col = i + tl.arange(0, BN)[None, :]
         ok, at, to = (pair < n) & (col < I), sums + pair * 2 * I + col, g_h + pair * I + col
-        a, b = tl.load(at, mask=ok, other=0.0).to(tl.float32), tl.load(at + I, mask=ok, other=0.0).to(tl.float32)
+        a, b = (
+            tl.load(at, mask=ok, other=0.0).to(tl.float32),
+            tl.load(at + I, mask=ok, other=0.0).to(tl.float32),
+        )
         g = tl.load(to, mask=ok, other=0.0).to(tl.float32)
         gate, up = tl.minimum(a, limit), tl.minimum(tl.maximum(b, -limit), limit)
         sig = 1 / (1 + tl.exp(-gate))
         silu = gate * sig
         g_w += g * silu * up
-        tl.store(at, tl.where(a <= limit, g * w * up * sig * (1 + gate - silu), 0.0).to(g_h.dtype.element_ty), mask=ok)
-        tl.store(at + I, tl.where(tl.abs(b) <= limit, g * w * silu, 0.0).to(g_h.dtype.element_ty), mask=ok)
+        tl.store(
+            at,
+            tl.where(a <= limit, g * w * up * sig * (1 + gate - silu), 0.0).to(
+                g_h.dtype.element_ty
+            ),
+            mask=ok,
+        )
+        tl.store(
+            at + I,
+            tl.where(tl.abs(b) <= limit, g * w * silu, 0.0).to(g_h.dtype.element_ty),
+            mask=ok,
+        )
         if H:
             h = (silu * up * w).to(g_h.dtype.element_ty)
             if QUANT:
@@ -458,7 +730,9 @@ def moe_act_backward(sums, g_h, weight, g_weight, limit, n, I, QUANT: tl.constex
 
 
 @jit
-def moe_outer(a, b, order, starts, out, A, B, KA, KB, BA: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr):
+def moe_outer(
+    a, b, order, starts, out, A, B, KA, KB, BA: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr
+):
     """out [E, A, B]: of each expert, the sum over its pairs of a's row times b's; row pair / KA of a, pair / KB of b."""
     tiles_b = (B + BB - 1) // BB
     per = (A + BA - 1) // BA * tiles_b
@@ -469,8 +743,16 @@ def moe_outer(a, b, order, starts, out, A, B, KA, KB, BA: tl.constexpr, BB: tl.c
     for r in range(tl.load(starts + expert), end, BK):
         row = r + tl.arange(0, BK)
         pair = tl.load(order + row, mask=row < end, other=0)
-        as_ = tl.load(a + (pair // KA).to(tl.int64)[:, None] * A + i[None, :], mask=(row < end)[:, None] & (i < A)[None, :], other=0.0)
-        bs = tl.load(b + (pair // KB).to(tl.int64)[:, None] * B + j[None, :], mask=(row < end)[:, None] & (j < B)[None, :], other=0.0)
+        as_ = tl.load(
+            a + (pair // KA).to(tl.int64)[:, None] * A + i[None, :],
+            mask=(row < end)[:, None] & (i < A)[None, :],
+            other=0.0,
+        )
+        bs = tl.load(
+            b + (pair // KB).to(tl.int64)[:, None] * B + j[None, :],
+            mask=(row < end)[:, None] & (j < B)[None, :],
+            other=0.0,
+        )
         acc = tl.dot(tl.trans(as_), bs, acc, input_precision="ieee")
     at = out + (expert.to(tl.int64) * A + i.to(tl.int64)[:, None]) * B + j[None, :]
     tl.store(at, acc.to(out.dtype.element_ty), mask=(i < A)[:, None] & (j < B)[None, :])
@@ -499,7 +781,9 @@ class _Route(NamedTuple):
         return self.blocks is not None
 
 
-def _begin(idx, E: int, BM: int, x, quant: bool, J: int, zero=None, routed: bool = True) -> tuple[_Route, torch.Tensor]:
+def _begin(
+    idx, E: int, BM: int, x, quant: bool, J: int, zero=None, routed: bool = True
+) -> tuple[_Route, torch.Tensor]:
     """-> the route, and x as `up` wants it. Few pairs take one launch."""
     n, (N, d), enters = idx.numel(), x.shape, quant or J > 0
     empty = lambda *size: torch.empty(size, dtype=torch.int32, device=x.device)
@@ -515,9 +799,30 @@ def _begin(idx, E: int, BM: int, x, quant: bool, J: int, zero=None, routed: bool
     programs = cdiv(N, rows) * cdiv(d, cols) * enters
 
     def begin(chunks: int, programs: int, zero):
-        launch(moe_begin, (max(chunks + programs, zero is not None),), idx, counts, *(route[:3] if chunks else (None,) * 3),
-               *((x, out) if programs else (None, None)), zero, n, E, chunks, N, d, 0 if zero is None else zero.numel(), QUANT=quant,
-               J=J, C=C, EP=EP, BLOCK=BM, BM=rows, BN=cols, num_warps=8 if chunks else warps)
+        launch(
+            moe_begin,
+            (max(chunks + programs, zero is not None),),
+            idx,
+            counts,
+            *(route[:3] if chunks else (None,) * 3),
+            *((x, out) if programs else (None, None)),
+            zero,
+            n,
+            E,
+            chunks,
+            N,
+            d,
+            0 if zero is None else zero.numel(),
+            QUANT=quant,
+            J=J,
+            C=C,
+            EP=EP,
+            BLOCK=BM,
+            BM=rows,
+            BN=cols,
+            num_warps=8 if chunks else warps,
+        )
+
     if chunks > 1:
         begin(chunks, 0, zero)
         begin(0, programs, None)
@@ -527,27 +832,73 @@ def _begin(idx, E: int, BM: int, x, quant: bool, J: int, zero=None, routed: bool
 
 
 # Tiles of up and down by kind of weights and rows of an expert: (BM,) BN, BK, warps, stages, SWAP(, SPLIT).
-UP = {("plain", 16): [(16, 64, 128, 4, 4, 1, 1), (16, 64, 64, 4, 4, 1, 1), (16, 32, 128, 2, 4, 1, 1), (16, 32, 64, 2, 4, 1, 1)],
-      ("plain", 32): [(32, 128, 64, 4, 4, 1, 1), (32, 64, 64, 4, 4, 1, 1), (32, 64, 64, 4, 3, 1, 1)],
-      ("plain", 128): [(128, 128, 64, 8, 4, 0, 1), (128, 128, 64, 8, 3, 0, 1), (64, 128, 64, 4, 3, 0, 1), (64, 128, 64, 4, 2, 0, 1),
-                       (128, 64, 64, 8, 3, 0, 1), (64, 64, 32, 4, 3, 0, 1)],
-      ("words", 16): [(16, 128, 128, 8, 3, 1, 1), (16, 64, 256, 4, 3, 1, 1), (16, 64, 128, 4, 4, 1, 1), (16, 64, 128, 4, 3, 1, 2),
-                      (16, 32, 128, 2, 3, 1, 1)],
-      ("words", 32): [(32, 128, 128, 8, 3, 1, 1), (32, 128, 128, 4, 3, 1, 1), (32, 128, 128, 8, 2, 1, 1)],
-      ("words", 128): [(128, 128, 128, 8, 3, 1, 1), (64, 128, 128, 8, 3, 1, 1), (64, 128, 128, 8, 2, 1, 1), (32, 128, 128, 8, 2, 1, 1)],
-      ("bytes", 16): [(16, 64, 32, 4, 2, 0, 1)], ("bytes", 32): [(32, 64, 32, 4, 2, 0, 1)], ("bytes", 128): [(64, 64, 32, 4, 2, 0, 1)]}
-DOWN = {("plain", 16): [(64, 128, 4, 4, 1), (64, 64, 4, 4, 1), (32, 128, 2, 4, 1), (64, 64, 4, 3, 1)],
-        ("plain", 32): [(128, 64, 4, 4, 1), (64, 64, 4, 4, 1), (64, 64, 4, 3, 1)],
-        ("plain", 128): [(256, 64, 8, 4, 0), (256, 64, 8, 3, 0), (128, 64, 8, 3, 0), (128, 32, 8, 3, 0)],
-        ("words", 16): [(128, 128, 4, 3, 1), (64, 256, 4, 4, 1), (64, 128, 4, 4, 1), (32, 128, 2, 4, 1)],
-        ("words", 32): [(128, 128, 8, 3, 1), (128, 128, 4, 3, 1), (64, 128, 4, 2, 1)],
-        ("words", 128): [(128, 128, 8, 3, 1), (128, 128, 8, 2, 1), (64, 128, 4, 2, 1)],
-        ("bytes", 16): [(64, 32, 4, 2, 0)], ("bytes", 32): [(64, 32, 4, 2, 0)], ("bytes", 128): [(64, 32, 4, 2, 0)]}
+UP = {
+    ("plain", 16): [
+        (16, 64, 128, 4, 4, 1, 1),
+        (16, 64, 64, 4, 4, 1, 1),
+        (16, 32, 128, 2, 4, 1, 1),
+        (16, 32, 64, 2, 4, 1, 1),
+    ],
+    ("plain", 32): [(32, 128, 64, 4, 4, 1, 1), (32, 64, 64, 4, 4, 1, 1), (32, 64, 64, 4, 3, 1, 1)],
+    ("plain", 128): [
+        (128, 128, 64, 8, 4, 0, 1),
+        (128, 128, 64, 8, 3, 0, 1),
+        (64, 128, 64, 4, 3, 0, 1),
+        (64, 128, 64, 4, 2, 0, 1),
+        (128, 64, 64, 8, 3, 0, 1),
+        (64, 64, 32, 4, 3, 0, 1),
+    ],
+    ("words", 16): [
+        (16, 128, 128, 8, 3, 1, 1),
+        (16, 64, 256, 4, 3, 1, 1),
+        (16, 64, 128, 4, 4, 1, 1),
+        (16, 64, 128, 4, 3, 1, 2),
+        (16, 32, 128, 2, 3, 1, 1),
+    ],
+    ("words", 32): [
+        (32, 128, 128, 8, 3, 1, 1),
+        (32, 128, 128, 4, 3, 1, 1),
+        (32, 128, 128, 8, 2, 1, 1),
+    ],
+    ("words", 128): [
+        (128, 128, 128, 8, 3, 1, 1),
+        (64, 128, 128, 8, 3, 1, 1),
+        (64, 128, 128, 8, 2, 1, 1),
+        (32, 128, 128, 8, 2, 1, 1),
+    ],
+    ("bytes", 16): [(16, 64, 32, 4, 2, 0, 1)],
+    ("bytes", 32): [(32, 64, 32, 4, 2, 0, 1)],
+    ("bytes", 128): [(64, 64, 32, 4, 2, 0, 1)],
+}
+DOWN = {
+    ("plain", 16): [(64, 128, 4, 4, 1), (64, 64, 4, 4, 1), (32, 128, 2, 4, 1), (64, 64, 4, 3, 1)],
+    ("plain", 32): [(128, 64, 4, 4, 1), (64, 64, 4, 4, 1), (64, 64, 4, 3, 1)],
+    ("plain", 128): [
+        (256, 64, 8, 4, 0),
+        (256, 64, 8, 3, 0),
+        (128, 64, 8, 3, 0),
+        (128, 32, 8, 3, 0),
+    ],
+    ("words", 16): [
+        (128, 128, 4, 3, 1),
+        (64, 256, 4, 4, 1),
+        (64, 128, 4, 4, 1),
+        (32, 128, 2, 4, 1),
+    ],
+    ("words", 32): [(128, 128, 8, 3, 1), (128, 128, 4, 3, 1), (64, 128, 4, 2, 1)],
+    ("words", 128): [(128, 128, 8, 3, 1), (128, 128, 8, 2, 1), (64, 128, 4, 2, 1)],
+    ("bytes", 16): [(64, 32, 4, 2, 0)],
+    ("bytes", 32): [(64, 32, 4, 2, 0)],
+    ("bytes", 128): [(64, 32, 4, 2, 0)],
+}
 
 
 def _tiles(table: dict, w: _Weights, rows: int, inner: int) -> list[dict]:
     names = ["BM"] * (table is UP) + ["BN", "BK", "num_warps", "num_stages", "SWAP", "SPLIT"]
-    found = [dict(zip(names, tile)) for tile in table[w.kind, 16 if rows <= 16 else 32 if rows <= 32 else 128]]
+    found = [
+        dict(zip(names, tile))
+        for tile in table[w.kind, 16 if rows <= 16 else 32 if rows <= 32 else 128]
+    ]
     return [tile for tile in found if not w.J or inner % tile["BK"] == 0]
 
 
@@ -559,27 +910,116 @@ def _load(n: int, E: int) -> tuple[str, int]:
 
 def _up_tile(w: _Weights, d: int, I: int, key: str, rows: int, x, quant: bool = False) -> dict:
     found = _tiles(UP, w, rows, d)
-    whole = [tile for tile in found if tile["BN"] % 128 == 0]  # others round h by way of fp32 sums, gigabytes for long prompts
-    return tiles("moe_up", f"{w.name} d{d} I{I} {key}" + " quant" * quant, quant and rows > 16 and whole or found, x)
+    whole = [
+        tile for tile in found if tile["BN"] % 128 == 0
+    ]  # others round h by way of fp32 sums, gigabytes for long prompts
+    return tiles(
+        "moe_up",
+        f"{w.name} d{d} I{I} {key}" + " quant" * quant,
+        quant and rows > 16 and whole or found,
+        x,
+    )
 
 
 def _down_tile(w: _Weights, I: int, O: int, BM: int, key: str, x, transposed: bool = False) -> dict:
-    return tiles("moe_down", f"{w.name} {I}x{O} BM{BM} {key}" + " transposed" * transposed, _tiles(DOWN, w, BM, I), x)
+    return tiles(
+        "moe_down",
+        f"{w.name} {I}x{O} BM{BM} {key}" + " transposed" * transposed,
+        _tiles(DOWN, w, BM, I),
+        x,
+    )
 
 
-def _up(x, w: _Weights, route: _Route, weight, K: int, I: int, limit: float, cfg: dict, h, sums, quant=False, order=0, seen=None, zero=None):
+def _up(
+    x,
+    w: _Weights,
+    route: _Route,
+    weight,
+    K: int,
+    I: int,
+    limit: float,
+    cfg: dict,
+    h,
+    sums,
+    quant=False,
+    order=0,
+    seen=None,
+    zero=None,
+):
     """Fills h or sums or both, see moe_up."""
     E, d, n, NT = len(w.w), x.shape[1], weight.numel(), cdiv(I, cfg["BN"])
-    launch(moe_up, (route.number * NT, cfg["SPLIT"]), x, w.w, w.s, *route[:3], weight, h, sums, seen, zero, limit, n, K, E, I, d,
-           *w.strides, NT, 0 if zero is None else zero.numel(), FORMAT=w.format, J=w.J, EVEN=d % cfg["BK"] == 0, ROUTED=route.routed,
-           QUANT=quant, ORDER=order, **cfg)
+    launch(
+        moe_up,
+        (route.number * NT, cfg["SPLIT"]),
+        x,
+        w.w,
+        w.s,
+        *route[:3],
+        weight,
+        h,
+        sums,
+        seen,
+        zero,
+        limit,
+        n,
+        K,
+        E,
+        I,
+        d,
+        *w.strides,
+        NT,
+        0 if zero is None else zero.numel(),
+        FORMAT=w.format,
+        J=w.J,
+        EVEN=d % cfg["BK"] == 0,
+        ROUTED=route.routed,
+        QUANT=quant,
+        ORDER=order,
+        **cfg,
+    )
 
 
-def _down(h, w: _Weights, route: _Route, n: int, K: int, O: int, rows: int, cfg: dict, transposed=False, y=None, seen=None):
+def _down(
+    h,
+    w: _Weights,
+    route: _Route,
+    n: int,
+    K: int,
+    O: int,
+    rows: int,
+    cfg: dict,
+    transposed=False,
+    y=None,
+    seen=None,
+):
     """h [n / K, i] through w of every pair's expert: [n, O]. Blocks of scales begin anew every so many rows of w."""
     I, E, NT, out = h.shape[1], len(w.w), cdiv(O, cfg["BN"]), h.new_empty(n, O)
-    launch(moe_down, (route.number * NT,), h, w.w, w.s, *route[:3], out, y, seen, K, E, O, I, rows, *w.strides, NT, FORMAT=w.format,
-           J=w.J, EVEN=I % cfg["BK"] == 0, ROUTED=route.routed, TRANSPOSED=transposed, TERMS=1 if y is None else n, BM=route.height, **cfg)
+    launch(
+        moe_down,
+        (route.number * NT,),
+        h,
+        w.w,
+        w.s,
+        *route[:3],
+        out,
+        y,
+        seen,
+        K,
+        E,
+        O,
+        I,
+        rows,
+        *w.strides,
+        NT,
+        FORMAT=w.format,
+        J=w.J,
+        EVEN=I % cfg["BK"] == 0,
+        ROUTED=route.routed,
+        TRANSPOSED=transposed,
+        TERMS=1 if y is None else n,
+        BM=route.height,
+        **cfg,
+    )
     return out
 
 
@@ -588,7 +1028,20 @@ def _sum(pairs, idx, E: int, dtype):
     N = len(idx)
     (n, d), BM = pairs.shape, 8 if N > 64 else 1
     y = pairs.new_empty(N, d, dtype=dtype)
-    launch(moe_sum, (cdiv(N, BM), cdiv(d, 512)), pairs, y, idx, N, d, E, K=n // N, BM=BM, BN=512, num_warps=8 if N > 64 else 2)
+    launch(
+        moe_sum,
+        (cdiv(N, BM), cdiv(d, 512)),
+        pairs,
+        y,
+        idx,
+        N,
+        d,
+        E,
+        K=n // N,
+        BM=BM,
+        BN=512,
+        num_warps=8 if N > 64 else 2,
+    )
     return y
 
 
@@ -611,7 +1064,20 @@ def forward(x, w13, w2, idx, weight, s13, s2, limit, act_quant):
     route, x = _begin(idx, E, up["BM"], x, act_quant, w13.J, seen, routed=not one)
     _up(x, w13, route, weight, K, I, limit, up, h, sums, act_quant, w2.J, seen, seen_y)
     if sums is not None and seen is None:
-        launch(moe_act, (n, cdiv(I, 128)), sums, weight, h, limit, n, I, QUANT=act_quant, ORDER=w2.J, SPLIT=up["SPLIT"], num_warps=1)
+        launch(
+            moe_act,
+            (n, cdiv(I, 128)),
+            sums,
+            weight,
+            h,
+            limit,
+            n,
+            I,
+            QUANT=act_quant,
+            ORDER=w2.J,
+            SPLIT=up["SPLIT"],
+            num_warps=1,
+        )
     out = _down(h, w2, route, n, 1, d, d, down, y=y, seen=seen_y)
     return _sum(out, idx, E, torch.float32) if y is None else y
 
@@ -619,12 +1085,32 @@ def forward(x, w13, w2, idx, weight, s13, s2, limit, act_quant):
 def _outer(a, b, route: _Route, E: int, n: int, key: str):
     """[n / KA, A], [n / KB, B] -> [E, A, B]"""
     A, B, dtype = a.shape[1], b.shape[1], a.dtype
-    candidates = [dict(BA=64, BB=64, BK=32, num_warps=4, num_stages=2)] if dtype == torch.float32 else [
-        dict(BA=128, BB=256, BK=64, num_warps=8, num_stages=3), dict(BA=128, BB=128, BK=64, num_warps=8, num_stages=3),
-        dict(BA=128, BB=128, BK=32, num_warps=8, num_stages=3)]
-    cfg = tiles("moe_outer", f"{A}x{B} {key} {'fp32' if dtype == torch.float32 else 'bf16'}", candidates, a)
+    candidates = (
+        [dict(BA=64, BB=64, BK=32, num_warps=4, num_stages=2)]
+        if dtype == torch.float32
+        else [
+            dict(BA=128, BB=256, BK=64, num_warps=8, num_stages=3),
+            dict(BA=128, BB=128, BK=64, num_warps=8, num_stages=3),
+            dict(BA=128, BB=128, BK=32, num_warps=8, num_stages=3),
+        ]
+    )
+    cfg = tiles(
+        "moe_outer", f"{A}x{B} {key} {'fp32' if dtype == torch.float32 else 'bf16'}", candidates, a
+    )
     out = a.new_empty(E, A, B)
-    launch(moe_outer, (E * cdiv(A, cfg["BA"]) * cdiv(B, cfg["BB"]),), a, b, *route[:2], out, A, B, n // len(a), n // len(b), **cfg)
+    launch(
+        moe_outer,
+        (E * cdiv(A, cfg["BA"]) * cdiv(B, cfg["BB"]),),
+        a,
+        b,
+        *route[:2],
+        out,
+        A,
+        B,
+        n // len(a),
+        n // len(b),
+        **cfg,
+    )
     return out
 
 
@@ -632,16 +1118,47 @@ def backward(g, x, w13, w2, idx, weight, s13, s2, limit, act_quant):
     (N, d), E, I, (n, K) = x.shape, len(w2), w13.shape[1] // 2, (idx.numel(), idx.shape[1])
     frozen, shapes, dtype = s13 is not None, (w13.shape, w2.shape), x.dtype
     if not n * d * I:
-        return x.new_zeros(N, d), *(x.new_zeros(0 if frozen else shape) for shape in shapes), torch.zeros_like(weight)
-    rows13, rows2, columns13 = _weights(w13, s13, dtype), _weights(w2, s2, dtype, False), _weights(w13, s13, dtype, False)
-    g, x, idx, weight, (key, rows) = g.to(dtype).contiguous(), x.contiguous(), idx.contiguous(), weight.contiguous(), _load(n, E)
+        return (
+            x.new_zeros(N, d),
+            *(x.new_zeros(0 if frozen else shape) for shape in shapes),
+            torch.zeros_like(weight),
+        )
+    rows13, rows2, columns13 = (
+        _weights(w13, s13, dtype),
+        _weights(w2, s2, dtype, False),
+        _weights(w13, s13, dtype, False),
+    )
+    g, x, idx, weight, (key, rows) = (
+        g.to(dtype).contiguous(),
+        x.contiguous(),
+        idx.contiguous(),
+        weight.contiguous(),
+        _load(n, E),
+    )
     up = dict(_up_tile(rows13, d, I, key, rows, x), SPLIT=1)
-    through = lambda h, w, K, O, rows: _down(h, w, route, n, K, O, rows, _down_tile(w, h.shape[1], O, up["BM"], key, h, True), True)
+    through = lambda h, w, K, O, rows: _down(
+        h, w, route, n, K, O, rows, _down_tile(w, h.shape[1], O, up["BM"], key, h, True), True
+    )
     route, x = _begin(idx, E, up["BM"], x, act_quant, rows13.J)
     g_13, g_weight = x.new_empty(n, 2 * I), torch.empty_like(weight)
     _up(x, rows13, route, weight, K, I, limit, up, None, g_13)
     h = through(g, rows2, K, I, d)
-    launch(moe_act_backward, (cdiv(n, 4),), g_13, h, weight, g_weight, limit, n, I, QUANT=act_quant, H=not frozen, BM=4, BN=512, num_warps=4)
+    launch(
+        moe_act_backward,
+        (cdiv(n, 4),),
+        g_13,
+        h,
+        weight,
+        g_weight,
+        limit,
+        n,
+        I,
+        QUANT=act_quant,
+        H=not frozen,
+        BM=4,
+        BN=512,
+        num_warps=4,
+    )
     g_x = _sum(through(g_13, columns13, 1, d, I), idx, E, dtype)
     if frozen:
         return g_x, x.new_empty(0), x.new_empty(0), g_weight

@@ -1,4 +1,5 @@
 """The released layout in and out (spec 11): exact formats, every error in one line, memory, interrupts, other engines."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -20,8 +21,15 @@ from ops.formats import dequantize_fp4, dequantize_fp8, quantize_fp4, quantize_f
 E8M0 = torch.float8_e8m0fnu
 ROOT = Path(checkpoint.__file__).parent
 DEBUG = ModelArgs.debug()
-PARTIAL = dataclasses.replace(DEBUG, n_layers=1, n_hash_layers=1, compress_ratios=(0, 0), dim=136, moe_inter_dim=520,
-                              n_routed_experts=3)
+PARTIAL = dataclasses.replace(
+    DEBUG,
+    n_layers=1,
+    n_hash_layers=1,
+    compress_ratios=(0, 0),
+    dim=136,
+    moe_inter_dim=520,
+    n_routed_experts=3,
+)
 W1 = "layers.0.ffn.experts.0.w1"
 
 
@@ -37,13 +45,17 @@ def make(args=DEBUG, dtype=torch.float32, seed=0) -> Transformer:
             tensor.copy_(torch.randint(0, args.n_routed_experts, tensor.shape, generator=generator))
         else:
             std = 0.1 if tensor.dim() > 1 else 0.5
-            tensor.copy_(torch.randn(tensor.shape, generator=generator) * std + float("norm" in name))
+            tensor.copy_(
+                torch.randn(tensor.shape, generator=generator) * std + float("norm" in name)
+            )
     return model
 
 
 def same(a: Transformer, b: Transformer) -> bool:
     x, y = a.state_dict(), b.state_dict()
-    return x.keys() == y.keys() and all(x[k].dtype == y[k].dtype and torch.equal(x[k], y[k]) for k in x)
+    return x.keys() == y.keys() and all(
+        x[k].dtype == y[k].dtype and torch.equal(x[k], y[k]) for k in x
+    )
 
 
 def edit(folder: Path, change, file="model.safetensors") -> None:
@@ -55,7 +67,9 @@ def edit(folder: Path, change, file="model.safetensors") -> None:
 
 def edit_config(folder: Path, **changes) -> None:
     config = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+    (folder / "config.json").write_text(
+        json.dumps({key: value for key, value in config.items() if value is not ...})
+    )
 
 
 @pytest.fixture(scope="module")
@@ -87,25 +101,41 @@ def test_layout_has_the_published_number_of_tensors(flash):
     assert len(flash) == 69_187
     pro = layout(ModelArgs.pro())
     assert len(pro) == 145_116 and sum(info.nbytes for info in pro.values()) == 864_704_792_696
-    assert pro["layers.2.ffn.experts.383.w2.scale"] == (E8M0, (7168, 96)) and pro["layers.0.attn.wo_a.scale"] == (E8M0, (128, 32))
+    assert pro["layers.2.ffn.experts.383.w2.scale"] == (E8M0, (7168, 96)) and pro[
+        "layers.0.attn.wo_a.scale"
+    ] == (E8M0, (128, 32))
 
 
-@pytest.mark.parametrize("name, dtype, shape", [
-    ("embed.weight", torch.bfloat16, (129280, 4096)), ("norm.weight", torch.bfloat16, (4096,)),
-    ("layers.0.ffn.gate.tid2eid", torch.int64, (129280, 6)), ("layers.3.ffn.gate.bias", torch.float32, (256,)),
-    ("layers.2.attn.compressor.ape", torch.float32, (4, 1024)), ("layers.3.attn.compressor.ape", torch.float32, (128, 512)),
-    ("layers.2.attn.compressor.wkv.weight", torch.bfloat16, (1024, 4096)), ("layers.2.attn.indexer.wq_b.scale", E8M0, (64, 8)),
-    ("layers.2.attn.indexer.weights_proj.weight", torch.bfloat16, (64, 4096)),
-    ("layers.0.attn.attn_sink", torch.float32, (64,)), ("layers.0.hc_attn_fn", torch.float32, (24, 16384)),
-    ("layers.9.ffn.experts.255.w1.weight", torch.int8, (2048, 2048)), ("layers.9.ffn.experts.255.w3.scale", E8M0, (2048, 128)),
-    ("layers.9.ffn.shared_experts.w2.weight", torch.float8_e4m3fn, (4096, 2048)), ("mtp.0.e_proj.scale", E8M0, (32, 32))])
+@pytest.mark.parametrize(
+    "name, dtype, shape",
+    [
+        ("embed.weight", torch.bfloat16, (129280, 4096)),
+        ("norm.weight", torch.bfloat16, (4096,)),
+        ("layers.0.ffn.gate.tid2eid", torch.int64, (129280, 6)),
+        ("layers.3.ffn.gate.bias", torch.float32, (256,)),
+        ("layers.2.attn.compressor.ape", torch.float32, (4, 1024)),
+        ("layers.3.attn.compressor.ape", torch.float32, (128, 512)),
+        ("layers.2.attn.compressor.wkv.weight", torch.bfloat16, (1024, 4096)),
+        ("layers.2.attn.indexer.wq_b.scale", E8M0, (64, 8)),
+        ("layers.2.attn.indexer.weights_proj.weight", torch.bfloat16, (64, 4096)),
+        ("layers.0.attn.attn_sink", torch.float32, (64,)),
+        ("layers.0.hc_attn_fn", torch.float32, (24, 16384)),
+        ("layers.9.ffn.experts.255.w1.weight", torch.int8, (2048, 2048)),
+        ("layers.9.ffn.experts.255.w3.scale", E8M0, (2048, 128)),
+        ("layers.9.ffn.shared_experts.w2.weight", torch.float8_e4m3fn, (4096, 2048)),
+        ("mtp.0.e_proj.scale", E8M0, (32, 32)),
+    ],
+)
 def test_layout_of_flash_is_that_of_the_specification(name, dtype, shape, flash):
     assert flash[name] == (dtype, shape)
 
 
 def test_a_saved_folder_has_the_layout(folders):
     for name, formats in {"bf16": ("bf16", "bf16"), "fp4": ("fp4", "fp8")}.items():
-        on_disk = {key: (t.dtype, tuple(t.shape)) for key, t in load_file(folders / name / "model.safetensors").items()}
+        on_disk = {
+            key: (t.dtype, tuple(t.shape))
+            for key, t in load_file(folders / name / "model.safetensors").items()
+        }
         assert on_disk == layout(DEBUG, *formats)
 
 
@@ -125,27 +155,45 @@ def test_the_release_rounds_norms_but_not_the_other_fp32_islands(folders):
     for name, tensor in loaded.items():
         island = "hc_" in name or name.endswith(("ape", "attn_sink", "gate.bias"))
         if "tid2eid" in name or island:
-            assert tensor.dtype == (torch.float32 if island else torch.int64) and torch.equal(tensor, model[name]), name
+            assert tensor.dtype == (torch.float32 if island else torch.int64) and torch.equal(
+                tensor, model[name]
+            ), name
         else:
             assert tensor.dtype == (torch.float32 if "norm" in name else torch.bfloat16)
             assert torch.equal(tensor, model[name].bfloat16().to(tensor.dtype)), name
 
 
 @pytest.mark.parametrize("args", [DEBUG, PARTIAL], ids=["debug", "partial blocks"])
-@pytest.mark.parametrize("experts, linears", [("fp4", "fp8"), ("fp8", "fp8"), ("fp4", "bf16"), ("bf16", "fp8")])
+@pytest.mark.parametrize(
+    "experts, linears", [("fp4", "fp8"), ("fp8", "fp8"), ("fp4", "bf16"), ("bf16", "fp8")]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_quantised_round_trip_is_the_quantiser_exactly(args, experts, linears, dtype, tmp_path):
     model = make(args)
     save(model, tmp_path, experts=experts, linears=linears)
-    want, quantised = {}, {name.removesuffix(".scale") for name in layout(args) if name.endswith(".scale")}
+    want, quantised = (
+        {},
+        {name.removesuffix(".scale") for name in layout(args) if name.endswith(".scale")},
+    )
     for name, w in model.state_dict().items():
-        part = "experts" if ".experts." in name else "linears" if name.removesuffix(".weight") in quantised else ""
+        part = (
+            "experts"
+            if ".experts." in name
+            else "linears"
+            if name.removesuffix(".weight") in quantised
+            else ""
+        )
         fmt = {"experts": experts, "linears": linears}.get(part, "bf16")
-        halves = w.chunk(2, 1) if name.endswith("w13") else (w,)  # w1 and w3 have scale blocks of their own
+        halves = (
+            w.chunk(2, 1) if name.endswith("w13") else (w,)
+        )  # w1 and w3 have scale blocks of their own
         if fmt == "fp4":
             want[name] = torch.cat([dequantize_fp4(*quantize_fp4(h), dtype) for h in halves], 1)
         elif fmt == "fp8":
-            want[name] = torch.cat([dequantize_fp8(*quantize_fp8(h), dtype) for h in halves], 1 if part == "experts" else 0)
+            want[name] = torch.cat(
+                [dequantize_fp8(*quantize_fp8(h), dtype) for h in halves],
+                1 if part == "experts" else 0,
+            )
         elif part or w.dim() == 2 and not any(key in name for key in ("hc_", "ape", "tid2eid")):
             want[name] = w.bfloat16().to(dtype)
     loaded = load(tmp_path, dtype=dtype).state_dict()
@@ -155,17 +203,30 @@ def test_quantised_round_trip_is_the_quantiser_exactly(args, experts, linears, d
     for name, tensor in native.state_dict().items():
         packed = {torch.int8: dequantize_fp4, torch.float8_e4m3fn: dequantize_fp8}.get(tensor.dtype)
         if packed:
-            scale = native.state_dict()[name.removesuffix("weight") + "scale" if name.endswith("weight") else name + "_scale"]
+            scale = native.state_dict()[
+                name.removesuffix("weight") + "scale"
+                if name.endswith("weight")
+                else name + "_scale"
+            ]
             assert scale.dtype == torch.uint8 and not native.get_parameter(name).requires_grad
-            halves = zip(tensor.chunk(2, 1), scale.chunk(2, 1)) if name.endswith("w13") else [(tensor, scale)]
-            assert torch.equal(torch.cat([packed(q, s, dtype) for q, s in halves], -2), want[name]), name
-    assert sum(t.dtype in (torch.int8, torch.float8_e4m3fn) for t in native.state_dict().values()) > 0
+            halves = (
+                zip(tensor.chunk(2, 1), scale.chunk(2, 1))
+                if name.endswith("w13")
+                else [(tensor, scale)]
+            )
+            assert torch.equal(
+                torch.cat([packed(q, s, dtype) for q, s in halves], -2), want[name]
+            ), name
+    assert (
+        sum(t.dtype in (torch.int8, torch.float8_e4m3fn) for t in native.state_dict().values()) > 0
+    )
 
 
 @pytest.mark.parametrize("weights", ["dequant", "native"])
 def test_bytes_mean_what_the_specification_says(weights, copy):
     """Independent of ops.formats: low nibble is the even column, w1 before w3, scales are 2^(byte - 127) of their block."""
     folder = copy("fp4")
+
     def change(tensors):
         tensors[f"{W1}.weight"].fill_(0x21)  # .5, then 1
         tensors[f"{W1}.scale"] = torch.full((32, 2), 128, dtype=torch.uint8).view(E8M0)
@@ -173,7 +234,10 @@ def test_bytes_mean_what_the_specification_says(weights, copy):
         tensors["layers.0.ffn.experts.0.w3.weight"].fill_(-1)  # two times -6
         tensors["layers.0.ffn.experts.0.w3.scale"].view(torch.uint8).fill_(127)
         tensors["layers.1.attn.indexer.wq_b.weight"] = torch.ones(256, 32).to(torch.float8_e4m3fn)
-        tensors["layers.1.attn.indexer.wq_b.scale"] = torch.tensor([[124], [129]], dtype=torch.uint8).view(E8M0)
+        tensors["layers.1.attn.indexer.wq_b.scale"] = torch.tensor(
+            [[124], [129]], dtype=torch.uint8
+        ).view(E8M0)
+
     edit(folder, change)
     model = load(folder, weights=weights)
     experts, wq_b = model.layers[0].ffn.experts, model.layers[1].attn.indexer.wq_b
@@ -195,16 +259,24 @@ def test_native_and_dequantised_models_agree_and_save_the_same_bytes(folders, tm
     a, b = native(tokens), plain(tokens)
     assert (a - b).square().mean().sqrt() <= 1e-5 * b.std()
     save(native, tmp_path / "again")
-    assert (tmp_path / "again/model.safetensors").read_bytes() == (folders / "fp4/model.safetensors").read_bytes()
-    assert (tmp_path / "again/config.json").read_bytes() == (folders / "fp4/config.json").read_bytes()
-    save(native, tmp_path / "plain", experts="bf16", linears="bf16")  # asked for, packed weights are converted
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (
+        folders / "fp4/model.safetensors"
+    ).read_bytes()
+    assert (tmp_path / "again/config.json").read_bytes() == (
+        folders / "fp4/config.json"
+    ).read_bytes()
+    save(
+        native, tmp_path / "plain", experts="bf16", linears="bf16"
+    )  # asked for, packed weights are converted
     assert same(load(tmp_path / "plain", dtype=torch.float32, act_quant=True), plain)
 
 
 @pytest.mark.parametrize("act_quant", [None, True, False])
 def test_act_quant_follows_the_config_unless_told(folders, act_quant):
     for name, carried in (("fp4", True), ("bf16", False)):
-        assert load(folders / name, act_quant=act_quant).args.act_quant == (carried if act_quant is None else act_quant)
+        assert load(folders / name, act_quant=act_quant).args.act_quant == (
+            carried if act_quant is None else act_quant
+        )
 
 
 def test_one_file_and_shards_are_the_same(folders):
@@ -236,46 +308,88 @@ def test_formats_are_read_from_dtypes_not_from_the_config(copy, folders):
 @pytest.mark.parametrize("weights", ["dequant", "native"])
 def test_base_layout_with_fp32_scales_loads(weights, tmp_path):
     save(make(), tmp_path, experts="fp8", linears="fp8")
+
     def change(tensors):
         for name in list(tensors):
             if name.endswith(".scale"):
                 tensors[name] = tensors[name].float() * 1.25  # no power of two
+
     edit(tmp_path, change)
-    on_disk, model = load_file(tmp_path / "model.safetensors"), load(tmp_path, weights=weights, dtype=torch.float32)
+    on_disk, model = (
+        load_file(tmp_path / "model.safetensors"),
+        load(tmp_path, weights=weights, dtype=torch.float32),
+    )
     q, s = (on_disk[f"layers.3.ffn.experts.7.w3.{key}"] for key in ("weight", "scale"))
     w13, w13_scale = model.layers[3].ffn.experts.w13, model.layers[3].ffn.experts.w13_scale
     if weights == "native":
-        assert torch.equal(w13[7, 32:].float(), q.float()) and torch.equal(w13_scale[7, 1:], s) and not w13_scale.requires_grad
+        assert (
+            torch.equal(w13[7, 32:].float(), q.float())
+            and torch.equal(w13_scale[7, 1:], s)
+            and not w13_scale.requires_grad
+        )
         save(model, tmp_path / "again")
-        assert "scale_fmt" not in json.loads((tmp_path / "again/config.json").read_text())["quantization_config"]
+        assert (
+            "scale_fmt"
+            not in json.loads((tmp_path / "again/config.json").read_text())["quantization_config"]
+        )
         again = load_file(tmp_path / "again/model.safetensors")
-        assert all(again[name].dtype == t.dtype and torch.equal(again[name].float(), t.float()) for name, t in on_disk.items())
+        assert all(
+            again[name].dtype == t.dtype and torch.equal(again[name].float(), t.float())
+            for name, t in on_disk.items()
+        )
     else:
         assert torch.equal(w13[7, 32:], q.float() * s)
 
 
 def test_int32_hash_routes_load(copy, folders):
     folder = copy("fp4")
-    edit(folder, lambda tensors: tensors.update({n: t.int() for n, t in tensors.items() if "tid2eid" in n}))
+    edit(
+        folder,
+        lambda tensors: tensors.update({n: t.int() for n, t in tensors.items() if "tid2eid" in n}),
+    )
     assert same(load(folder), load(folders / "fp4"))
 
 
 def test_a_dspark_release_loads_without_mtp(copy, folders, capsys):
     folder = copy("fp4")
-    edit_config(folder, dspark_block_size=5, dspark_target_layer_ids=[1, 2, 3], compress_ratios=[0, 4, 128, 4, 0, 0, 0])
-    edit(folder, lambda tensors: tensors.update({"mtp.0.main_norm.weight": torch.ones(64), "mtp.2.norm.weight": torch.ones(64)}))
+    edit_config(
+        folder,
+        dspark_block_size=5,
+        dspark_target_layer_ids=[1, 2, 3],
+        compress_ratios=[0, 4, 128, 4, 0, 0, 0],
+    )
+    edit(
+        folder,
+        lambda tensors: tensors.update(
+            {"mtp.0.main_norm.weight": torch.ones(64), "mtp.2.norm.weight": torch.ones(64)}
+        ),
+    )
     model = load(folder)
     assert capsys.readouterr().err.count("MTP is off") == 1 and len(model.mtp) == 0
-    assert torch.equal(model.layers[3].ffn.experts.w2, load(folders / "fp4").layers[3].ffn.experts.w2)
+    assert torch.equal(
+        model.layers[3].ffn.experts.w2, load(folders / "fp4").layers[3].ffn.experts.w2
+    )
     main(["convert", str(folder), str(folder / "out"), "--experts", "bf16"])
-    assert load(folder / "out").args.n_mtp_layers == 0 and "dspark" not in (folder / "out/config.json").read_text()
+    assert (
+        load(folder / "out").args.n_mtp_layers == 0
+        and "dspark" not in (folder / "out/config.json").read_text()
+    )
 
 
 def test_a_drafter_is_known_by_its_tensors_too(copy, capsys):
     """The config may not say that `mtp.*` is the -0731 drafter. A folder that does not load says only what is wrong."""
     folder = copy("fp4")
-    edit(folder, lambda tensors: [tensors.pop(n) for n in list(tensors) if n.startswith(("mtp.0.e_proj", "mtp.0.h_proj"))]
-         + [tensors.update({"mtp.0.main_proj.weight": torch.ones(64, 192)})])
+    edit(
+        folder,
+        lambda tensors: (
+            [
+                tensors.pop(n)
+                for n in list(tensors)
+                if n.startswith(("mtp.0.e_proj", "mtp.0.h_proj"))
+            ]
+            + [tensors.update({"mtp.0.main_proj.weight": torch.ones(64, 192)})]
+        ),
+    )
     assert len(load(folder).mtp) == 0 and capsys.readouterr().err.count("MTP is off") == 1
     edit(folder, lambda tensors: tensors.pop("norm.weight"))
     with pytest.raises(CheckpointError, match="'norm.weight' is missing"):
@@ -288,14 +402,21 @@ def test_no_mtp_tensors_turn_mtp_off_but_some_missing_are_an_error(copy, capsys)
     edit(folder, lambda tensors: tensors.pop("mtp.0.h_proj.scale"))
     with pytest.raises(CheckpointError, match="mtp.0.h_proj.scale"):
         load(folder)
-    edit(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith("mtp.")])
+    edit(
+        folder,
+        lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith("mtp.")],
+    )
     assert len(load(folder).mtp) == 0
     assert capsys.readouterr().err.count("MTP is off") == 1
 
 
 def test_layers_takes_the_first_layers_and_the_mtp_block(folders):
     full, part = load(folders / "shards"), load(folders / "shards", layers=1)
-    assert part.args.compress_ratios == (0, 0) and part.args.n_hash_layers == 1 and len(part.layers) == 1
+    assert (
+        part.args.compress_ratios == (0, 0)
+        and part.args.n_hash_layers == 1
+        and len(part.layers) == 1
+    )
     state = full.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in part.state_dict().items())
     with pytest.raises(CheckpointError, match="4 layers"):
@@ -311,11 +432,15 @@ def _pop(name):
 
 
 def _set(name, value):
-    return lambda folder: edit(folder, lambda tensors: tensors.__setitem__(name, value(tensors.get(name))))
+    return lambda folder: edit(
+        folder, lambda tensors: tensors.__setitem__(name, value(tensors.get(name)))
+    )
 
 
 def _write(name, data):
-    return lambda folder: (folder / name).write_bytes(data if isinstance(data, bytes) else data((folder / name).read_bytes()))
+    return lambda folder: (folder / name).write_bytes(
+        data if isinstance(data, bytes) else data((folder / name).read_bytes())
+    )
 
 
 def _rename(tensors):
@@ -329,40 +454,147 @@ def _duplicate(folder):
 
 
 ERRORS = {
-    "missing tensor": ("fp4", _pop("layers.2.attn.kv_norm.weight"), "layers.2.attn.kv_norm.weight' is missing"),
+    "missing tensor": (
+        "fp4",
+        _pop("layers.2.attn.kv_norm.weight"),
+        "layers.2.attn.kv_norm.weight' is missing",
+    ),
     "missing scale": ("fp4", _pop(f"{W1}.scale"), f"{W1}.scale' is missing"),
-    "several missing": ("fp4", lambda f: (_pop("norm.weight")(f), _pop("head.weight")(f)), "1 more"),
-    "extra tensor": ("fp4", _set("layers.0.ffn.gate.bias_vl", lambda t: torch.ones(8)), "gate.bias_vl' is unexpected"),
-    "extra layer": ("fp4", _set("layers.4.attn.attn_sink", lambda t: torch.ones(4)), "layers.4.attn.attn_sink' is unexpected"),
-    "scale of a plain weight": ("bf16", _set(f"{W1}.scale", lambda t: torch.ones(1, 1)), f"{W1}.scale' is unexpected"),
-    "wrong shape": ("fp4", _set("layers.1.attn.wq_a.weight", lambda t: t[:16].clone()),
-                    r"model.safetensors: tensor 'layers.1.attn.wq_a.weight' has shape \[16, 64\], not \[32, 64\] as config.json"),
-    "transposed": ("bf16", _set("layers.1.attn.wq_a.weight", lambda t: t.T.contiguous()), r"wq_a.weight' has shape \[64, 32\]"),
-    "wrong scale shape": ("fp4", _set(f"{W1}.scale", lambda t: t[:1].clone()), rf"{W1}.scale' has shape \[1, 2\].*\[32, 2\]"),
-    "scale not e8m0": ("fp4", _set(f"{W1}.scale", lambda t: t.float()), f"{W1}.scale' is F32, not F8_E8M0"),
-    "integer norm": ("fp4", _set("norm.weight", lambda t: t.int()), "norm.weight' is I32, not BF16"),
-    "fp4 linear": ("fp4", _set("layers.0.attn.wkv.weight", lambda t: t.view(torch.int8)), "wkv.weight' is I8, not F8_E4M3"),
+    "several missing": (
+        "fp4",
+        lambda f: (_pop("norm.weight")(f), _pop("head.weight")(f)),
+        "1 more",
+    ),
+    "extra tensor": (
+        "fp4",
+        _set("layers.0.ffn.gate.bias_vl", lambda t: torch.ones(8)),
+        "gate.bias_vl' is unexpected",
+    ),
+    "extra layer": (
+        "fp4",
+        _set("layers.4.attn.attn_sink", lambda t: torch.ones(4)),
+        "layers.4.attn.attn_sink' is unexpected",
+    ),
+    "scale of a plain weight": (
+        "bf16",
+        _set(f"{W1}.scale", lambda t: torch.ones(1, 1)),
+        f"{W1}.scale' is unexpected",
+    ),
+    "wrong shape": (
+        "fp4",
+        _set("layers.1.attn.wq_a.weight", lambda t: t[:16].clone()),
+        r"model.safetensors: tensor 'layers.1.attn.wq_a.weight' has shape \[16, 64\], not \[32, 64\] as config.json",
+    ),
+    "transposed": (
+        "bf16",
+        _set("layers.1.attn.wq_a.weight", lambda t: t.T.contiguous()),
+        r"wq_a.weight' has shape \[64, 32\]",
+    ),
+    "wrong scale shape": (
+        "fp4",
+        _set(f"{W1}.scale", lambda t: t[:1].clone()),
+        rf"{W1}.scale' has shape \[1, 2\].*\[32, 2\]",
+    ),
+    "scale not e8m0": (
+        "fp4",
+        _set(f"{W1}.scale", lambda t: t.float()),
+        f"{W1}.scale' is F32, not F8_E8M0",
+    ),
+    "integer norm": (
+        "fp4",
+        _set("norm.weight", lambda t: t.int()),
+        "norm.weight' is I32, not BF16",
+    ),
+    "fp4 linear": (
+        "fp4",
+        _set("layers.0.attn.wkv.weight", lambda t: t.view(torch.int8)),
+        "wkv.weight' is I8, not F8_E4M3",
+    ),
     "unknown dtype": ("fp4", _set("norm.weight", lambda t: t > 0), "norm.weight' is BOOL"),
-    "float hash routes": ("fp4", _set("layers.0.ffn.gate.tid2eid", lambda t: t.float()), "tid2eid' is F32"),
-    "route out of range": ("fp4", _set("layers.1.ffn.gate.tid2eid", lambda t: t + 5), "tid2eid' leads to experts beyond 0..7"),
-    "negative route": ("fp4", _set("layers.1.ffn.gate.tid2eid", lambda t: t - 1), "1.ffn.gate.tid2eid' leads to experts"),
+    "float hash routes": (
+        "fp4",
+        _set("layers.0.ffn.gate.tid2eid", lambda t: t.float()),
+        "tid2eid' is F32",
+    ),
+    "route out of range": (
+        "fp4",
+        _set("layers.1.ffn.gate.tid2eid", lambda t: t + 5),
+        "tid2eid' leads to experts beyond 0..7",
+    ),
+    "negative route": (
+        "fp4",
+        _set("layers.1.ffn.gate.tid2eid", lambda t: t - 1),
+        "1.ffn.gate.tid2eid' leads to experts",
+    ),
     "model. prefix": ("fp4", lambda folder: edit(folder, _rename), "begins with 'model.'"),
-    "V3 and its names": ("fp4", lambda f: (edit(f, _rename), edit_config(f, model_type="deepseek_v3")), "is 'deepseek_v3'"),
-    "truncated file": ("fp4", _write("model.safetensors", lambda data: data[:-100]), "model.safetensors: damaged or incomplete"),
-    "truncated header": ("fp4", _write("model.safetensors", lambda data: data[:100]), "model.safetensors: damaged or incomplete"),
-    "no weights": ("fp4", lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors: missing"),
-    "no config": ("fp4", lambda folder: (folder / "config.json").unlink(), "config.json: cannot be read"),
+    "V3 and its names": (
+        "fp4",
+        lambda f: (edit(f, _rename), edit_config(f, model_type="deepseek_v3")),
+        "is 'deepseek_v3'",
+    ),
+    "truncated file": (
+        "fp4",
+        _write("model.safetensors", lambda data: data[:-100]),
+        "model.safetensors: damaged or incomplete",
+    ),
+    "truncated header": (
+        "fp4",
+        _write("model.safetensors", lambda data: data[:100]),
+        "model.safetensors: damaged or incomplete",
+    ),
+    "no weights": (
+        "fp4",
+        lambda folder: (folder / "model.safetensors").unlink(),
+        "model.safetensors: missing",
+    ),
+    "no config": (
+        "fp4",
+        lambda folder: (folder / "config.json").unlink(),
+        "config.json: cannot be read",
+    ),
     "broken config": ("fp4", _write("config.json", b"{"), "config.json: not valid JSON"),
-    "config lacks a key": ("fp4", lambda folder: edit_config(folder, o_groups=...), "config.json: missing key 'o_groups'"),
-    "other architecture": ("fp4", lambda folder: edit_config(folder, model_type="llama"), "model_type is 'llama'"),
-    "V3": ("fp4", lambda folder: edit_config(folder, model_type="deepseek_v3"), "model_type is 'deepseek_v3'"),
-    "V4.1": ("fp4", lambda folder: edit_config(folder, model_type="deepseek_v41"), "model_type is 'deepseek_v41'"),
+    "config lacks a key": (
+        "fp4",
+        lambda folder: edit_config(folder, o_groups=...),
+        "config.json: missing key 'o_groups'",
+    ),
+    "other architecture": (
+        "fp4",
+        lambda folder: edit_config(folder, model_type="llama"),
+        "model_type is 'llama'",
+    ),
+    "V3": (
+        "fp4",
+        lambda folder: edit_config(folder, model_type="deepseek_v3"),
+        "model_type is 'deepseek_v3'",
+    ),
+    "V4.1": (
+        "fp4",
+        lambda folder: edit_config(folder, model_type="deepseek_v41"),
+        "model_type is 'deepseek_v41'",
+    ),
     "no folder": ("fp4", lambda folder: shutil.rmtree(folder), "copy: no such folder"),
-    "missing shard": ("shards", lambda folder: sorted(folder.glob("model-*"))[1].unlink(), "model-00002-of-.*: missing"),
+    "missing shard": (
+        "shards",
+        lambda folder: sorted(folder.glob("model-*"))[1].unlink(),
+        "model-00002-of-.*: missing",
+    ),
     "broken index": ("shards", _write(checkpoint.INDEX, b"[1"), "index.json: not a JSON object"),
-    "index of another kind": ("shards", _write(checkpoint.INDEX, b"[1]"), "index.json: not a JSON object"),
-    "index without map": ("shards", _write(checkpoint.INDEX, b"{}"), "index.json: not a JSON object with a weight_map"),
-    "tensor not in index": ("shards", _duplicate, "index.json: 'extra' should be in None, but is in model-00001"),
+    "index of another kind": (
+        "shards",
+        _write(checkpoint.INDEX, b"[1]"),
+        "index.json: not a JSON object",
+    ),
+    "index without map": (
+        "shards",
+        _write(checkpoint.INDEX, b"{}"),
+        "index.json: not a JSON object with a weight_map",
+    ),
+    "tensor not in index": (
+        "shards",
+        _duplicate,
+        "index.json: 'extra' should be in None, but is in model-00001",
+    ),
 }
 
 
@@ -426,7 +658,9 @@ def test_a_format_that_no_release_has_is_refused(arguments, tmp_path):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("disk full")])
 @pytest.mark.parametrize("when", [1, 40, 90])
 @pytest.mark.parametrize("shard_bytes", [100_000, 10**9])
-def test_an_interrupted_save_leaves_the_old_checkpoint(error, when, shard_bytes, tmp_path, monkeypatch):
+def test_an_interrupted_save_leaves_the_old_checkpoint(
+    error, when, shard_bytes, tmp_path, monkeypatch
+):
     old = make(seed=1)
     save(old, tmp_path, dtype=None, shard_bytes=shard_bytes)
     before, calls = {file.name: file.read_bytes() for file in tmp_path.iterdir()}, []
@@ -436,6 +670,7 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(error, when, shard_bytes,
         if len(calls) == when:
             raise error
         return quantize_fp4(w)
+
     monkeypatch.setattr(checkpoint, "quantize_fp4", quantize)
     with pytest.raises((KeyboardInterrupt, OSError)):
         save(make(seed=2), tmp_path, experts="fp4", shard_bytes=shard_bytes)
@@ -448,10 +683,20 @@ def test_a_save_replaces_all_of_the_old_checkpoint_and_nothing_else(first, secon
     (tmp_path / "notes.txt").write_text("mine")
     save(make(seed=1), tmp_path, dtype=None, shard_bytes=first)
     save(make(seed=2), tmp_path, dtype=None, shard_bytes=second)
-    assert same(load(tmp_path, dtype=torch.float32), make(seed=2)) and (tmp_path / "notes.txt").exists()
-    held = {file.name for file in tmp_path.iterdir()} - {"notes.txt", "config.json", checkpoint.INDEX}
-    assert held == (set(json.loads((tmp_path / checkpoint.INDEX).read_text())["weight_map"].values()) if second < 10**9
-                    else {"model.safetensors"})
+    assert (
+        same(load(tmp_path, dtype=torch.float32), make(seed=2))
+        and (tmp_path / "notes.txt").exists()
+    )
+    held = {file.name for file in tmp_path.iterdir()} - {
+        "notes.txt",
+        "config.json",
+        checkpoint.INDEX,
+    }
+    assert held == (
+        set(json.loads((tmp_path / checkpoint.INDEX).read_text())["weight_map"].values())
+        if second < 10**9
+        else {"model.safetensors"}
+    )
     assert (tmp_path / checkpoint.INDEX).exists() == (second < 10**9)
 
 
@@ -486,49 +731,103 @@ def test_tokenizer_files_travel(tmp_path):
 @pytest.mark.parametrize("mtp", [True, False])
 def test_slice_copies_bytes_and_edits_the_config(folders, tmp_path, mtp):
     out = tmp_path / "out"
-    assert main(["slice", str(folders / "shards"), str(out), "--layers", "1", *([] if mtp else ["--no-mtp"])]) == 0
+    assert (
+        main(
+            [
+                "slice",
+                str(folders / "shards"),
+                str(out),
+                "--layers",
+                "1",
+                *([] if mtp else ["--no-mtp"]),
+            ]
+        )
+        == 0
+    )
     whole, part = load_file(folders / "fp4/model.safetensors"), load_file(out / "model.safetensors")
-    assert {n for n in whole if not n.startswith(("layers.1", "layers.2", "layers.3", *([] if mtp else ["mtp."])))} == part.keys()
+    assert {
+        n
+        for n in whole
+        if not n.startswith(("layers.1", "layers.2", "layers.3", *([] if mtp else ["mtp."])))
+    } == part.keys()
     for name, t in part.items():
-        assert t.dtype == whole[name].dtype and torch.equal(t.view(torch.uint8), whole[name].view(torch.uint8)), name
+        assert t.dtype == whole[name].dtype and torch.equal(
+            t.view(torch.uint8), whole[name].view(torch.uint8)
+        ), name
     config = json.loads((out / "config.json").read_text())
-    assert (config["num_hidden_layers"], config["num_hash_layers"], config["num_nextn_predict_layers"]) == (1, 1, mtp)
-    assert config["compress_ratios"] == [0] * (1 + mtp) and config["expert_dtype"] == "fp4" and config["quantization_config"]
+    assert (
+        config["num_hidden_layers"],
+        config["num_hash_layers"],
+        config["num_nextn_predict_layers"],
+    ) == (1, 1, mtp)
+    assert (
+        config["compress_ratios"] == [0] * (1 + mtp)
+        and config["expert_dtype"] == "fp4"
+        and config["quantization_config"]
+    )
     if mtp:
         assert same(load(out), load(folders / "fp4", layers=1))
 
 
-@pytest.mark.parametrize("source, flags, same_as", [
-    ("bf16", ["--experts", "fp4", "--linears", "fp8"], ("fp4", "fp8")),
-    ("shards", ["--experts", "bf16", "--linears", "bf16"], None), ("bf16", ["--experts", "fp8"], ("fp8", None)),
-    ("fp4", ["--experts", "fp8"], None), ("fp4", [], None)])
+@pytest.mark.parametrize(
+    "source, flags, same_as",
+    [
+        ("bf16", ["--experts", "fp4", "--linears", "fp8"], ("fp4", "fp8")),
+        ("shards", ["--experts", "bf16", "--linears", "bf16"], None),
+        ("bf16", ["--experts", "fp8"], ("fp8", None)),
+        ("fp4", ["--experts", "fp8"], None),
+        ("fp4", [], None),
+    ],
+)
 def test_convert_changes_the_format_and_keeps_the_rest(source, flags, same_as, folders, tmp_path):
     assert main(["convert", str(folders / source), str(tmp_path / "out"), *flags]) == 0
     if same_as:  # bf16 -> quantised is what saving the bf16 model does
         save(load(folders / source), tmp_path / "want", experts=same_as[0], linears=same_as[1])
-        assert (tmp_path / "want/model.safetensors").read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()
-        assert json.loads((tmp_path / "want/config.json").read_text()) == json.loads((tmp_path / "out/config.json").read_text())
+        assert (tmp_path / "want/model.safetensors").read_bytes() == (
+            tmp_path / "out/model.safetensors"
+        ).read_bytes()
+        assert json.loads((tmp_path / "want/config.json").read_text()) == json.loads(
+            (tmp_path / "out/config.json").read_text()
+        )
     else:  # every value of the source is one of bf16, and fp4 fits into fp8
-        assert same(load(tmp_path / "out", dtype=torch.float32, act_quant=True), load(folders / source, dtype=torch.float32))
-        formats = {(): ("fp4", "fp8"), ("fp8",): ("fp8", "fp8"), ("bf16", "bf16"): ("bf16", "bf16")}[tuple(flags[1::2])]
-        on_disk = {key: (t.dtype, tuple(t.shape)) for key, t in load_file(tmp_path / "out/model.safetensors").items()}
+        assert same(
+            load(tmp_path / "out", dtype=torch.float32, act_quant=True),
+            load(folders / source, dtype=torch.float32),
+        )
+        formats = {
+            (): ("fp4", "fp8"),
+            ("fp8",): ("fp8", "fp8"),
+            ("bf16", "bf16"): ("bf16", "bf16"),
+        }[tuple(flags[1::2])]
+        on_disk = {
+            key: (t.dtype, tuple(t.shape))
+            for key, t in load_file(tmp_path / "out/model.safetensors").items()
+        }
         assert on_disk == layout(DEBUG, *formats)
     config, quantised = json.loads((tmp_path / "out/config.json").read_text()), "bf16" not in flags
     assert ("quantization_config" in config) == quantised
-    assert config.get("expert_dtype") == (None if not quantised else "fp4" if "fp4" in flags or not flags else "fp8")
+    assert config.get("expert_dtype") == (
+        None if not quantised else "fp4" if "fp4" in flags or not flags else "fp8"
+    )
 
 
 def test_fp4_to_fp8_is_exact_while_scales_of_a_block_are_near(tmp_path):
     """Spec 11: 2^14 between the scales of a 128 x 128 block still fits the range of e4m3."""
     save(make(PARTIAL), tmp_path / "a", experts="fp4", linears="fp8")
     generator = torch.Generator().manual_seed(0)
+
     def change(tensors):
         for name in tensors:
             if ".experts." in name and name.endswith("scale"):
-                tensors[name] = torch.randint(108, 123, tensors[name].shape, dtype=torch.uint8, generator=generator).view(E8M0)
+                tensors[name] = torch.randint(
+                    108, 123, tensors[name].shape, dtype=torch.uint8, generator=generator
+                ).view(E8M0)
+
     edit(tmp_path / "a", change)
     assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--experts", "fp8"]) == 0
-    assert same(load(tmp_path / "a", dtype=torch.float32), load(tmp_path / "b", dtype=torch.float32))
+    assert same(
+        load(tmp_path / "a", dtype=torch.float32), load(tmp_path / "b", dtype=torch.float32)
+    )
 
 
 def test_convert_in_place_and_back(copy):
@@ -543,22 +842,41 @@ def test_inspect_reads_headers_and_reports(copy, folders, capsys, monkeypatch):
     monkeypatch.setattr(checkpoint.Folder, "get", lambda *args: pytest.fail("data was read"))
     assert main(["inspect", str(folders / "shards"), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["tensors"] == len(layout(DEBUG)) and report["bytes"] == sum(info.nbytes for info in layout(DEBUG).values())
-    w1 = {"name": "layers.*.ffn.experts.*.w1.weight", "count": 32, "dtype": "I8", "shape": [32, 32], "bytes": 32768}
+    assert report["tensors"] == len(layout(DEBUG)) and report["bytes"] == sum(
+        info.nbytes for info in layout(DEBUG).values()
+    )
+    w1 = {
+        "name": "layers.*.ffn.experts.*.w1.weight",
+        "count": 32,
+        "dtype": "I8",
+        "shape": [32, 32],
+        "bytes": 32768,
+    }
     assert w1 in report["groups"] and report["problems"] == [] and report["mtp"] == 1
     folder = copy("fp4")
     _pop("norm.weight")(folder)
     _set("other", lambda t: torch.ones(1))(folder)
     assert main(["inspect", str(folder)]) == 2
     out = capsys.readouterr().out
-    assert "'norm.weight' is missing" in out and "'other' is unexpected" in out and "layers.*.attn.attn_sink" in out
+    assert (
+        "'norm.weight' is missing" in out
+        and "'other' is unexpected" in out
+        and "layers.*.attn.attn_sink" in out
+    )
 
 
 def test_command_line_exit_codes(capsys):
     def run(*arguments):
-        return subprocess.run([sys.executable, "checkpoint.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, "checkpoint.py", *arguments], cwd=ROOT, capture_output=True, text=True
+        )
+
     missing = run("inspect", "no/such/folder")
-    assert missing.returncode == 2 and missing.stderr.count("\n") == 1 and "no/such/folder" in missing.stderr
+    assert (
+        missing.returncode == 2
+        and missing.stderr.count("\n") == 1
+        and "no/such/folder" in missing.stderr
+    )
     for mistake in (["convert", "a", "b", "--linears", "fp4"], ["slice", "a", "b"], []):
         assert main(mistake) == 2
         assert capsys.readouterr().err.count("\n") == 1
@@ -590,18 +908,40 @@ work(folder)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's resettable peak of resident memory")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(),
+    reason="needs Linux's resettable peak of resident memory",
+)
 def test_memory_peaks_at_the_model_and_one_tensor(folders, tmp_path):
     """A model of 161 MB whose largest tensors, some of them neighbours, have 16 MB; 7 shards."""
-    args = dataclasses.replace(PARTIAL, vocab_size=8192, dim=1024, moe_inter_dim=1024, n_routed_experts=12, n_heads=256,
-                               q_lora_rank=1024, o_groups=8, o_lora_rank=1024, n_mtp_layers=0, compress_ratios=(0,))
+    args = dataclasses.replace(
+        PARTIAL,
+        vocab_size=8192,
+        dim=1024,
+        moe_inter_dim=1024,
+        n_routed_experts=12,
+        n_heads=256,
+        q_lora_rank=1024,
+        o_groups=8,
+        o_lora_rank=1024,
+        n_mtp_layers=0,
+        compress_ratios=(0,),
+    )
     model = checkpoint.empty_model(args).to_empty(device="cpu")
     for tensor in model.state_dict().values():
         tensor.zero_()
     save(model, tmp_path / "big", experts="fp4", shard_bytes=20_000_000)
-    env = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory goes back at once, and hides no peak
-    run = subprocess.run([sys.executable, "-c", _MEASURE, str(tmp_path / "big"), str(folders / "fp4")], cwd=ROOT,
-                         capture_output=True, text=True, env=env)
+    env = {
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+    }  # freed memory goes back at once, and hides no peak
+    run = subprocess.run(
+        [sys.executable, "-c", _MEASURE, str(tmp_path / "big"), str(folders / "fp4")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=env,
+    )
     assert run.returncode == 0, run.stderr
     for line in run.stdout.splitlines()[4:]:
         assert int(line.split()[1]) <= 20 * 2**20, line  # 4 MB of slack
@@ -611,15 +951,27 @@ def test_memory_peaks_at_the_model_and_one_tensor(folders, tmp_path):
 # Transformers reads what is saved here (its router runs in the parameter dtype, so compare in fp32)
 
 
-@pytest.mark.parametrize("experts, linears", [("bf16", "bf16"), ("fp4", "fp8"), ("fp8", "fp8"), ("fp4", "bf16")])
+@pytest.mark.parametrize(
+    "experts, linears", [("bf16", "bf16"), ("fp4", "fp8"), ("fp8", "fp8"), ("fp4", "bf16")]
+)
 def test_transformers_gives_the_same_logits(experts, linears, tmp_path):
     transformers = pytest.importorskip("transformers")
     if (experts, linears) != ("bf16", "bf16"):
         pytest.importorskip("accelerate", reason="Transformers needs it for FP8")
-    save(make(), tmp_path, experts=experts, linears=linears, dtype=None if experts == linears == "bf16" else torch.bfloat16)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").float().eval()
+    save(
+        make(),
+        tmp_path,
+        experts=experts,
+        linears=linears,
+        dtype=None if experts == linears == "bf16" else torch.bfloat16,
+    )
+    theirs = (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").float().eval()
+    )
     ours = load(tmp_path, dtype=torch.float32, act_quant=False)
-    tokens = torch.randint(0, DEBUG.vocab_size, (2, 61), generator=torch.Generator().manual_seed(0))  # 15 entries < index_topk
+    tokens = torch.randint(
+        0, DEBUG.vocab_size, (2, 61), generator=torch.Generator().manual_seed(0)
+    )  # 15 entries < index_topk
     with torch.no_grad():
         a, b = ours(tokens), theirs(tokens).logits
     assert (a - b).square().mean().sqrt() <= 1e-5 * b.std()

@@ -1,4 +1,5 @@
 """Contracts of dataset.py: text to documents, documents to tokens on disk, tokens to packed rows."""
+
 from __future__ import annotations
 
 import os
@@ -7,22 +8,30 @@ import numpy as np
 import pytest
 import torch
 
-from training import dataset as D
 from tokenizer import load_tokenizer
 from train_step import ROOT
+from training import dataset as D
 
 TEXT = (ROOT / "data" / "shakespeare.txt").read_text()
 
 
 def test_the_held_out_tail_is_never_trained_on():
     trained, held_out = D.split(TEXT)
-    assert trained + held_out == TEXT and 0.049 < len(held_out) / len(TEXT) < 0.051 and trained.endswith("\n")
+    assert (
+        trained + held_out == TEXT
+        and 0.049 < len(held_out) / len(TEXT) < 0.051
+        and trained.endswith("\n")
+    )
 
 
 @pytest.mark.parametrize("text", ["words " * 1000, "x" * 6000, "a line\n" + "words " * 1000])
 def test_a_text_of_long_lines_is_cut_where_it_must_be(text):
     trained, held_out = D.split(text)
-    assert trained + held_out == text and abs(len(held_out) / len(text) - 0.05) < 0.01 and (trained.endswith(" ") or " " not in text)
+    assert (
+        trained + held_out == text
+        and abs(len(held_out) / len(text) - 0.05) < 0.01
+        and (trained.endswith(" ") or " " not in text)
+    )
 
 
 def test_a_vocabulary_is_fitted_to_lines_of_any_length(tmp_path, monkeypatch):
@@ -39,21 +48,35 @@ def test_a_vocabulary_round_trips_and_documents_stand_between_bos_and_eos(tmp_pa
     first, second = D.tokenize(text, tokenizer)
     for ids in (first, second):
         assert ids[0] == 0 and ids[-1] == 1 and (ids[1:-1] > 1).all()
-    assert tokenizer.decode(second[1:-1].tolist()) == "A second document, with \ttabs  and  spaces.\n"
+    assert (
+        tokenizer.decode(second[1:-1].tolist()) == "A second document, with \ttabs  and  spaces.\n"
+    )
 
 
 def test_bytes_round_trip():
     tokenizer = D.Bytes()
-    assert tokenizer.decode(tokenizer.encode("naïve\n", bos=True)) == "naïve\n" and tokenizer.encode("a", bos=True) == [0, 97]
+    assert tokenizer.decode(
+        tokenizer.encode("naïve\n", bos=True)
+    ) == "naïve\n" and tokenizer.encode("a", bos=True) == [0, 97]
     assert tokenizer.encode("\0a\1") == [97]  # no BOS or EOS
 
 
 def test_files_and_folders_are_read_in_order_as_documents(tmp_path):
     (tmp_path / "b").mkdir()
-    for name, text in (("a.txt", "one\n"), ("b/c.md", "\n\ntwo\n\n"), ("b/ignored.png", "no"), ("d.txt", "three")):
+    for name, text in (
+        ("a.txt", "one\n"),
+        ("b/c.md", "\n\ntwo\n\n"),
+        ("b/ignored.png", "no"),
+        ("d.txt", "three"),
+    ):
         (tmp_path / name).write_text(text)
     text = D.read_text([str(tmp_path), str(tmp_path / "a.txt")])
-    assert [document.strip("\n") for document in text.split(D.GAP)] == ["one", "two", "three", "one"]
+    assert [document.strip("\n") for document in text.split(D.GAP)] == [
+        "one",
+        "two",
+        "three",
+        "one",
+    ]
 
 
 def test_tokens_are_cached_by_text_and_vocabulary(tmp_path, monkeypatch):
@@ -61,7 +84,9 @@ def test_tokens_are_cached_by_text_and_vocabulary(tmp_path, monkeypatch):
     first = D.prepare(text, tmp_path, 256)
     assert first.source is None and isinstance(first.train, np.memmap) and first.train[0] == 0
     trained, held_out = D.split(text)
-    assert len(first.train) == len(np.concatenate(list(D.tokenize(trained, D.Bytes())))) and first.held_out_chars == len(held_out)
+    assert len(first.train) == len(
+        np.concatenate(list(D.tokenize(trained, D.Bytes())))
+    ) and first.held_out_chars == len(held_out)
     assert bytes(first.held_out[1:-1].astype(np.uint8)).decode() == held_out.strip("\n") + "\n"
     monkeypatch.setattr(D, "tokenize", lambda *args: pytest.fail("tokenized again"))
     assert D.prepare(text, tmp_path, 256).folder == first.folder
@@ -93,7 +118,11 @@ def test_an_epoch_takes_every_row_once(count, length):
         assert len(tokens.unique()) == len(tokens) == rows.per_epoch * length > count - 2 * length
         seen[epoch] = tokens
     assert rows.per_epoch == 1 or not torch.equal(seen[0], seen[1])
-    assert length == 1 or not torch.equal(seen[0].sort().values, seen[1].sort().values) or not torch.equal(seen[0].sort().values, seen[2].sort().values)
+    assert (
+        length == 1
+        or not torch.equal(seen[0].sort().values, seen[1].sort().values)
+        or not torch.equal(seen[0].sort().values, seen[2].sort().values)
+    )
 
 
 def test_a_row_depends_on_its_number_and_the_seed_alone():
@@ -107,19 +136,38 @@ def test_a_row_depends_on_its_number_and_the_seed_alone():
 
 def test_documents_are_set_apart_and_their_ends_have_no_target():
     tokens, targets, docs = D.Rows(stream(2000), 120, 0, 0)(range(8))
-    assert tokens.shape == targets.shape == docs.shape == (8, 120) and tokens.dtype == targets.dtype == docs.dtype == torch.int64
+    assert (
+        tokens.shape == targets.shape == docs.shape == (8, 120)
+        and tokens.dtype == targets.dtype == docs.dtype == torch.int64
+    )
     starts = tokens == 0
-    assert starts.sum() > 8 and torch.equal(docs.diff(dim=1) == 1, starts[:, 1:]) and (docs.diff(dim=1) >= 0).all()
+    assert (
+        starts.sum() > 8
+        and torch.equal(docs.diff(dim=1) == 1, starts[:, 1:])
+        and (docs.diff(dim=1) >= 0).all()
+    )
     follows = tokens[:, 1:]
     assert torch.equal(targets[:, :-1], torch.where(follows == 0, -1, follows))
 
 
-@pytest.mark.parametrize("make, says", [
-    (lambda folder: folder / "missing.txt", "missing.txt: cannot be read"),
-    (lambda folder: (folder / "empty.txt", (folder / "empty.txt").write_text(" \n"))[0], "holds no text"),
-    (lambda folder: (folder / "binary.txt", (folder / "binary.txt").write_bytes(b"\xff\xfe\x80"))[0], "not UTF-8"),
-    (lambda folder: folder, "holds no .txt or .md file"),
-])
+@pytest.mark.parametrize(
+    "make, says",
+    [
+        (lambda folder: folder / "missing.txt", "missing.txt: cannot be read"),
+        (
+            lambda folder: (folder / "empty.txt", (folder / "empty.txt").write_text(" \n"))[0],
+            "holds no text",
+        ),
+        (
+            lambda folder: (
+                folder / "binary.txt",
+                (folder / "binary.txt").write_bytes(b"\xff\xfe\x80"),
+            )[0],
+            "not UTF-8",
+        ),
+        (lambda folder: folder, "holds no .txt or .md file"),
+    ],
+)
 def test_what_cannot_be_read_is_named(tmp_path, make, says):
     with pytest.raises(ValueError, match=says):
         D.read_text([str(make(tmp_path))])

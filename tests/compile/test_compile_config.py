@@ -1,4 +1,5 @@
 """Contracts of compile_config.py: every preset computes what eager computes, in as many graphs as it says."""
+
 from __future__ import annotations
 
 import copy
@@ -28,7 +29,11 @@ def fresh(model: Transformer, batch: int = 2, max_seq_len: int = 256) -> Transfo
     return model
 
 
-PHASES = {"prefill": (C.compile_prefill, 40), "decode": (C.compile_decode, 1), "verify": (C.compile_verify, 4)}
+PHASES = {
+    "prefill": (C.compile_prefill, 40),
+    "decode": (C.compile_decode, 1),
+    "verify": (C.compile_verify, 4),
+}
 
 
 @pytest.mark.parametrize("region", ("model", "layer"))
@@ -38,8 +43,13 @@ def test_phases_equal_eager_without_recompiling(phase, region):
     compile_phase, T = PHASES[phase]
     model = fresh(build())
     eager = fresh(copy.deepcopy(model))
-    count, run = C.CompileCount(), compile_phase(model, C.CompileConfig(backend=QUICK, region=region))
-    for i, (at, lengths) in enumerate((([3, 130], None), ([3, 130], [T, 1]), ([0, 0], [1, T]), ([127, 4], [T, T]))):
+    count, run = (
+        C.CompileCount(),
+        compile_phase(model, C.CompileConfig(backend=QUICK, region=region)),
+    )
+    for i, (at, lengths) in enumerate(
+        (([3, 130], None), ([3, 130], [T, 1]), ([0, 0], [1, T]), ([127, 4], [T, T]))
+    ):
         if i == 2:
             count.warm()
         at, lengths = torch.tensor(at), None if lengths is None else torch.tensor(lengths)
@@ -48,7 +58,9 @@ def test_phases_equal_eager_without_recompiling(phase, region):
         got = run(tokens, at, lengths)
         assert got.shape == expected.shape and not got.requires_grad
         for row in range(2):
-            valid = slice(None) if lengths is None or phase == "prefill" else slice(int(lengths[row]))
+            valid = (
+                slice(None) if lengths is None or phase == "prefill" else slice(int(lengths[row]))
+            )
             assert rms(got[row, valid], expected[row, valid]) <= 1e-5
     kinds = 4
     assert count.graphs == 2 * (1 if region == "model" else kinds + 2)  # without and with lengths
@@ -57,19 +69,32 @@ def test_phases_equal_eager_without_recompiling(phase, region):
 
 def test_layers_of_one_kind_share_a_graph():
     torch._dynamo.reset()
-    model = fresh(build(n_layers=9, n_hash_layers=1, compress_ratios=(4, 128, 4, 128, 4, 128, 4, 128, 4, 0)))
+    model = fresh(
+        build(n_layers=9, n_hash_layers=1, compress_ratios=(4, 128, 4, 128, 4, 128, 4, 128, 4, 0))
+    )
     count = C.CompileCount()
     with torch.no_grad():
         expected = copy.deepcopy(model)(tokens_of(2, 1), torch.tensor([3, 4]))
-    assert rms(C.compile_decode(model, C.CompileConfig(backend=QUICK, region="layer"))(
-        tokens_of(2, 1), torch.tensor([3, 4])), expected) <= 1e-5
+    assert (
+        rms(
+            C.compile_decode(model, C.CompileConfig(backend=QUICK, region="layer"))(
+                tokens_of(2, 1), torch.tensor([3, 4])
+            ),
+            expected,
+        )
+        <= 1e-5
+    )
     assert count.graphs == 3 + 2  # CSA hashed, HCA, CSA; before and after
 
 
 def test_deep_models_are_compiled_by_layer_and_prefill_always():
     shallow, deep = build(), build(n_layers=13, n_hash_layers=0, compress_ratios=(4,) * 13 + (0,))
     cfg = C.PRESETS["default"]
-    assert [C.regional(model, cfg, phase) for model in (shallow, deep) for phase in ("prefill", "decode")] == [True, False, True, True]
+    assert [
+        C.regional(model, cfg, phase)
+        for model in (shallow, deep)
+        for phase in ("prefill", "decode")
+    ] == [True, False, True, True]
     assert not C.regional(deep, C.PRESETS["eager"], "prefill")
 
 
@@ -90,7 +115,11 @@ def test_arguments_that_were_one_tensor_stay_independent():
     """Compiled from a call where positions and lengths are the same tensor, a phase must still tell them apart."""
     torch._dynamo.reset()
     model = fresh(build())
-    eager, run, ones = copy.deepcopy(model), C.compile_decode(model, C.CompileConfig(backend=QUICK)), torch.ones(2, dtype=torch.int64)
+    eager, run, ones = (
+        copy.deepcopy(model),
+        C.compile_decode(model, C.CompileConfig(backend=QUICK)),
+        torch.ones(2, dtype=torch.int64),
+    )
     run(tokens_of(2, 1), ones, ones)
     eager(tokens_of(2, 1), ones, ones)
     at = torch.tensor([2, 2])
@@ -100,9 +129,14 @@ def test_arguments_that_were_one_tensor_stay_independent():
 def test_then_is_part_of_the_graph():
     torch._dynamo.reset()
     model, count = fresh(build()), C.CompileCount()
-    run = C.compile_decode(model, C.CompileConfig(backend=QUICK),
-                           then=lambda logits, pos, lengths, bonus: (logits.argmax(-1) + bonus, pos + lengths))
-    token, pos = run(tokens_of(2, 1), torch.tensor([5, 6]), torch.tensor([1, 0]), torch.tensor(1000))
+    run = C.compile_decode(
+        model,
+        C.CompileConfig(backend=QUICK),
+        then=lambda logits, pos, lengths, bonus: (logits.argmax(-1) + bonus, pos + lengths),
+    )
+    token, pos = run(
+        tokens_of(2, 1), torch.tensor([5, 6]), torch.tensor([1, 0]), torch.tensor(1000)
+    )
     assert token.min() >= 1000 and pos.tolist() == [6, 6] and count.graphs == 1
 
 
@@ -118,12 +152,20 @@ def test_a_compiled_training_step_equals_an_eager_one(region):
     model, count = build().train(), C.CompileCount()
     eager = copy.deepcopy(model)
     step = {}
-    for name, m, cfg in (("compiled", model, C.CompileConfig(backend=QUICK, region=region)), ("eager", eager, C.PRESETS["eager"])):
-        step[name] = C.compile_train_step(m, torch.optim.AdamW(m.parameters(), lr=torch.tensor(0.0), eps=1e-4), cfg)
+    for name, m, cfg in (
+        ("compiled", model, C.CompileConfig(backend=QUICK, region=region)),
+        ("eager", eager, C.PRESETS["eager"]),
+    ):
+        step[name] = C.compile_train_step(
+            m, torch.optim.AdamW(m.parameters(), lr=torch.tensor(0.0), eps=1e-4), cfg
+        )
     for i, rate in enumerate((1e-3, 5e-4)):
         tokens = tokens_of(2, 97 + i)[:, :96] % 256
         docs = (torch.arange(96) >= torch.tensor([[40 + i], [7]])).long()
-        got, expected = (step[name](tokens, tokens.roll(-1, 1), docs, torch.tensor(rate)) for name in ("compiled", "eager"))
+        got, expected = (
+            step[name](tokens, tokens.roll(-1, 1), docs, torch.tensor(rate))
+            for name in ("compiled", "eager")
+        )
         assert abs(float(got["loss"]) / float(expected["loss"]) - 1) < 1e-5
         assert abs(float(got["mtp_loss"]) / float(expected["mtp_loss"]) - 1) < 1e-5
         if i == 0:
@@ -155,7 +197,12 @@ def test_training_loss_is_the_mean_over_valid_targets():
                 after[row, i] = targets[row, i + 1]
     assert abs(float(nll(ahead.flatten(0, 1), after.flatten(), ignore_index=-1) - mtp)) < 1e-5
     assert abs(float(main + 0.5 * mtp + 1e-4 * parts["balance"] - total)) < 1e-5
-    alone, parts = training_loss(build(n_mtp_layers=0, compress_ratios=(0, 4, 128, 4)), tokens, targets, weights=Weights(balance=0))
+    alone, parts = training_loss(
+        build(n_mtp_layers=0, compress_ratios=(0, 4, 128, 4)),
+        tokens,
+        targets,
+        weights=Weights(balance=0),
+    )
     assert "mtp_loss" not in parts and float(alone) == float(parts["loss"])
 
 
@@ -177,7 +224,10 @@ def test_what_compiling_for_cpu_lacks_is_named(monkeypatch):
     monkeypatch.setattr(C.sysconfig, "get_path", lambda name: "/nowhere")
     assert "Python.h" in C.missing_for_cpu()
     import torch._inductor.cpp_builder as builder
-    monkeypatch.setattr(builder, "get_cpp_compiler", lambda: (_ for _ in ()).throw(RuntimeError("none")))
+
+    monkeypatch.setattr(
+        builder, "get_cpp_compiler", lambda: (_ for _ in ()).throw(RuntimeError("none"))
+    )
     assert "g++" in C.missing_for_cpu()
 
 
@@ -185,5 +235,7 @@ def test_peak_memory_is_this_processes_own():
     """Not what the parent held when it started this one."""
     held = b"\1" * (1 << 29)
     script = "import torch, compile_config as C; print(C.peak_memory(torch.device('cpu')))"
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=C.ROOT)
+    out = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=C.ROOT
+    )
     assert 0 < int(out.stdout) < len(held) + (1 << 28)

@@ -1,4 +1,5 @@
 """The suite catches what it is for: each fault, seeded into a copy of the project, makes a named test fail and say why."""
+
 from __future__ import annotations
 
 import os
@@ -25,123 +26,237 @@ class Fault(NamedTuple):
     says: str
 
 
-CAPTURE, CENSUS, SESSIONS, SHAPES = (f"tests/compile/test_compile_{name}.py::" for name in ("capture", "census", "sessions", "shapes"))
+CAPTURE, CENSUS, SESSIONS, SHAPES = (
+    f"tests/compile/test_compile_{name}.py::"
+    for name in ("capture", "census", "sessions", "shapes")
+)
 DECODE = CAPTURE + "test_inference_is_one_graph[decode-opaque-False]"
 FAULTS = {
     "an item() in the compressor": Fault(
-        "model.py", "        score = linear_fp32(x, self.wgate.weight)", "        x = x[:, : int(win.phase.max().item()) + x.shape[1]]\n"
+        "model.py",
         "        score = linear_fp32(x, self.wgate.weight)",
-        DECODE, r"host sync aten\._local_scalar_dense.*model\.py.*in forward"),
+        "        x = x[:, : int(win.phase.max().item()) + x.shape[1]]\n"
+        "        score = linear_fp32(x, self.wgate.weight)",
+        DECODE,
+        r"host sync aten\._local_scalar_dense.*model\.py.*in forward",
+    ),
     "a Python-int position in the cache": Fault(
-        "model.py", "        size, pos = self.rows.shape[1] - 1, plan.input_pos[:, None]",
+        "model.py",
+        "        size, pos = self.rows.shape[1] - 1, plan.input_pos[:, None]",
         "        self.at = getattr(self, 'at', -1) + 1\n        size, pos = self.rows.shape[1] - 1, plan.input_pos[:, None] + 0 * self.at",
-        SESSIONS + "test_a_session_compiles_once[every boundary]", r"RecompileError: Recompiling[\s\S]*'at'[\s\S]*model\.py"),
+        SESSIONS + "test_a_session_compiles_once[every boundary]",
+        r"RecompileError: Recompiling[\s\S]*'at'[\s\S]*model\.py",
+    ),
     "a branch on data in the router": Fault(
-        "model.py", "        weight = score.gather(1, chosen)", "        if score.max() > 1e9:\n            score = score / score.max()\n"
-        "        weight = score.gather(1, chosen)", DECODE, r"[Dd]ata-dependent[\s\S]*model\.py"),
+        "model.py",
+        "        weight = score.gather(1, chosen)",
+        "        if score.max() > 1e9:\n            score = score / score.max()\n"
+        "        weight = score.gather(1, chosen)",
+        DECODE,
+        r"[Dd]ata-dependent[\s\S]*model\.py",
+    ),
     "expand and gather in sparse attention": Fault(
-        "ops/sparse_attn.py", "def forward_reference(", "def forward_reference(*args):\n"
+        "ops/sparse_attn.py",
+        "def forward_reference(",
+        "def forward_reference(*args):\n"
         "    entries, idx = args[6], args[9]\n    if idx is not None:\n"
         "        B, T, K = idx.shape\n        args[6][:, None].expand(B, T, -1, -1).gather(2, idx.clamp(min=0)[..., None].expand(B, T, K, entries.shape[-1]))\n"
         "    return _forward_reference(*args)\n\n\ndef _forward_reference(",
-        "tests/model/test_model_memory.py::test_no_intermediate_exceeds_the_bound[prefill-4-reference]", r"MB: aten\.gather"),
+        "tests/model/test_model_memory.py::test_no_intermediate_exceeds_the_bound[prefill-4-reference]",
+        r"MB: aten\.gather",
+    ),
     "a dropped fake kernel": Fault(
-        "ops/registry.py", '    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)',
+        "ops/registry.py",
+        '    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)',
         '    if name != "rope":\n        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)',
-        DECODE, r"dsv4.rope[\s\S]*(fake|[Mm]eta)"),
+        DECODE,
+        r"dsv4.rope[\s\S]*(fake|[Mm]eta)",
+    ),
     "a wrong fake shape": Fault(
-        "ops/compress.py", "*end.shape, weight.shape[0], dtype=dtype)", "*end.shape, weight.shape[0] + 1, dtype=dtype)",
-        "tests/ops/test_ops.py::test_ops_pass_opcheck[compress-3-5-4-6-4-contiguous]", r"compress[\s\S]*(shape|size)"),
+        "ops/compress.py",
+        "*end.shape, weight.shape[0], dtype=dtype)",
+        "*end.shape, weight.shape[0] + 1, dtype=dtype)",
+        "tests/ops/test_ops.py::test_ops_pass_opcheck[compress-3-5-4-6-4-contiguous]",
+        r"compress[\s\S]*(shape|size)",
+    ),
     "a whole cache copied in decode": Fault(
-        "model.py", "        return self.entries[: x.shape[0], :-1]", "        return self.entries[: x.shape[0], :-1].clone() * 1.0000001",
-        CENSUS + "test_no_cache_is_copied_whole_on_cuda", r"copies a whole cache"),
+        "model.py",
+        "        return self.entries[: x.shape[0], :-1]",
+        "        return self.entries[: x.shape[0], :-1].clone() * 1.0000001",
+        CENSUS + "test_no_cache_is_copied_whole_on_cuda",
+        r"copies a whole cache",
+    ),
     "an op that falls back to its traced form": Fault(
-        "model.py", "        o = self.ops.sparse_attn(", "        import ops\n        o = ops.sparse_attn.reference(",
-        CAPTURE + "test_each_opaque_op_is_one_node", r"'sparse_attn': 4"),
+        "model.py",
+        "        o = self.ops.sparse_attn(",
+        "        import ops\n        o = ops.sparse_attn.reference(",
+        CAPTURE + "test_each_opaque_op_is_one_node",
+        r"'sparse_attn': 4",
+    ),
 }
 
 MORE = {  # two more of each kind, thought of when the suite was finished
     "a bincount of the experts' load": Fault(
-        "model.py", "        weight = score.gather(1, chosen)", "        score = score + 0 * chosen.flatten().bincount().sum()\n"
-        "        weight = score.gather(1, chosen)", DECODE, r"(host sync aten\.bincount|symbolic value in aten\.bincount).*model\.py"),
+        "model.py",
+        "        weight = score.gather(1, chosen)",
+        "        score = score + 0 * chosen.flatten().bincount().sum()\n"
+        "        weight = score.gather(1, chosen)",
+        DECODE,
+        r"(host sync aten\.bincount|symbolic value in aten\.bincount).*model\.py",
+    ),
     "tokens looked up by a mask": Fault(
-        "model.py", "        if lengths is not None:\n            tokens = tokens.masked_fill",
+        "model.py",
+        "        if lengths is not None:\n            tokens = tokens.masked_fill",
         "        tokens = tokens + 0 * tokens[tokens > 0].sum()\n        if lengths is not None:\n            tokens = tokens.masked_fill",
-        DECODE, r"(host sync aten\.nonzero|symbolic value in aten\.index).*model\.py"),
+        DECODE,
+        r"(host sync aten\.nonzero|symbolic value in aten\.index).*model\.py",
+    ),
     "a call counter in the model": Fault(
-        "model.py", "        tokens, plan, X = self.start(tokens, input_pos, lengths, doc_ids, watch)",
+        "model.py",
+        "        tokens, plan, X = self.start(tokens, input_pos, lengths, doc_ids, watch)",
         "        self.calls = getattr(self, 'calls', 0) + 1\n        tokens, plan, X = self.start(tokens + 0 * self.calls, input_pos, lengths, doc_ids, watch)",
-        SESSIONS + "test_a_session_compiles_once[two conversations]", r"RecompileError: Recompiling[\s\S]*'calls'"),
+        SESSIONS + "test_a_session_compiles_once[two conversations]",
+        r"RecompileError: Recompiling[\s\S]*'calls'",
+    ),
     "a step number that is a Python int": Fault(
-        "training/optim.py", "norm, (b1, b2) = grad_norm(list(grads.values())), self.betas", "self.done = getattr(self, 'done', 0) + 1\n"
-        "        norm, (b1, b2) = grad_norm(list(grads.values())), (b ** (1 / self.done) for b in self.betas)", SESSIONS + "test_the_optimizer_compiles_once",
-        r"RecompileError: Recompiling[\s\S]*'done'"),
+        "training/optim.py",
+        "norm, (b1, b2) = grad_norm(list(grads.values())), self.betas",
+        "self.done = getattr(self, 'done', 0) + 1\n"
+        "        norm, (b1, b2) = grad_norm(list(grads.values())), (b ** (1 / self.done) for b in self.betas)",
+        SESSIONS + "test_the_optimizer_compiles_once",
+        r"RecompileError: Recompiling[\s\S]*'done'",
+    ),
     "a window skipped when none ends": Fault(
-        "model.py", "        score = linear_fp32(x, self.wgate.weight)", "        if (win.end < 0).all():\n            return self.entries[:, :-1]\n"
-        "        score = linear_fp32(x, self.wgate.weight)", DECODE, r"[Dd]ata-dependent[\s\S]*model\.py"),
+        "model.py",
+        "        score = linear_fp32(x, self.wgate.weight)",
+        "        if (win.end < 0).all():\n            return self.entries[:, :-1]\n"
+        "        score = linear_fp32(x, self.wgate.weight)",
+        DECODE,
+        r"[Dd]ata-dependent[\s\S]*model\.py",
+    ),
     "a check of token ids in the forward": Fault(
-        "model.py", "        if lengths is not None:\n            tokens = tokens.masked_fill",
+        "model.py",
+        "        if lengths is not None:\n            tokens = tokens.masked_fill",
         "        if tokens.max() >= self.args.vocab_size:\n            raise ValueError('no such token')\n"
-        "        if lengths is not None:\n            tokens = tokens.masked_fill", DECODE, r"[Dd]ata-dependent[\s\S]*model\.py"),
+        "        if lengths is not None:\n            tokens = tokens.masked_fill",
+        DECODE,
+        r"[Dd]ata-dependent[\s\S]*model\.py",
+    ),
     "index scores of all heads at once": Fault(
-        "ops/indexer_topk.py", "CHUNK = 1 << 24", "CHUNK = 1 << 62",
-        "tests/model/test_model_memory.py::test_no_intermediate_exceeds_the_bound[prefill-4-reference]", r"MB: aten\."),
+        "ops/indexer_topk.py",
+        "CHUNK = 1 << 24",
+        "CHUNK = 1 << 62",
+        "tests/model/test_model_memory.py::test_no_intermediate_exceeds_the_bound[prefill-4-reference]",
+        r"MB: aten\.",
+    ),
     "logits of a whole prompt": Fault(
-        "model.py", "linear_fp32(self.head_input(self.select(X, plan, logits)), self.head.weight)\n\n\n# ---",
+        "model.py",
+        "linear_fp32(self.head_input(self.select(X, plan, logits)), self.head.weight)\n\n\n# ---",
         "self.select(linear_fp32(self.head_input(X), self.head.weight), plan, logits)\n\n\n# ---",
-        SHAPES + "test_the_largest_value_is_bounded[flash-prefill]", r"aten\.mm\.default \[8192, 129280\]"),
+        SHAPES + "test_the_largest_value_is_bounded[flash-prefill]",
+        r"aten\.mm\.default \[8192, 129280\]",
+    ),
     "a backward op without a fake": Fault(
-        "ops/registry.py", '    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)',
+        "ops/registry.py",
+        '    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)',
         '    if name != "moe_backward":\n        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)',
-        CAPTURE + "test_training_forward_and_backward_are_one_graph_each[opaque]", r"dsv4.moe_backward[\s\S]*(fake|[Mm]eta)"),
+        CAPTURE + "test_training_forward_and_backward_are_one_graph_each[opaque]",
+        r"dsv4.moe_backward[\s\S]*(fake|[Mm]eta)",
+    ),
     "another op without a fake": Fault(
-        "ops/registry.py", '    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)',
-        '    if name != "hc_post":\n        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)', DECODE,
-        r"dsv4.hc_post[\s\S]*(fake|[Mm]eta)"),
+        "ops/registry.py",
+        '    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)',
+        '    if name != "hc_post":\n        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)',
+        DECODE,
+        r"dsv4.hc_post[\s\S]*(fake|[Mm]eta)",
+    ),
     "a fake of another dtype": Fault(
-        "ops/sparse_attn.py", "q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)",
+        "ops/sparse_attn.py",
+        "q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)",
         "q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float64)",
-        "tests/ops/test_ops.py::test_ops_pass_opcheck[sparse_attn-3-5-8-window-contiguous]", r"sparse_attn[\s\S]*dtype"),
+        "tests/ops/test_ops.py::test_ops_pass_opcheck[sparse_attn-3-5-8-window-contiguous]",
+        r"sparse_attn[\s\S]*dtype",
+    ),
     "a fake of other strides": Fault(
-        "ops/rope.py", "fake=lambda x, cos, sin, inverse: x.new_empty(x.shape)", "fake=lambda x, cos, sin, inverse: x.new_empty(x.shape).mT.contiguous().mT",
-        "tests/ops/test_ops.py::test_ops_pass_opcheck[rope-2-5-3-6-4-True-contiguous]", r"rope[\s\S]*[Ss]tride"),
+        "ops/rope.py",
+        "fake=lambda x, cos, sin, inverse: x.new_empty(x.shape)",
+        "fake=lambda x, cos, sin, inverse: x.new_empty(x.shape).mT.contiguous().mT",
+        "tests/ops/test_ops.py::test_ops_pass_opcheck[rope-2-5-3-6-4-True-contiguous]",
+        r"rope[\s\S]*[Ss]tride",
+    ),
     "a ring rewritten at every step": Fault(
-        "model.py", "        return rows\n\n\n# ----", "        self.rows.copy_(self.rows.flip(1).flip(1) * 1.0000001)\n        return rows\n\n\n# ----",
-        CENSUS + "test_no_cache_is_computed_whole", r"computes a whole cache: .*model\.py"),
+        "model.py",
+        "        return rows\n\n\n# ----",
+        "        self.rows.copy_(self.rows.flip(1).flip(1) * 1.0000001)\n        return rows\n\n\n# ----",
+        CENSUS + "test_no_cache_is_computed_whole",
+        r"computes a whole cache: .*model\.py",
+    ),
     "entries made contiguous": Fault(
-        "model.py", "        return self.entries[: x.shape[0], :-1]", "        return self.entries[: x.shape[0], :-1].contiguous()",
-        CENSUS + "test_no_cache_is_computed_whole", r"computes a whole cache: .*model\.py"),
+        "model.py",
+        "        return self.entries[: x.shape[0], :-1]",
+        "        return self.entries[: x.shape[0], :-1].contiguous()",
+        CENSUS + "test_no_cache_is_computed_whole",
+        r"computes a whole cache: .*model\.py",
+    ),
     "one site's hc_post traced": Fault(
-        "model.py", "        return self.ops.hc_post(self.ffn(self.ffn_norm(x), tokens, plan, notes), X, post, comb), notes",
+        "model.py",
+        "        return self.ops.hc_post(self.ffn(self.ffn_norm(x), tokens, plan, notes), X, post, comb), notes",
         "        import ops\n        return ops.hc_post.reference(self.ffn(self.ffn_norm(x), tokens, plan, notes), X, post, comb), notes",
-        CAPTURE + "test_each_opaque_op_is_one_node", r"'hc_post': 4"),
+        CAPTURE + "test_each_opaque_op_is_one_node",
+        r"'hc_post': 4",
+    ),
     "a router's scores copied to the CPU and back": Fault(
-        "model.py", "        weight = score.gather(1, chosen)", "        score = score.cpu().to(x.device)\n        weight = score.gather(1, chosen)",
-        CENSUS + "test_nothing_leaves_the_device_and_the_default_form_there_is_opaque[decode]", r"score\.cpu\(\)[\s\S]*Cannot copy out of meta"),
+        "model.py",
+        "        weight = score.gather(1, chosen)",
+        "        score = score.cpu().to(x.device)\n        weight = score.gather(1, chosen)",
+        CENSUS + "test_nothing_leaves_the_device_and_the_default_form_there_is_opaque[decode]",
+        r"score\.cpu\(\)[\s\S]*Cannot copy out of meta",
+    ),
     "positions made on the CPU": Fault(
-        "model.py", "col = torch.arange(B, device=device)[:, None], torch.arange(T, device=device)[None]",
+        "model.py",
+        "col = torch.arange(B, device=device)[:, None], torch.arange(T, device=device)[None]",
         "col = torch.arange(B, device=device)[:, None], torch.arange(T, device='cpu')[None].to(device)",
-        CENSUS + "test_nothing_leaves_the_device_and_the_default_form_there_is_opaque[prefill]", r"leaves the device or waits for it: aten[\s\S]*in make_plan"),
+        CENSUS + "test_nothing_leaves_the_device_and_the_default_form_there_is_opaque[prefill]",
+        r"leaves the device or waits for it: aten[\s\S]*in make_plan",
+    ),
     "the CPU's form of an op on every device": Fault(
-        "ops/registry.py", '(on_cpu if args[0].device.type == "cpu" else opaque)(*args)', "on_cpu(*args)",
-        CENSUS + "test_nothing_leaves_the_device_and_the_default_form_there_is_opaque[decode]", r"decode by default does not run the opaque ops"),
+        "ops/registry.py",
+        '(on_cpu if args[0].device.type == "cpu" else opaque)(*args)',
+        "on_cpu(*args)",
+        CENSUS + "test_nothing_leaves_the_device_and_the_default_form_there_is_opaque[decode]",
+        r"decode by default does not run the opaque ops",
+    ),
     "an inverse in the router": Fault(
-        "model.py", "        weight = score.gather(1, chosen)", "        score = score + 0 * torch.linalg.inv(torch.eye(2, device=x.device)).sum()\n"
-        "        weight = score.gather(1, chosen)", CENSUS + "test_nothing_leaves_the_device_and_the_default_form_there_is_opaque[decode]",
-        r"waits for it: aten\._linalg_check_errors[\s\S]*model\.py"),
+        "model.py",
+        "        weight = score.gather(1, chosen)",
+        "        score = score + 0 * torch.linalg.inv(torch.eye(2, device=x.device)).sum()\n"
+        "        weight = score.gather(1, chosen)",
+        CENSUS + "test_nothing_leaves_the_device_and_the_default_form_there_is_opaque[decode]",
+        r"waits for it: aten\._linalg_check_errors[\s\S]*model\.py",
+    ),
     "torch.cond on data in the router": Fault(
-        "model.py", "        weight = score.gather(1, chosen)", "        score = torch.cond(score.amax() > 1e9, lambda s: s * 0.5, lambda s: s * 1.0, (score,))\n"
-        "        weight = score.gather(1, chosen)", DECODE, r"branch on data cond.*model\.py"),
+        "model.py",
+        "        weight = score.gather(1, chosen)",
+        "        score = torch.cond(score.amax() > 1e9, lambda s: s * 0.5, lambda s: s * 1.0, (score,))\n"
+        "        weight = score.gather(1, chosen)",
+        DECODE,
+        r"branch on data cond.*model\.py",
+    ),
     "a table that forgets an op": Fault(
-        "ops/registry.py", "            object.__setattr__(self, name, op.bind(modes.get(name)))",
+        "ops/registry.py",
+        "            object.__setattr__(self, name, op.bind(modes.get(name)))",
         "            object.__setattr__(self, name, op.bind('reference' if name == 'rope' else modes.get(name)))",
-        CAPTURE + "test_each_opaque_op_is_one_node", r"'rope': 6"),
+        CAPTURE + "test_each_opaque_op_is_one_node",
+        r"'rope': 6",
+    ),
 }
 
 
 def copy_of_the_project(folder: Path) -> Path:
     """Without what tests of the compiler do not need."""
-    leave = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".pytest_cache", ".cache", "assets", "results")
+    leave = shutil.ignore_patterns(
+        ".git", ".venv", "__pycache__", ".pytest_cache", ".cache", "assets", "results"
+    )
     return Path(shutil.copytree(ROOT, folder / "project", ignore=leave))
 
 
@@ -150,16 +265,36 @@ def seeded(folder: Path, fault: Fault) -> subprocess.CompletedProcess:
     project = copy_of_the_project(folder)
     file = project / fault.file
     text = file.read_text()
-    assert text.count(fault.old) == 1, f"{fault.file} has changed: {fault.old!r} stands in it {text.count(fault.old)} times"
+    assert text.count(fault.old) == 1, (
+        f"{fault.file} has changed: {fault.old!r} stands in it {text.count(fault.old)} times"
+    )
     file.write_text(text.replace(fault.old, fault.new))
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    return subprocess.run([sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "--show-capture=no", fault.test], cwd=project,
-                          env=env, capture_output=True, text=True)
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            "--show-capture=no",
+            fault.test,
+        ],
+        cwd=project,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
 
 
-@pytest.mark.parametrize("name", [*FAULTS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
+@pytest.mark.parametrize(
+    "name", [*FAULTS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
+)
 def test_a_seeded_fault_fails_a_named_test_that_says_why(name, tmp_path):
     fault = (FAULTS | MORE)[name]
     done = seeded(tmp_path, fault)
-    assert done.returncode == 1 and "1 failed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
+    assert done.returncode == 1 and "1 failed" in done.stdout, (
+        done.stdout[-3000:] + done.stderr[-1000:]
+    )
     assert re.search(fault.says, done.stdout), done.stdout[-6000:]

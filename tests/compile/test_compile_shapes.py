@@ -3,6 +3,7 @@
 Prefill and training of 8192 tokens and decode in a context of 1M. One layer of each kind stands for all of its kind; the
 full depth is traced for Flash's decode, and for everything else under `-m slow`.
 """
+
 from __future__ import annotations
 
 import pytest
@@ -14,8 +15,13 @@ pytestmark = pytest.mark.compile
 MODELS, PHASES = ("flash", "pro"), ("prefill", "decode", "train")
 CASES = [(model, phase) for model in MODELS for phase in PHASES]
 GFLOP_PER_TOKEN = {  # by hand, from the shapes of spec 1: no MTP block, nothing recomputed, causal averages
-    ("flash", "prefill"): 27.9, ("flash", "decode"): 141.4, ("flash", "train"): 86.8,
-    ("pro", "prefill"): 104.7, ("pro", "decode"): 304.8, ("pro", "train"): 319.8}
+    ("flash", "prefill"): 27.9,
+    ("flash", "decode"): 141.4,
+    ("flash", "train"): 86.8,
+    ("pro", "prefill"): 104.7,
+    ("pro", "decode"): 304.8,
+    ("pro", "train"): 319.8,
+}
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +36,28 @@ def test_production_shapes_are_one_graph_of_exactly_our_ops(reports, model, phas
     ratios, train = args.compress_ratios, phase == "train"
     blocks = args.n_layers + train  # the MTP block is trained
     csa, compressed = ratios.count(4), sum(ratio > 0 for ratio in ratios)
-    expected = {"sparse_attn": blocks, "hc_pre": blocks, "hc_post_pre": blocks, "hc_post": blocks, "moe": blocks,
-                "compress": compressed + csa,
-                "indexer_topk": csa, "rope": blocks + csa}
+    expected = {
+        "sparse_attn": blocks,
+        "hc_pre": blocks,
+        "hc_post_pre": blocks,
+        "hc_post": blocks,
+        "moe": blocks,
+        "compress": compressed + csa,
+        "indexer_topk": csa,
+        "rope": blocks + csa,
+    }
     if train:
-        backward = {f"{name}_backward": expected[name] for name in ("sparse_attn", "hc_pre", "hc_post_pre", "hc_post", "moe")}
+        backward = {
+            f"{name}_backward": expected[name]
+            for name in ("sparse_attn", "hc_pre", "hc_post_pre", "hc_post", "moe")
+        }
         # the language-model loss does not reach the indexer; rope is its own backward
-        expected |= backward | {"compress_backward": compressed, "linear_cross_entropy": 2, "linear_cross_entropy_backward": 2,
-                                "rope": 2 * blocks + csa}
+        expected |= backward | {
+            "compress_backward": compressed,
+            "linear_cross_entropy": 2,
+            "linear_cross_entropy_backward": 2,
+            "rope": 2 * blocks + csa,
+        }
     assert got["opaque"] == {f"dsv4.{name}": n for name, n in sorted(expected.items())}
 
 
@@ -45,15 +65,23 @@ def test_production_shapes_are_one_graph_of_exactly_our_ops(reports, model, phas
 def test_the_largest_value_is_bounded(reports, model, phase):
     """No query x key x dim, no scores of all heads: DESIGN section 3."""
     got, args = reports[model, phase], NAMED[model]()
-    bound = args.index_n_heads * args.max_seq_len // 4 * 4 if phase == "decode" else 1.1 * 8192 * args.n_heads * args.head_dim * 2
+    bound = (
+        args.index_n_heads * args.max_seq_len // 4 * 4
+        if phase == "decode"
+        else 1.1 * 8192 * args.n_heads * args.head_dim * 2
+    )
     assert 0 < got["largest_bytes"] <= bound, got["largest"]
 
 
 @pytest.mark.parametrize("model, phase", CASES)
 def test_flops_are_those_of_the_roofline(reports, model, phase):
-    needed, counted = (reports[model, phase][key] / 1e9 for key in ("needed_flops_per_token", "flops_per_token"))
+    needed, counted = (
+        reports[model, phase][key] / 1e9 for key in ("needed_flops_per_token", "flops_per_token")
+    )
     assert abs(needed / GFLOP_PER_TOKEN[model, phase] - 1) < 0.02, needed
-    assert needed == counted if phase == "decode" else needed < counted  # the token at the end of a full cache sees all of it
+    assert (
+        needed == counted if phase == "decode" else needed < counted
+    )  # the token at the end of a full cache sees all of it
 
 
 def test_flops_of_opaque_ops_equal_those_of_their_traced_references():
@@ -76,11 +104,15 @@ def test_one_layer_of_each_kind_stands_for_all():
     args.__post_init__()
     full, part = (report_phase(args, "decode", full=full) for full in (True, False))
     assert part["captured_layers"] == 3 and full["captured_layers"] == 14
-    part_train, full_train = (report_phase(args, "train", full=full)["saved_bytes"] for full in (False, True))
+    part_train, full_train = (
+        report_phase(args, "train", full=full)["saved_bytes"] for full in (False, True)
+    )
     assert abs(part_train / full_train - 1) < 1e-3
     for key in ("opaque", "flops", "largest_bytes"):
         assert part[key] == full[key], key
-    assert abs(part["operators"] / full["operators"] - 1) < 0.03  # what layers share is counted once
+    assert (
+        abs(part["operators"] / full["operators"] - 1) < 0.03
+    )  # what layers share is counted once
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -88,7 +120,9 @@ def test_training_saves_no_more_than_it_must(reports, model):
     """8192 tokens. A block keeps its streams twice, queries and outputs of all heads, and inputs of its linears and norms
     that come to four streams and a little; before and after the blocks it is ten streams, the heads' fp32 ones above all."""
     args, kept = NAMED[model](), reports[model, "train"]["saved_bytes"]
-    streams, queries = (8192 * width * 2 for width in (args.hc_mult * args.dim, args.n_heads * args.head_dim))
+    streams, queries = (
+        8192 * width * 2 for width in (args.hc_mult * args.dim, args.n_heads * args.head_dim)
+    )
     bound = (args.n_layers + args.n_mtp_layers) * (6.2 * streams + 2 * queries) + 10 * streams
     assert 0.9 * bound < kept <= bound, (kept / 1e9, bound / 1e9)
 
@@ -96,7 +130,12 @@ def test_training_saves_no_more_than_it_must(reports, model):
 def full_depth(model: str, phase: str) -> None:
     args = NAMED[model]()
     got, part = report_phase(args, phase, full=True), report_phase(args, phase)
-    assert (got["graphs"], got["breaks"], got["faults"], got["captured_layers"]) == (1, 0, [], args.n_layers)
+    assert (got["graphs"], got["breaks"], got["faults"], got["captured_layers"]) == (
+        1,
+        0,
+        [],
+        args.n_layers,
+    )
     assert got["opaque"] == part["opaque"] and abs(got["flops"] / part["flops"] - 1) < 1e-3
 
 

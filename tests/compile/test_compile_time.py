@@ -1,4 +1,5 @@
 """What is compiled is compiled once: layers of a kind share a graph, a second process compiles nothing, nor does an equal machine."""
+
 from __future__ import annotations
 
 import json
@@ -46,21 +47,33 @@ class Machine:
         self.folder, self.log, tools = folder, folder / "compiled.log", folder / "bin"
         tools.mkdir(parents=True)
         for name in ("g++", "clang++", "c++"):
-            if (real := shutil.which(name)):
+            if real := shutil.which(name):
                 tool = tools / name
-                tool.write_text(f'#!/bin/sh\ncase " $* " in *" -E "*) ;; *" -o "*) echo "$@" >> {self.log};; esac\nexec {real} "$@"\n')
+                tool.write_text(
+                    f'#!/bin/sh\ncase " $* " in *" -E "*) ;; *" -o "*) echo "$@" >> {self.log};; esac\nexec {real} "$@"\n'
+                )
                 tool.chmod(tool.stat().st_mode | stat.S_IEXEC)
-        self.env = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}
+        self.env = os.environ | {
+            "PATH": f"{tools}:{os.environ['PATH']}",
+            "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"),
+        }
 
     def run(self, *command: str) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=self.env, cwd=ROOT)
+        return subprocess.run(
+            [sys.executable, *command], capture_output=True, text=True, env=self.env, cwd=ROOT
+        )
 
     def decode(self) -> tuple[dict, int]:
         """Compile and run decode of the debug model -> what was measured, and how often the C++ compiler was started."""
         self.log.unlink(missing_ok=True)
-        done = self.run("-c", "import json; from tools import report; print(json.dumps(report.measure('debug', 'decode', 'default')))")
+        done = self.run(
+            "-c",
+            "import json; from tools import report; print(json.dumps(report.measure('debug', 'decode', 'default')))",
+        )
         assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1]), len(self.log.read_text().splitlines()) if self.log.exists() else 0
+        return json.loads(done.stdout.splitlines()[-1]), len(
+            self.log.read_text().splitlines()
+        ) if self.log.exists() else 0
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +86,21 @@ def machine(tmp_path_factory) -> Machine:
 
 def test_the_first_process_compiles(machine):
     result, compiled = machine.cold
-    assert result["cache_misses"] > 0 and compiled > 0 and result["recompiles"] == result["run_breaks"] == 0
+    assert (
+        result["cache_misses"] > 0
+        and compiled > 0
+        and result["recompiles"] == result["run_breaks"] == 0
+    )
 
 
 def test_a_second_process_compiles_nothing(machine):
     result, compiled = machine.decode()
-    assert (result["cache_misses"], compiled, result["recompiles"], result["run_breaks"]) == (0, 0, 0, 0)
+    assert (result["cache_misses"], compiled, result["recompiles"], result["run_breaks"]) == (
+        0,
+        0,
+        0,
+        0,
+    )
 
 
 def test_a_carried_cache_compiles_nothing_on_an_equal_machine(machine, tmp_path):
@@ -116,11 +138,17 @@ def test_caches_that_do_not_fit_are_refused_in_one_line(capsys, tmp_path, monkey
     assert "saved for torch None" in refused(capsys, "cache", "load", str(file))
     for key in ([1], "torch", None):
         pack(file, key, "cache/x")
-        assert "a.tar.gz" in (line := refused(capsys, "cache", "load", str(file))) and "is not a cache" in line
+        assert (
+            "a.tar.gz" in (line := refused(capsys, "cache", "load", str(file)))
+            and "is not a cache" in line
+        )
     with tarfile.open(file, "w:gz") as tar:
         tar.add(tmp_path, "key.json", recursive=False)
     assert "is not a cache" in refused(capsys, "cache", "load", str(file))
-    assert "no/such" in (line := refused(capsys, "cache", "save", "no/such/x.tar.gz")) and ".tmp" not in line
+    assert (
+        "no/such" in (line := refused(capsys, "cache", "save", "no/such/x.tar.gz"))
+        and ".tmp" not in line
+    )
     file.write_bytes(b"not a tar")
     assert "is not a cache" in refused(capsys, "cache", "load", str(file))
     assert "no/such" in refused(capsys, "cache", "load", "no/such/file")
@@ -134,12 +162,18 @@ def test_a_cache_unpacks_only_into_its_folder(tmp_path, monkeypatch):
     file = tmp_path / "a.tar.gz"
     pack(file, C.cache_key(), "cache/a/x", "cache/../../escaped", "/absolute/escaped")
     assert C.load_cache(str(file)) == 1 and (tmp_path / "deep" / "cache" / "a" / "x").exists()
-    assert not (tmp_path / "escaped").exists() and not (tmp_path / "deep" / "escaped").exists() and not Path("/absolute").exists()
+    assert (
+        not (tmp_path / "escaped").exists()
+        and not (tmp_path / "deep" / "escaped").exists()
+        and not Path("/absolute").exists()
+    )
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("damage", ("cut off", "a wrong byte"))
-def test_a_damaged_cache_is_refused_and_leaves_nothing_half_written(capsys, tmp_path, monkeypatch, damage):
+def test_a_damaged_cache_is_refused_and_leaves_nothing_half_written(
+    capsys, tmp_path, monkeypatch, damage
+):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     file, big = tmp_path / "a.tar.gz", tmp_path / "big"
     big.write_bytes(os.urandom(1 << 20))
@@ -154,7 +188,11 @@ def test_a_damaged_cache_is_refused_and_leaves_nothing_half_written(capsys, tmp_
         packed[len(packed) // 2] ^= 1
     file.write_bytes(packed)
     line = refused(capsys, "cache", "load", str(file))
-    assert str(file) in line and "anew" in line and not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert (
+        str(file) in line
+        and "anew" in line
+        and not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    )
 
 
 @pytest.mark.quick

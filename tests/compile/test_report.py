@@ -1,4 +1,5 @@
 """Contracts of `compile_config.py report`: true numbers, a readable table, a comparison that fails on regressions."""
+
 from __future__ import annotations
 
 import copy
@@ -10,10 +11,10 @@ import torch
 
 import checkpoint
 import compile_config as C
-from tools import report as R
 from bench.record import RESULTS
 from model import ModelArgs, Transformer, make_plan
 from testing import randomize, small
+from tools import report as R
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +32,31 @@ def test_the_report_counts_what_is_in_the_graphs(debug):
     decode, train = debug["phases"]["decode"], debug["phases"]["train"]
     for phase in (decode, train):
         assert (phase["graphs"], phase["breaks"], phase["faults"]) == (1, 0, [])
-        total = sum(layer["count"] * sum(sum(layer[group].values()) for group in ("opaque", "aten")) for layer in phase["layers"].values())
+        total = sum(
+            layer["count"] * sum(sum(layer[group].values()) for group in ("opaque", "aten"))
+            for layer in phase["layers"].values()
+        )
         assert total == phase["operators"]
-    assert decode["opaque"]["dsv4.moe"] == 4 and train["opaque"]["dsv4.moe_backward"] == 5  # with the MTP block
+    assert (
+        decode["opaque"]["dsv4.moe"] == 4 and train["opaque"]["dsv4.moe_backward"] == 5
+    )  # with the MTP block
     assert decode["saved_bytes"] is None
-    streams = 4 * 256 * 4 * 64  # fp32, tokens, streams, dim: what a block begins with, of 4 and the MTP block
-    assert train["saved_bytes"] > train["saved_selective_bytes"] > train["saved_full_bytes"] >= 5 * streams
-    assert debug["layers"] == {"sliding, hash": 1, "CSA, hash": 1, "HCA, score": 1, "CSA, score": 1, "MTP": 1}
+    streams = (
+        4 * 256 * 4 * 64
+    )  # fp32, tokens, streams, dim: what a block begins with, of 4 and the MTP block
+    assert (
+        train["saved_bytes"]
+        > train["saved_selective_bytes"]
+        > train["saved_full_bytes"]
+        >= 5 * streams
+    )
+    assert debug["layers"] == {
+        "sliding, hash": 1,
+        "CSA, hash": 1,
+        "HCA, score": 1,
+        "CSA, score": 1,
+        "MTP": 1,
+    }
     args = ModelArgs.debug()
     head = 2 * args.dim * args.vocab_size
     assert decode["flops"] > head and decode["flops_per_token"] == decode["flops"]
@@ -48,70 +67,137 @@ def test_layers_that_repeat_add_up_to_the_whole(debug):
     told, alone = R.report_phase(R.args_of("debug:6"), "train"), debug["phases"]["train"]["layers"]
     layers = told["layers"]
     assert layers["CSA, score"]["count"] == layers["HCA, score"]["count"] == 2
-    total = sum(layer["count"] * n for layer in layers.values() for group in ("opaque", "aten") for n in layer[group].values())
+    total = sum(
+        layer["count"] * n
+        for layer in layers.values()
+        for group in ("opaque", "aten")
+        for n in layer[group].values()
+    )
     assert abs(total - told["operators"]) < 1e-6
     for kind in ("CSA, score", "HCA, score"):
         assert layers[kind]["opaque"] == alone[kind]["opaque"]
-        differ = {op: n for op, n in layers[kind]["aten"].items() if abs(n - alone[kind]["aten"].get(op, 0)) > 2}
+        differ = {
+            op: n
+            for op, n in layers[kind]["aten"].items()
+            if abs(n - alone[kind]["aten"].get(op, 0)) > 2
+        }
         assert not differ, (kind, differ)
     assert any(n % 1 for layer in layers.values() for n in layer["aten"].values())
 
 
-@pytest.mark.parametrize("phase, shape", [("train", R.Shape(1, 150, 150)), ("prefill", R.Shape(1, 150, 150)), ("decode", R.Shape(1, 1, 150)),
-                                          ("verify", R.Shape(1, 4, 150)), ("prefill", R.Shape(1, 64, 512))], ids=str)
+@pytest.mark.parametrize(
+    "phase, shape",
+    [
+        ("train", R.Shape(1, 150, 150)),
+        ("prefill", R.Shape(1, 150, 150)),
+        ("decode", R.Shape(1, 1, 150)),
+        ("verify", R.Shape(1, 4, 150)),
+        ("prefill", R.Shape(1, 64, 512)),
+    ],
+    ids=str,
+)
 def test_needed_flops_count_the_pairs_that_the_plan_makes_visible(phase, shape):
     """Against the positions and entries that every token of the model sees; what the formulas count is all of the cache."""
     args = small(n_layers=3, n_hash_layers=0, compress_ratios=(0, 4, 128, 0))
-    at = None if phase == "train" else torch.tensor([0 if phase == "prefill" else shape.context - shape.length])
-    plan = make_plan(args, torch.ones(2, args.rope_head_dim // 2), torch.zeros(1, shape.length, dtype=torch.int64), {4, 128}, shape.context,
-                     at, None, None)
+    at = (
+        None
+        if phase == "train"
+        else torch.tensor([0 if phase == "prefill" else shape.context - shape.length])
+    )
+    plan = make_plan(
+        args,
+        torch.ones(2, args.rope_head_dim // 2),
+        torch.zeros(1, shape.length, dtype=torch.int64),
+        {4, 128},
+        shape.context,
+        at,
+        None,
+        None,
+    )
     captured, model = R.capture_fake(args, phase, shape)
     met = set()
     for node in captured.calls():
         name, layer = R.name_of(node.target), R.index_of(node, args)
         if name.startswith(("dsv4.sparse_attn", "dsv4.indexer_topk")):
             ratio, indexer = args.compress_ratios[layer], name == "dsv4.indexer_topk"
-            size = args.index_n_heads * (args.index_head_dim + 1) if indexer else 2 * args.n_heads * args.head_dim
+            size = (
+                args.index_n_heads * (args.index_head_dim + 1)
+                if indexer
+                else 2 * args.n_heads * args.head_dim
+            )
             seen = 0 if indexer else plan.seen.sum()
             if ratio:
                 entries = plan.windows[ratio].hi - plan.windows[ratio].lo
-                seen = seen + (entries.clamp(max=args.index_topk) if ratio == 4 and not indexer else entries).sum()
+                seen = (
+                    seen
+                    + (
+                        entries.clamp(max=args.index_topk)
+                        if ratio == 4 and not indexer
+                        else entries
+                    ).sum()
+                )
             backward = name.endswith("_backward")
             counted = 2 * size * R.keys(args, ratio, shape, None, indexer)
             assert R.flops_of(node) == (5 * counted // 2 if backward else counted)
-            expected = 0 if layer == args.n_layers else 2 * size * int(seen) * (2 if backward else 1)
+            expected = (
+                0 if layer == args.n_layers else 2 * size * int(seen) * (2 if backward else 1)
+            )
             assert R.needed(node, args, phase, shape) * R.flops_of(node) == pytest.approx(expected)
             met.add((name, ratio))
-    assert {("dsv4.sparse_attn", ratio) for ratio in (0, 4, 128)} | {("dsv4.indexer_topk", 4)} <= met
+    assert {("dsv4.sparse_attn", ratio) for ratio in (0, 4, 128)} | {
+        ("dsv4.indexer_topk", 4)
+    } <= met
 
 
 def test_the_table_says_what_its_flops_count(debug):
     for phase in debug["phases"].values():
         assert 0 < phase["needed_flops_per_token"] <= phase["flops_per_token"]
-    assert "FLOP needed per token" in R.table(debug) and "MTP" in R.NOTE and R.NOTE in R.table(debug)
+    assert (
+        "FLOP needed per token" in R.table(debug) and "MTP" in R.NOTE and R.NOTE in R.table(debug)
+    )
 
 
 def test_recompiles_are_counted_although_phases_drop_their_guards(monkeypatch):
     """A number that the model keeps in Python and changes at every call: what runs would never notice."""
-    model, forward = Transformer(small(n_layers=1, n_hash_layers=0, n_mtp_layers=0, compress_ratios=(0,))), Transformer.forward
+    model, forward = (
+        Transformer(small(n_layers=1, n_hash_layers=0, n_mtp_layers=0, compress_ratios=(0,))),
+        Transformer.forward,
+    )
     assert [R.recompiles(model, phase, "regional") for phase in ("decode", "train")] == [0, 0]
 
     def counting(self, tokens, *args, **options):
         self.calls = getattr(self, "calls", 0) + 1
         return forward(self, tokens + 0 * self.calls, *args, **options)
+
     monkeypatch.setattr(Transformer, "forward", counting)
     assert R.recompiles(model, "decode", "default") > 9  # more than Dynamo's own limit
 
 
 def test_flops_are_counted_by_hand_for_one_layer():
     """One sliding layer, one token: projections, attention over the window, experts, mixing, head."""
-    args = ModelArgs(**{**vars(ModelArgs.debug()), "n_layers": 1, "n_hash_layers": 0, "n_mtp_layers": 0, "compress_ratios": (0,)})
+    args = ModelArgs(
+        **{
+            **vars(ModelArgs.debug()),
+            "n_layers": 1,
+            "n_hash_layers": 0,
+            "n_mtp_layers": 0,
+            "compress_ratios": (0,),
+        }
+    )
     captured, _ = R.capture_fake(args, "decode", R.Shape(1, 1, 64))
     H, D, d, g, I = args.n_heads, args.head_dim, args.dim, args.o_groups, args.moe_inter_dim
-    attention = d * args.q_lora_rank + args.q_lora_rank * H * D + d * D + H * D * args.o_lora_rank + g * args.o_lora_rank * d
+    attention = (
+        d * args.q_lora_rank
+        + args.q_lora_rank * H * D
+        + d * D
+        + H * D * args.o_lora_rank
+        + g * args.o_lora_rank * d
+    )
     experts = 3 * d * I * (args.n_activated_experts + 1) + d * args.n_routed_experts
     mixing = 2 * 4 * d * 24 + 4 * d * 4
-    expected = 2 * (attention + experts + mixing + d * args.vocab_size) + 4 * H * D * args.window_size
+    expected = (
+        2 * (attention + experts + mixing + d * args.vocab_size) + 4 * H * D * args.window_size
+    )
     assert sum(map(R.flops_of, captured.calls())) == expected
 
 
@@ -121,15 +207,30 @@ def test_the_table_and_the_json_say_the_same(capsys, debug):
     out, err = run(capsys, "--config", "debug", "--phase", "decode", "--no-run", "--json")
     told = json.loads(out.splitlines()[-1])["phases"]["decode"]
     told.pop("capture_s")
-    assert told == {key: value for key, value in debug["phases"]["decode"].items() if key != "capture_s"}
+    assert told == {
+        key: value for key, value in debug["phases"]["decode"].items() if key != "capture_s"
+    }
     assert "graphs captured" in err
 
 
 def test_a_checkpoint_folder_is_reported_like_a_name(capsys, tmp_path, debug):
     checkpoint.save(randomize(Transformer(ModelArgs.debug()), seed=1), tmp_path / "v4")
-    out, _ = run(capsys, "--config", str(tmp_path / "v4"), "--phase", "decode", "--no-run", "--json", "--trace", str(tmp_path / "graphs"))
+    out, _ = run(
+        capsys,
+        "--config",
+        str(tmp_path / "v4"),
+        "--phase",
+        "decode",
+        "--no-run",
+        "--json",
+        "--trace",
+        str(tmp_path / "graphs"),
+    )
     phase = json.loads(out.splitlines()[-1])["phases"]["decode"]
-    assert phase["opaque"] == debug["phases"]["decode"]["opaque"] and phase["flops"] == debug["phases"]["decode"]["flops"]
+    assert (
+        phase["opaque"] == debug["phases"]["decode"]["opaque"]
+        and phase["flops"] == debug["phases"]["decode"]["flops"]
+    )
     assert "torch.ops.dsv4.sparse_attn" in (tmp_path / "graphs" / "decode_forward.py").read_text()
 
 
@@ -141,13 +242,23 @@ def test_another_depth_goes_on_as_the_last_layers_alternate():
             R.args_of(config)
 
 
-@pytest.mark.parametrize("path, value, line", [
-    (("graphs",), 2, "decode: graphs 1 -> 2"), (("breaks",), 1, "decode: breaks 0 -> 1"), (("run_breaks",), 5, "decode: run_breaks 0 -> 5"),
-    (("warm_cache_misses",), 9, "decode: warm_cache_misses 0 -> 9"), (("recompiles",), 1, "decode: recompiles 0 -> 1"),
-    *(((size,), 77, f"decode: {size} ") for size in R.SIZES),
-    (("largest_bytes",), 1 << 40, "decode: largest_bytes"), (("flops",), 1 << 60, "decode: flops"),
-    (("faults",), ["host sync aten.item"], "decode: host sync aten.item"), (("operators",), 10**6, "decode: operators"),
-    (("layers", "CSA, hash", "opaque", "dsv4.moe"), 0, "decode: CSA, hash: dsv4.moe 1 -> 0")], ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    "path, value, line",
+    [
+        (("graphs",), 2, "decode: graphs 1 -> 2"),
+        (("breaks",), 1, "decode: breaks 0 -> 1"),
+        (("run_breaks",), 5, "decode: run_breaks 0 -> 5"),
+        (("warm_cache_misses",), 9, "decode: warm_cache_misses 0 -> 9"),
+        (("recompiles",), 1, "decode: recompiles 0 -> 1"),
+        *(((size,), 77, f"decode: {size} ") for size in R.SIZES),
+        (("largest_bytes",), 1 << 40, "decode: largest_bytes"),
+        (("flops",), 1 << 60, "decode: flops"),
+        (("faults",), ["host sync aten.item"], "decode: host sync aten.item"),
+        (("operators",), 10**6, "decode: operators"),
+        (("layers", "CSA, hash", "opaque", "dsv4.moe"), 0, "decode: CSA, hash: dsv4.moe 1 -> 0"),
+    ],
+    ids=lambda value: str(value),
+)
 def test_a_regression_is_named(debug, path, value, line):
     debug, ran = copy.deepcopy(debug), {"run_breaks": 0, "warm_cache_misses": 0, "recompiles": 0}
     debug["phases"]["decode"] |= ran
@@ -172,11 +283,27 @@ def test_what_only_moved_is_told_and_no_regression(debug):
     assert R.compare(debug, debug) == ([], [])
     del other["phases"]["train"]
     assert "train: not reported any more" in R.compare(debug, other)[0]
-    other = copy.deepcopy(debug) | {"config": "/a/folder", "preset": "regional", "versions": {"torch": "3.0"}}
+    other = copy.deepcopy(debug) | {
+        "config": "/a/folder",
+        "preset": "regional",
+        "versions": {"torch": "3.0"},
+    }
     other["phases"]["train"]["saved_bytes"] = None
     moved, worse = R.compare(debug, other)
-    assert moved[:3] == ["config debug -> /a/folder", "preset default -> regional", f"torch {torch.__version__} -> 3.0"] and worse == []
-    assert moved[3].startswith("train: saved_bytes ") and moved[3].endswith(" -> not measured") and len(moved) == 4
+    assert (
+        moved[:3]
+        == [
+            "config debug -> /a/folder",
+            "preset default -> regional",
+            f"torch {torch.__version__} -> 3.0",
+        ]
+        and worse == []
+    )
+    assert (
+        moved[3].startswith("train: saved_bytes ")
+        and moved[3].endswith(" -> not measured")
+        and len(moved) == 4
+    )
 
 
 def test_reports_of_different_models_are_not_compared_number_by_number():
@@ -190,16 +317,31 @@ def test_every_recorded_report_can_be_compared_with():
         report = R.read(RESULTS / f"report_{name}.json")
         assert R.compare(report, report) == ([], []) and set(report["phases"]) == set(R.PHASES)
         for phase in report["phases"].values():
-            total = sum(layer["count"] * n for layer in phase["layers"].values() for group in ("opaque", "aten") for n in layer[group].values())
-            assert abs(total - phase["operators"]) < 1e-6 and phase["needed_flops_per_token"] <= phase["flops_per_token"]
+            total = sum(
+                layer["count"] * n
+                for layer in phase["layers"].values()
+                for group in ("opaque", "aten")
+                for n in layer[group].values()
+            )
+            assert (
+                abs(total - phase["operators"]) < 1e-6
+                and phase["needed_flops_per_token"] <= phase["flops_per_token"]
+            )
         assert report["phases"]["train"]["saved_bytes"] > 0
 
 
 def test_a_compilation_that_fails_ends_in_one_line_after_the_compilers_own(monkeypatch, capsys):
     monkeypatch.setattr(R, "report_phase", lambda *args: {})
-    monkeypatch.setattr(R.subprocess, "run", lambda *args, **kwargs: R.subprocess.CompletedProcess(args, 1, "", "Traceback\nOops: no"))
+    monkeypatch.setattr(
+        R.subprocess,
+        "run",
+        lambda *args, **kwargs: R.subprocess.CompletedProcess(args, 1, "", "Traceback\nOops: no"),
+    )
     assert C.main(["report", "--config", "debug", "--phase", "decode"]) == 2
-    assert capsys.readouterr().err.strip().splitlines()[-1] == "compile_config.py: compiling decode of debug failed, see above: Oops: no"
+    assert (
+        capsys.readouterr().err.strip().splitlines()[-1]
+        == "compile_config.py: compiling decode of debug failed, see above: Oops: no"
+    )
 
 
 def test_folders_are_measured_from_wherever_the_report_is_started(monkeypatch, tmp_path):
@@ -208,8 +350,25 @@ def test_folders_are_measured_from_wherever_the_report_is_started(monkeypatch, t
 
     def run(command, **options):
         asked.append(command[3])
-        return R.subprocess.CompletedProcess(command, 0, json.dumps(dict.fromkeys(
-            ("run_graphs", "run_breaks", "recompiles", "kernels", "compile_s", "cache_misses"), 0)), "")
+        return R.subprocess.CompletedProcess(
+            command,
+            0,
+            json.dumps(
+                dict.fromkeys(
+                    (
+                        "run_graphs",
+                        "run_breaks",
+                        "recompiles",
+                        "kernels",
+                        "compile_s",
+                        "cache_misses",
+                    ),
+                    0,
+                )
+            ),
+            "",
+        )
+
     monkeypatch.setattr(R.subprocess, "run", run)
     monkeypatch.chdir(tmp_path)
     for config in ("v4", "debug:5"):
@@ -222,17 +381,50 @@ def test_compare_exits_1_on_a_regression_and_0_without(capsys, tmp_path, debug):
     (tmp_path / "same.json").write_text(json.dumps(old))
     old["phases"]["decode"]["flops"] -= 1
     (tmp_path / "better.json").write_text(json.dumps(old))
-    out, _ = run(capsys, "--config", "debug", "--phase", "decode", "--no-run", "--compare", str(tmp_path / "same.json"))
+    out, _ = run(
+        capsys,
+        "--config",
+        "debug",
+        "--phase",
+        "decode",
+        "--no-run",
+        "--compare",
+        str(tmp_path / "same.json"),
+    )
     assert "WORSE" not in out
-    out, _ = run(capsys, "--config", "debug", "--phase", "decode", "--no-run", "--compare", str(tmp_path / "better.json"), code=1)
+    out, _ = run(
+        capsys,
+        "--config",
+        "debug",
+        "--phase",
+        "decode",
+        "--no-run",
+        "--compare",
+        str(tmp_path / "better.json"),
+        code=1,
+    )
     assert "WORSE  decode: flops" in out
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("content", ["", "[]", "{}", "7", '{"phases": {}}', '{"layers": {}, "phases": []}', '{"layers": {}, "phases": {"decode": {}}}',
-                                     '{"layers": {}, "phases": {"decode": []}}', '{"layers": {}, "phases": {"decode": {"layers": {"rest": 1}}}}',
-                                     '{"layers": {}, "phases": {"decode": {"layers": {}, "flops": "x"}}}'])
-def test_what_cannot_be_compared_with_is_refused_before_the_report_runs(capsys, monkeypatch, tmp_path, content):
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        "7",
+        '{"phases": {}}',
+        '{"layers": {}, "phases": []}',
+        '{"layers": {}, "phases": {"decode": {}}}',
+        '{"layers": {}, "phases": {"decode": []}}',
+        '{"layers": {}, "phases": {"decode": {"layers": {"rest": 1}}}}',
+        '{"layers": {}, "phases": {"decode": {"layers": {}, "flops": "x"}}}',
+    ],
+)
+def test_what_cannot_be_compared_with_is_refused_before_the_report_runs(
+    capsys, monkeypatch, tmp_path, content
+):
     monkeypatch.setattr(R, "report", lambda *args: pytest.fail("the report ran"))
     (tmp_path / "old.json").write_text(content)
     assert C.main(["report", "--config", "debug", "--compare", str(tmp_path / "old.json")]) == 2
@@ -245,20 +437,35 @@ def test_what_cannot_run_is_refused_before_anything_is_captured(capsys, monkeypa
     monkeypatch.setattr(R, "report_phase", lambda *args: pytest.fail("captured"))
     (tmp_path / "config.json").write_text(json.dumps(ModelArgs.debug().to_hf()))
     (tmp_path / "file").write_text("")
-    cases = [(("--config", str(tmp_path)), "model.safetensors"), (("--trace", str(tmp_path / "file")), "--trace"),
-             (("--compare", str(RESULTS / "report_tiny.json")), "report_tiny.json")]
-    for argv, says in cases + [(("--preset", "cudagraphs"), "CUDA")] * (not torch.cuda.is_available()):
+    cases = [
+        (("--config", str(tmp_path)), "model.safetensors"),
+        (("--trace", str(tmp_path / "file")), "--trace"),
+        (("--compare", str(RESULTS / "report_tiny.json")), "report_tiny.json"),
+    ]
+    for argv, says in cases + [(("--preset", "cudagraphs"), "CUDA")] * (
+        not torch.cuda.is_available()
+    ):
         assert C.main(["report", "--config", "debug", "--phase", "decode", *argv]) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert says in line
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("argv, says", [
-    (("report", "--phase", "decode,fly"), "fly"), (("report", "--config", "no/such"), "no/such"), (("report", "--preset", "fast"), "fast"),
-    (("report", "--compare", "no/such.json"), "no/such.json"), (("report", "--compare", __file__), "test_report.py"), ((), "required"),
-    (("report", "--config", "tiny:1"), "tiny:1"), (("report", "--config", "tiny:"), "tiny:"), (("report", "--config", ""), "folder"),
-    (("repot",), "repot")])
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (("report", "--phase", "decode,fly"), "fly"),
+        (("report", "--config", "no/such"), "no/such"),
+        (("report", "--preset", "fast"), "fast"),
+        (("report", "--compare", "no/such.json"), "no/such.json"),
+        (("report", "--compare", __file__), "test_report.py"),
+        ((), "required"),
+        (("report", "--config", "tiny:1"), "tiny:1"),
+        (("report", "--config", "tiny:"), "tiny:"),
+        (("report", "--config", ""), "folder"),
+        (("repot",), "repot"),
+    ],
+)
 def test_bad_flags_are_one_line_and_exit_code_2(capsys, argv, says):
     assert C.main(list(argv)) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()

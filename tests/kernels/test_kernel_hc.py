@@ -1,4 +1,5 @@
 """The kernels of hyper-connections against their formulas in fp64: sinkhorn, hc_post, hc_pre, and both at once."""
+
 from __future__ import annotations
 
 import importlib
@@ -11,7 +12,9 @@ import ops
 from ops.launch import choose, record
 from test_ops import spec_hc_post, spec_hc_post_pre, spec_hc_pre, spec_sinkhorn
 
-sinkhorn, hc_pre, hc_post, hc_post_pre = (importlib.import_module(f"ops.{op}") for op in ("sinkhorn", "hc_pre", "hc_post", "hc_post_pre"))
+sinkhorn, hc_pre, hc_post, hc_post_pre = (
+    importlib.import_module(f"ops.{op}") for op in ("sinkhorn", "hc_pre", "hc_post", "hc_post_pre")
+)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
@@ -37,7 +40,12 @@ def rounding(b) -> float:
 
 def streams(B, T, n, d, dtype=torch.float32):
     """y, x, post, comb"""
-    return torch.randn(B, T, d).to(dtype), torch.randn(B, T, n, d).to(dtype), torch.randn(B, T, n), torch.randn(B, T, n, n)
+    return (
+        torch.randn(B, T, d).to(dtype),
+        torch.randn(B, T, n, d).to(dtype),
+        torch.randn(B, T, n),
+        torch.randn(B, T, n, n),
+    )
 
 
 def mixer(n, d):
@@ -63,9 +71,13 @@ def agree(op, spec, args, constants=(), rounded_between=False):
     low = args[1 if len(args) == 7 or op is ops.hc_post else 0].dtype == torch.bfloat16
     for a, b in zip(out, expected, strict=True):
         assert a.isfinite().all() and a.is_contiguous() and a.shape == b.shape
-        assert error(a, b) <= (1e-2 if rounded_between and low else rounding(b) if a.dtype == torch.bfloat16 else 5e-6)
+        assert error(a, b) <= (
+            1e-2 if rounded_between and low else rounding(b) if a.dtype == torch.bfloat16 else 5e-6
+        )
     for a, b, t in zip(grads, expected_grads, args, strict=True):
-        assert a.dtype == t.dtype and (a - b).norm() <= (2e-2 if low else 1e-5) * b.norm().clamp(min=1)
+        assert a.dtype == t.dtype and (a - b).norm() <= (2e-2 if low else 1e-5) * b.norm().clamp(
+            min=1
+        )
     return out
 
 
@@ -73,20 +85,35 @@ def agree(op, spec, args, constants=(), rounded_between=False):
 # sinkhorn
 
 
-@pytest.mark.parametrize("n, iters, count, BT", [(4, 20, 5, 8), (4, 2, 33, 32), (4, 1, 8, 8), (1, 2, 5, 8), (2, 3, 9, 8), (3, 2, 7, 8),
-                                                 (8, 2, 2, 8), (9, 2, 3, 8)])
+@pytest.mark.parametrize(
+    "n, iters, count, BT",
+    [
+        (4, 20, 5, 8),
+        (4, 2, 33, 32),
+        (4, 1, 8, 8),
+        (1, 2, 5, 8),
+        (2, 3, 9, 8),
+        (3, 2, 7, 8),
+        (8, 2, 2, 8),
+        (9, 2, 3, 8),
+    ],
+)
 def test_sinkhorn_and_its_gradient(n, iters, count, BT):
     logits, g = 3 * torch.randn(count, n, n), torch.randn(count, n, n)
     exact = logits.double().requires_grad_()
     expected = spec_sinkhorn(exact, 1e-4, iters)
-    with choose({name: {"BT": BT, "num_warps": 1} for name in ("sinkhorn_forward", "sinkhorn_backward")}):
+    with choose(
+        {name: {"BT": BT, "num_warps": 1} for name in ("sinkhorn_forward", "sinkhorn_backward")}
+    ):
         assert error(ops.sinkhorn.opaque(logits, 1e-4, iters), expected) <= 2e-6
         gradient = sinkhorn.backward_kernel(g, logits, 1e-4, iters)
     assert n == 1 or error(gradient, torch.autograd.grad(expected, exact, g.double())[0]) <= 5e-6
 
 
 def test_sinkhorn_of_extreme_logits():
-    logits = torch.tensor([[80.0, -80, 0, 1], [-90, 90, -90, 3], [0, 0, 0, 0], [1e-8, 500, -500, 2]])[None]
+    logits = torch.tensor(
+        [[80.0, -80, 0, 1], [-90, 90, -90, 3], [0, 0, 0, 0], [1e-8, 500, -500, 2]]
+    )[None]
     c = ops.sinkhorn.opaque(logits, 1e-6, 3)
     torch.testing.assert_close(c, ops.sinkhorn.reference(logits, 1e-6, 3), rtol=1e-4, atol=1e-6)
     assert sinkhorn.backward_kernel(torch.ones_like(c), logits, 1e-6, 3).isfinite().all()
@@ -95,20 +122,41 @@ def test_sinkhorn_of_extreme_logits():
 # ---------------------------------------------------------------------------------------------------------------------
 # hc_post
 
-SMALL = {"hc_post_forward": {"BD": 16, "num_warps": 4}, "hc_post_backward": {"BD": 16, "V": 4, "num_warps": 4},
-         "hc_pre_mix": {"BT": 16, "BD": 16, "STAGES": 2, "num_warps": 4}, "hc_pre_finish": {"BT": 8, "BD": 32, "num_warps": 4},
-         "hc_pre_backward_tokens": {"BT": 8, "num_warps": 1}, "hc_post_pre_mix": {"BT": 16, "BD": 16, "STAGES": 1, "num_warps": 4},
-         "hc_pre_backward_streams": {"BT": 16, "BD": 16, "J": 2, "STAGES": 1, "num_warps": 4}}
-LARGE = {"hc_post_forward": {"BD": 64, "num_warps": 4}, "hc_post_backward": {"BD": 64, "V": 8, "num_warps": 4},
-         "hc_pre_mix": {"BT": 64, "BD": 64, "STAGES": 3, "num_warps": 4}, "hc_pre_finish": {"BT": 64, "BD": 64, "num_warps": 4},
-         "hc_pre_backward_tokens": {"BT": 64, "num_warps": 1}, "hc_post_pre_mix": {"BT": 32, "BD": 64, "STAGES": 2, "num_warps": 4},
-         "hc_pre_backward_streams": {"BT": 64, "BD": 64, "J": 4, "STAGES": 2, "num_warps": 4}}
+SMALL = {
+    "hc_post_forward": {"BD": 16, "num_warps": 4},
+    "hc_post_backward": {"BD": 16, "V": 4, "num_warps": 4},
+    "hc_pre_mix": {"BT": 16, "BD": 16, "STAGES": 2, "num_warps": 4},
+    "hc_pre_finish": {"BT": 8, "BD": 32, "num_warps": 4},
+    "hc_pre_backward_tokens": {"BT": 8, "num_warps": 1},
+    "hc_post_pre_mix": {"BT": 16, "BD": 16, "STAGES": 1, "num_warps": 4},
+    "hc_pre_backward_streams": {"BT": 16, "BD": 16, "J": 2, "STAGES": 1, "num_warps": 4},
+}
+LARGE = {
+    "hc_post_forward": {"BD": 64, "num_warps": 4},
+    "hc_post_backward": {"BD": 64, "V": 8, "num_warps": 4},
+    "hc_pre_mix": {"BT": 64, "BD": 64, "STAGES": 3, "num_warps": 4},
+    "hc_pre_finish": {"BT": 64, "BD": 64, "num_warps": 4},
+    "hc_pre_backward_tokens": {"BT": 64, "num_warps": 1},
+    "hc_post_pre_mix": {"BT": 32, "BD": 64, "STAGES": 2, "num_warps": 4},
+    "hc_pre_backward_streams": {"BT": 64, "BD": 64, "J": 4, "STAGES": 2, "num_warps": 4},
+}
 tiled = pytest.mark.parametrize("tiles", [SMALL, LARGE], ids=["small", "large"])
 
 
 @dtypes
 @tiled
-@pytest.mark.parametrize("B, T, n, d", [(1, 2, 4, 64), (2, 1, 4, 63), (1, 1, 4, 65), (1, 1, 1, 17), (1, 1, 3, 40), (1, 1, 8, 33), (1, 2, 9, 5)])
+@pytest.mark.parametrize(
+    "B, T, n, d",
+    [
+        (1, 2, 4, 64),
+        (2, 1, 4, 63),
+        (1, 1, 4, 65),
+        (1, 1, 1, 17),
+        (1, 1, 3, 40),
+        (1, 1, 8, 33),
+        (1, 2, 9, 5),
+    ],
+)
 def test_hc_post(B, T, n, d, tiles, dtype):
     with choose(tiles):
         agree(ops.hc_post, spec_hc_post, streams(B, T, n, d, dtype))
@@ -118,9 +166,18 @@ def test_hc_post(B, T, n, d, tiles, dtype):
 # hc_pre
 
 # tiles, processors and shapes: whole rows in a program, rows in pieces, a piece for every step
-GRID = [(SMALL, 5, 1, 19, 4, 40, 2), (SMALL, 100, 2, 2, 4, 37, 1), (LARGE, 1, 1, 19, 4, 40, 1), (LARGE, 100, 1, 2, 3, 70, 3),
-        (SMALL, 1, 1, 1, 1, 5, 2), (LARGE, 3, 1, 3, 8, 9, 1), (SMALL, 1, 1, 2, 9, 4, 1)]
-by_grid = pytest.mark.parametrize("tiles, count, B, T, n, d, iters", GRID, ids=["-".join(map(str, row[1:])) for row in GRID])
+GRID = [
+    (SMALL, 5, 1, 19, 4, 40, 2),
+    (SMALL, 100, 2, 2, 4, 37, 1),
+    (LARGE, 1, 1, 19, 4, 40, 1),
+    (LARGE, 100, 1, 2, 3, 70, 3),
+    (SMALL, 1, 1, 1, 1, 5, 2),
+    (LARGE, 3, 1, 3, 8, 9, 1),
+    (SMALL, 1, 1, 2, 9, 4, 1),
+]
+by_grid = pytest.mark.parametrize(
+    "tiles, count, B, T, n, d, iters", GRID, ids=["-".join(map(str, row[1:])) for row in GRID]
+)
 
 
 @dtypes
@@ -128,7 +185,12 @@ by_grid = pytest.mark.parametrize("tiles, count, B, T, n, d, iters", GRID, ids=[
 def test_hc_pre(tiles, count, B, T, n, d, iters, dtype, monkeypatch):
     processors(monkeypatch, count)
     with choose(tiles):
-        agree(ops.hc_pre, spec_hc_pre, (streams(B, T, n, d, dtype)[1], *mixer(n, d)), (1e-3, 1e-3, iters))
+        agree(
+            ops.hc_pre,
+            spec_hc_pre,
+            (streams(B, T, n, d, dtype)[1], *mixer(n, d)),
+            (1e-3, 1e-3, iters),
+        )
 
 
 def test_many_tokens_are_as_few(monkeypatch):
@@ -148,15 +210,29 @@ def test_the_mix_of_bf16_streams_is_that_of_fp32_weights(count, monkeypatch):
     terms = fn.double()[:, None] * x.double().flatten(2)[0]  # [24, 3, 2400]
     mix = hc_pre.launch_mix(x, fn, None).sum(2)
     assert ((mix[:24] - terms.sum(2)).abs() <= 2**-16 * terms.norm(dim=2)).all()
-    torch.testing.assert_close(mix[24].double(), x.double().square().sum((2, 3))[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        mix[24].double(), x.double().square().sum((2, 3))[0], rtol=1e-6, atol=0
+    )
 
 
 def test_gradients_from_elsewhere_join_before_rounding():
-    x, mix, g = streams(1, 5, 4, 24, torch.bfloat16)[1], mixer(4, 24), torch.randn(1, 5, 4, 24).bfloat16()
-    grads, constants = (torch.randn(1, 5, 24).bfloat16(), torch.randn(1, 5, 4), torch.randn(1, 5, 4, 4)), (1e-3, 1e-3, 2)
-    alone, joined = (hc_pre.backward_kernel(*grads, x, *mix, *constants, g_in) for g_in in (None, g))
+    x, mix, g = (
+        streams(1, 5, 4, 24, torch.bfloat16)[1],
+        mixer(4, 24),
+        torch.randn(1, 5, 4, 24).bfloat16(),
+    )
+    grads, constants = (
+        (torch.randn(1, 5, 24).bfloat16(), torch.randn(1, 5, 4), torch.randn(1, 5, 4, 4)),
+        (1e-3, 1e-3, 2),
+    )
+    alone, joined = (
+        hc_pre.backward_kernel(*grads, x, *mix, *constants, g_in) for g_in in (None, g)
+    )
     exact = [a.double().requires_grad_() for a in (x, *mix)]
-    expected = torch.autograd.grad(spec_hc_pre(*exact, *constants), exact, [a.double() for a in grads])[0] + g.double()
+    expected = (
+        torch.autograd.grad(spec_hc_pre(*exact, *constants), exact, [a.double() for a in grads])[0]
+        + g.double()
+    )
     assert error(joined[0], expected) <= rounding(expected)
     assert all(torch.equal(a, b) for a, b in zip(alone[1:], joined[1:]))
 
@@ -174,7 +250,9 @@ def test_hc_post_pre(tiles, count, B, T, n, d, iters, dtype, monkeypatch):
     with choose(tiles):
         x, *out = agree(ops.hc_post_pre, spec_hc_post_pre, args, constants, rounded_between=True)
         assert torch.equal(x, ops.hc_post.opaque(*args[:4]))
-    for a, b in zip(out, spec_hc_pre(x.double(), *(a.double() for a in args[4:]), *constants), strict=True):
+    for a, b in zip(
+        out, spec_hc_pre(x.double(), *(a.double() for a in args[4:]), *constants), strict=True
+    ):
         assert error(a, b) <= (rounding(b) if a.dtype == torch.bfloat16 else 5e-6)
 
 
@@ -185,7 +263,11 @@ def test_hc_post_pre(tiles, count, B, T, n, d, iters, dtype, monkeypatch):
 @pytest.mark.parametrize("op", ["hc_post", "hc_pre", "hc_post_pre"])
 def test_no_tokens(op):
     y, x, post, comb = streams(2, 0, 4, 6)
-    args = {"hc_post": (y, x, post, comb), "hc_pre": (x, *mixer(4, 6)), "hc_post_pre": (y, x, post, comb, *mixer(4, 6))}[op]
+    args = {
+        "hc_post": (y, x, post, comb),
+        "hc_pre": (x, *mixer(4, 6)),
+        "hc_post_pre": (y, x, post, comb, *mixer(4, 6)),
+    }[op]
     out, grads, _ = run(getattr(ops, op).opaque, args, () if op == "hc_post" else (1e-3, 1e-3, 2))
     assert all(g.shape == a.shape and not g.any() for g, a in zip(grads, args))
     assert ops.sinkhorn.opaque(comb, 1e-3, 2).shape == comb.shape
@@ -211,6 +293,17 @@ def test_launches(N, d, arch):
         hc_pre.backward_kernel(y, post, comb, x, *mix)
         hc_post.backward_kernel(x, y, x, post, comb)
     assert [launch.name for launch in launches] == [
-        "hc_post_forward", "hc_pre_mix", "hc_pre_finish", "hc_post_pre_mix", "hc_pre_finish", "hc_pre_mix", "hc_pre_backward_tokens",
-        "hc_pre_backward_streams", "hc_pre_backward_reduce", "hc_post_backward"]
-    assert all(launch.grid[0] >= 64 for launch in launches if launch.name.endswith(("mix", "streams")))
+        "hc_post_forward",
+        "hc_pre_mix",
+        "hc_pre_finish",
+        "hc_post_pre_mix",
+        "hc_pre_finish",
+        "hc_pre_mix",
+        "hc_pre_backward_tokens",
+        "hc_pre_backward_streams",
+        "hc_pre_backward_reduce",
+        "hc_post_backward",
+    ]
+    assert all(
+        launch.grid[0] >= 64 for launch in launches if launch.name.endswith(("mix", "streams"))
+    )

@@ -1,4 +1,5 @@
 """Contracts of the kernels of linear_cross_entropy: chunks of the vocabulary, tiles, and what test_ops.py does not reach."""
+
 from __future__ import annotations
 
 import sys
@@ -57,7 +58,9 @@ def tiny_chunks(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("N, V, d", [(9, 300, 12), (17, 128, 5), (1, 257, 8), (20, 129, 3), (3, 1, 4), (2, 640, 7)])
+@pytest.mark.parametrize(
+    "N, V, d", [(9, 300, 12), (17, 128, 5), (1, 257, 8), (20, 129, 3), (3, 1, 4), (2, 640, 7)]
+)
 def test_chunks_of_the_vocabulary_add_up(tiny_chunks, N, V, d, dtype):
     """Targets at both ends of chunks, the last of which is of any width."""
     x, weight, target = inputs(N, V, d, dtype)
@@ -67,7 +70,9 @@ def test_chunks_of_the_vocabulary_add_up(tiny_chunks, N, V, d, dtype):
     compare(x, weight, target, torch.randn(N))
 
 
-@pytest.mark.parametrize("tile", [*module.CANDIDATES[::2], TINY], ids=lambda c: f"{c['ROWS']}x{c['BLOCK']}")
+@pytest.mark.parametrize(
+    "tile", [*module.CANDIDATES[::2], TINY], ids=lambda c: f"{c['ROWS']}x{c['BLOCK']}"
+)
 def test_every_tile_gives_the_same(tiny_chunks, tile):
     with choose({"linear_cross_entropy_forward": tile, "linear_cross_entropy_backward": tile}):
         compare(*inputs(5, 210, 6), torch.randn(5))
@@ -126,11 +131,16 @@ def test_ignored_rows_read_no_gradient(tiny_chunks):
     kept = target >= 0
     assert rms(g_x[kept], exact(x[kept], weight, target[kept], g[kept])[2]) < 2e-5
     x[0] = 0  # what is not finite here would make any product with it so, the reference's too
-    for a, b in zip(module.backward(g, lse, x, weight, target), exact(x[kept], weight, target[kept], g[kept])[2:]):
+    for a, b in zip(
+        module.backward(g, lse, x, weight, target),
+        exact(x[kept], weight, target[kept], g[kept])[2:],
+    ):
         assert rms(a[kept] if len(a) == 6 else a, b) < 2e-5
 
 
-@pytest.mark.parametrize("types", [("bfloat16", "float32"), ("float32", "bfloat16"), ("float16", "float16")])
+@pytest.mark.parametrize(
+    "types", [("bfloat16", "float32"), ("float32", "bfloat16"), ("float16", "float16")]
+)
 def test_other_dtypes_meet_in_fp32(tiny_chunks, types):
     x, weight, target = inputs(7, 150, 5)
     types = tuple(getattr(torch, name) for name in types)
@@ -156,7 +166,11 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        made = [t.untyped_storage().nbytes() // t.itemsize for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        made = [
+            t.untyped_storage().nbytes() // t.itemsize
+            for t in tree_leaves(out)
+            if isinstance(t, torch.Tensor)
+        ]
         self.numel = max([self.numel, *made])
         return out
 

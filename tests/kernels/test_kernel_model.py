@@ -1,4 +1,5 @@
 """Contracts of the whole model on kernels: every op opaque, it equals the model of references, in one graph."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -7,27 +8,50 @@ import importlib
 import pytest
 import torch
 
-from tools import report
 from model import ModelArgs, Transformer, training_loss
 from ops.registry import LAUNCHERS
 from testing import randomize, rms
+from tools import report
 
 sparse_attn_forward = importlib.import_module("ops.sparse_attn").sparse_attn_forward
-FORWARD = {"hc_pre_mix", "hc_pre_finish", "hc_post_pre_mix", "hc_post_forward", "rope_turn", "compress_forward", "indexer_topk_forward",
-           "sparse_attn_forward", "moe_up", "moe_down"}
-BACKWARD = {"hc_pre_backward_tokens", "hc_pre_backward_streams", "hc_post_backward", "compress_backward", "sparse_attn_backward_q",
-            "sparse_attn_backward_kv", "moe_act_backward", "moe_outer", "linear_cross_entropy_forward_kernel",
-            "linear_cross_entropy_backward_kernel"}
+FORWARD = {
+    "hc_pre_mix",
+    "hc_pre_finish",
+    "hc_post_pre_mix",
+    "hc_post_forward",
+    "rope_turn",
+    "compress_forward",
+    "indexer_topk_forward",
+    "sparse_attn_forward",
+    "moe_up",
+    "moe_down",
+}
+BACKWARD = {
+    "hc_pre_backward_tokens",
+    "hc_pre_backward_streams",
+    "hc_post_backward",
+    "compress_backward",
+    "sparse_attn_backward_q",
+    "sparse_attn_backward_kv",
+    "moe_act_backward",
+    "moe_outer",
+    "linear_cross_entropy_forward_kernel",
+    "linear_cross_entropy_backward_kernel",
+}
 
 # Every layer kind within a few tokens: window 8, entries of 4 and 8 tokens, 4 of the entries chosen.
-ARGS = dataclasses.replace(ModelArgs.debug(), window_size=8, compress_ratios=(0, 4, 8, 4, 0), index_topk=4, max_seq_len=64)
+ARGS = dataclasses.replace(
+    ModelArgs.debug(), window_size=8, compress_ratios=(0, 4, 8, 4, 0), index_topk=4, max_seq_len=64
+)
 T = 21
 
 
 def models(args=ARGS, dtype=torch.float32):
     """The same weights behind references and behind kernels."""
     torch.manual_seed(1)
-    reference = randomize(Transformer(args, ops={name: "reference" for name in report.MODEL_OPS}), seed=1)
+    reference = randomize(
+        Transformer(args, ops={name: "reference" for name in report.MODEL_OPS}), seed=1
+    )
     opaque = Transformer(args, ops={name: "opaque" for name in report.MODEL_OPS})
     opaque.load_state_dict(reference.state_dict())
     return reference.to(dtype), opaque.to(dtype)
@@ -72,15 +96,37 @@ def launched(monkeypatch) -> set[str]:
     """The names of all kernels that run from now on."""
     names, kind = set(), type(sparse_attn_forward)
     run = kind.run
-    monkeypatch.setattr(kind, "run", lambda self, *args, **kw: names.add(self.fn.__name__) or run(self, *args, **kw))
+    monkeypatch.setattr(
+        kind, "run", lambda self, *args, **kw: names.add(self.fn.__name__) or run(self, *args, **kw)
+    )
     return names
 
 
 def test_every_op_that_a_gpu_may_run_has_kernels():
     assert set(LAUNCHERS) == {
-        "act_quant", "compress", "compress_backward", "hc_post", "hc_post_backward", "hc_post_pre", "hc_post_pre_backward", "hc_pre",
-        "hc_pre_backward", "indexer_topk", "linear_cross_entropy", "linear_cross_entropy_backward", "moe", "moe_backward", "quant_linear",
-        "quant_linear_backward", "rope", "rope_", "sinkhorn", "sinkhorn_backward", "sparse_attn", "sparse_attn_backward"}
+        "act_quant",
+        "compress",
+        "compress_backward",
+        "hc_post",
+        "hc_post_backward",
+        "hc_post_pre",
+        "hc_post_pre_backward",
+        "hc_pre",
+        "hc_pre_backward",
+        "indexer_topk",
+        "linear_cross_entropy",
+        "linear_cross_entropy_backward",
+        "moe",
+        "moe_backward",
+        "quant_linear",
+        "quant_linear_backward",
+        "rope",
+        "rope_",
+        "sinkhorn",
+        "sinkhorn_backward",
+        "sparse_attn",
+        "sparse_attn_backward",
+    }
 
 
 def test_training_equals_that_of_references(monkeypatch):
@@ -102,7 +148,9 @@ def test_training_equals_that_of_references(monkeypatch):
 
 @torch.no_grad()
 def test_bf16_is_no_worse_than_that_of_references():
-    args = dataclasses.replace(ARGS, n_hash_layers=4, index_topk=64)  # nothing to choose: rounding flips no choice
+    args = dataclasses.replace(
+        ARGS, n_hash_layers=4, index_topk=64
+    )  # nothing to choose: rounding flips no choice
     exact = models(args)[0](tokens(2))
     errors = [rms(model(tokens(2)).float(), exact) for model in models(args, torch.bfloat16)]
     assert errors[1] <= 1.25 * errors[0] + 1e-4, errors
@@ -119,6 +167,8 @@ def test_one_graph_runs_the_kernels(phase, monkeypatch):
     model.reset_caches()
     torch._dynamo.reset()
     ran = launched(monkeypatch)
-    compiled = torch.compile(lambda *a: model(*a), backend="aot_eager", fullgraph=True, dynamic=False)
+    compiled = torch.compile(
+        lambda *a: model(*a), backend="aot_eager", fullgraph=True, dynamic=False
+    )
     assert rms(compiled(*args), expected) <= 1e-5
     assert ran >= FORWARD, FORWARD - ran

@@ -1,4 +1,5 @@
 """Contracts of the kernels of moe that the cases of test_ops.py do not reach: tiles, formats, routing, launches."""
+
 from __future__ import annotations
 
 import pytest
@@ -7,9 +8,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ops
 import ops.triton.moe as kernels
-from testing import rms
 from ops.launch import choose, record
 from test_ops import CONTRACTS, Case, close, low, moe, run, tensors
+from testing import rms
+
 
 def tile(BM, BN, BK, SWAP, SPLIT=1):
     return dict(BM=BM, BN=BN, BK=BK, SWAP=SWAP, SPLIT=SPLIT, num_warps=4, num_stages=2)
@@ -19,14 +21,22 @@ def check(options, dtype, up=None, down=None, change=lambda *args: args, backwar
     """Outputs and gradients of the kernels against the formula in fp64, and in bf16 against the reference's error too."""
     case = Case("moe", moe, options)
     args = change(*(low(case) if dtype == torch.bfloat16 else case.args()))
-    results = lambda form, args: [r for part in run(form, case, args) for r in part] if backward else [form(*args)]
+    results = lambda form, args: (
+        [r for part in run(form, case, args) for r in part] if backward else [form(*args)]
+    )
     down = down or up
-    chosen = {"moe_up": up, "moe_down": down and {key: down[key] for key in ("BN", "BK", "SWAP", "num_warps", "num_stages")}}
+    chosen = {
+        "moe_up": up,
+        "moe_down": down
+        and {key: down[key] for key in ("BN", "BK", "SWAP", "num_warps", "num_stages")},
+    }
     with choose({kernel: tile for kernel, tile in chosen.items() if tile}):
         got = results(ops.moe.opaque, args)
     expected = results(CONTRACTS["moe"].spec, tensors(torch.Tensor.double, args))
     if dtype == torch.bfloat16:
-        reference = results(ops.moe.reference, args)  # a value may cross the limit, or become its neighbour in fp8
+        reference = results(
+            ops.moe.reference, args
+        )  # a value may cross the limit, or become its neighbour in fp8
         assert [a.dtype for a in got] == [c.dtype for c in reference]
         allowed = [1e-2 + 1.2 * rms(c, b) for b, c in zip(expected, reference, strict=True)]
     for i, (a, b) in enumerate(zip(got, expected, strict=True)):
@@ -43,17 +53,25 @@ def seed():
 
 
 @pytest.mark.parametrize("BM", [16, 32])
-@pytest.mark.parametrize("n, E", [(1, 1), (2, 300), (16, 1), (17, 5), (100, 64), (256, 3), (257, 65), (700, 130)])
+@pytest.mark.parametrize(
+    "n, E", [(1, 1), (2, 300), (16, 1), (17, 5), (100, 64), (256, 3), (257, 65), (700, 130)]
+)
 @pytest.mark.parametrize("experts", ["any", "few", "one"])
 def test_pairs_are_sorted_by_expert_and_every_block_is_of_one(n, E, BM, experts):
-    idx = torch.randint(0, E, (n, 1)) if experts == "any" else torch.randint(0, min(E, 2), (n, 1)) * (E - 1)
+    idx = (
+        torch.randint(0, E, (n, 1))
+        if experts == "any"
+        else torch.randint(0, min(E, 2), (n, 1)) * (E - 1)
+    )
     idx = torch.full((n, 1), E // 2) if experts == "one" else idx
     route, _ = kernels._begin(idx, E, BM, torch.ones(n, 4), False, 0)
     assert torch.equal(route.order.long(), idx[:, 0].argsort(stable=True))
     counts = torch.bincount(idx[:, 0], minlength=E)
     starts = torch.cat((torch.zeros(1, dtype=torch.int64), counts.cumsum(0)))
     number = (counts + BM - 1) // BM
-    assert route.starts.tolist() == starts.tolist() + [number.sum()] and number.sum() <= route.number == len(route.blocks)
+    assert route.starts.tolist() == starts.tolist() + [
+        number.sum()
+    ] and number.sum() <= route.number == len(route.blocks)
     first = number.cumsum(0) - number
     expected = [[e, first[e], starts[e], starts[e + 1]] for e in range(E) for _ in range(number[e])]
     for block, wanted in enumerate(expected):  # only the first of an expert's blocks is read
@@ -61,36 +79,61 @@ def test_pairs_are_sorted_by_expert_and_every_block_is_of_one(n, E, BM, experts)
             assert route.blocks[block].tolist() == wanted
 
 
-@pytest.mark.parametrize("n, E, BM", [(1, 5, 16), (96, 6, 16), (97, 6, 32), (3, 256, 16), (4096, 256, 128)])
+@pytest.mark.parametrize(
+    "n, E, BM", [(1, 5, 16), (96, 6, 16), (97, 6, 32), (3, 256, 16), (4096, 256, 128)]
+)
 def test_there_is_a_program_for_every_block_that_there_can_be(n, E, BM):
     """The worst case: as many experts as can be have one pair more than whole blocks hold."""
     spread = min(n, E)
     counts = torch.ones(spread, dtype=torch.int64)
     counts[: (n - spread) // BM] += BM
     counts[0] += n - counts.sum()
-    assert kernels._blocks(n, E, BM) == ((counts + BM - 1) // BM).sum() or (n - spread) // BM > spread
+    assert (
+        kernels._blocks(n, E, BM) == ((counts + BM - 1) // BM).sum() or (n - spread) // BM > spread
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Numbers
 
 
-@pytest.mark.parametrize("up, down", [(tile(16, 32, 32, 1), None), (tile(64, 16, 16, 0), tile(64, 64, 32, 1)), (tile(16, 128, 64, 0), None),
-                                      (tile(16, 16, 32, 1, 2), tile(16, 128, 16, 0)), (tile(16, 64, 16, 1, 3), None)])
-@pytest.mark.parametrize("size, dtype", [((20, 3, 2, 70, 34), torch.float32), ((1, 3, 2, 64, 128), torch.bfloat16), ((33, 2, 1, 33, 65), torch.bfloat16)])
+@pytest.mark.parametrize(
+    "up, down",
+    [
+        (tile(16, 32, 32, 1), None),
+        (tile(64, 16, 16, 0), tile(64, 64, 32, 1)),
+        (tile(16, 128, 64, 0), None),
+        (tile(16, 16, 32, 1, 2), tile(16, 128, 16, 0)),
+        (tile(16, 64, 16, 1, 3), None),
+    ],
+)
+@pytest.mark.parametrize(
+    "size, dtype",
+    [
+        ((20, 3, 2, 70, 34), torch.float32),
+        ((1, 3, 2, 64, 128), torch.bfloat16),
+        ((33, 2, 1, 33, 65), torch.bfloat16),
+    ],
+)
 def test_any_tile_gives_the_same(size, dtype, up, down):
     check((*size, "float", False), dtype, up, down)
 
 
-WORDS = [(tile(16, 128, 128, 1), None), (tile(16, 64, 128, 1), tile(16, 32, 128, 1)), (tile(32, 128, 128, 0), tile(32, 128, 128, 1)),
-         (tile(16, 128, 128, 1, 2), tile(16, 128, 128, 0))]
+WORDS = [
+    (tile(16, 128, 128, 1), None),
+    (tile(16, 64, 128, 1), tile(16, 32, 128, 1)),
+    (tile(32, 128, 128, 0), tile(32, 128, 128, 1)),
+    (tile(16, 128, 128, 1, 2), tile(16, 128, 128, 0)),
+]
 
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["plain", "quantized"])
 @pytest.mark.parametrize("fmt", ["fp8", "fp8f", "fp4"])
 @pytest.mark.parametrize("tiles", range(4))
 def test_words_of_packed_weights_hold_what_their_bytes_do(tiles, fmt, quantized):
-    size = [(1, 2, 2, 256, 128), (3, 2, 2, 128, 256), (20, 2, 1, 128, 128), (1, 3, 2, 256, 256)][tiles]
+    size = [(1, 2, 2, 256, 128), (3, 2, 2, 128, 256), (20, 2, 1, 128, 128), (1, 3, 2, 256, 256)][
+        tiles
+    ]
     assert kernels._weights(*_packed(128, 128, fmt), torch.bfloat16).J
     check((*size, fmt, quantized), torch.bfloat16, *WORDS[tiles], backward=False)
 
@@ -106,7 +149,13 @@ def test_scales_far_from_one_are_exact(fmt, exponent):
     def change(x, w13, w2, idx, weight, s13, s2, limit, quantized):
         return x, w13, w2, idx, weight, s13, s2 + exponent, limit, quantized
 
-    check((2, 2, 1, 128, 128, fmt, False), torch.bfloat16, tile(16, 128, 128, 1), change=change, backward=False)
+    check(
+        (2, 2, 1, 128, 128, fmt, False),
+        torch.bfloat16,
+        tile(16, 128, 128, 1),
+        change=change,
+        backward=False,
+    )
 
 
 def test_weights_may_have_more_values_than_an_int32_counts():
@@ -123,39 +172,82 @@ def test_weights_may_have_more_values_than_an_int32_counts():
 
 def test_scales_of_fp4_may_be_fp32():
     def change(x, w13, w2, idx, weight, s13, s2, limit, quantized):
-        return x, w13, w2, idx, weight, *(ops.formats.scale_to_float(s) * (1 + torch.rand(s.shape)) for s in (s13, s2)), limit, quantized
+        return (
+            x,
+            w13,
+            w2,
+            idx,
+            weight,
+            *(ops.formats.scale_to_float(s) * (1 + torch.rand(s.shape)) for s in (s13, s2)),
+            limit,
+            quantized,
+        )
 
-    check((2, 2, 1, 128, 128, "fp4", False), torch.bfloat16, tile(16, 128, 128, 1), change=change, backward=False)
+    check(
+        (2, 2, 1, 128, 128, "fp4", False),
+        torch.bfloat16,
+        tile(16, 128, 128, 1),
+        change=change,
+        backward=False,
+    )
     check((2, 2, 1, 34, 70, "fp4", False), torch.bfloat16, change=change, backward=False)
 
 
 def test_weights_that_do_not_begin_at_a_word_are_read_by_bytes():
     def change(x, w13, w2, idx, weight, s13, s2, limit, quantized):
         shifted = torch.empty(w13.numel() + 1, dtype=torch.int8)[1:].view(w13.shape).copy_(w13)
-        assert kernels._weights(w13, s13, x.dtype).J == 4 and kernels._weights(shifted, s13, x.dtype).J == 0
+        assert (
+            kernels._weights(w13, s13, x.dtype).J == 4
+            and kernels._weights(shifted, s13, x.dtype).J == 0
+        )
         return x, shifted, w2, idx, weight, s13, s2, limit, quantized
 
     check((2, 2, 1, 128, 128, "fp4", True), torch.bfloat16, change=change, backward=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size, fmt, quantized", [((3, 2, 2, 72, 130), "fp8", True), ((2, 3, 1, 130, 70), "fp8f", False),
-                                                  ((3, 2, 1, 34, 70), "fp4", True), ((1, 2, 2, 128, 128), "fp4", False)])
+@pytest.mark.parametrize(
+    "size, fmt, quantized",
+    [
+        ((3, 2, 2, 72, 130), "fp8", True),
+        ((2, 3, 1, 130, 70), "fp8f", False),
+        ((3, 2, 1, 34, 70), "fp4", True),
+        ((1, 2, 2, 128, 128), "fp4", False),
+    ],
+)
 def test_packed_weights_pass_gradients_on(size, fmt, quantized, dtype):
     check((*size, fmt, quantized), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("options", [(1, 2, 2, 15, 9, "float", False), (9, 7, 2, 6, 4, "float", False, "one"), (40, 2, 3, 6, 4, "float", False, "twice"),
-                                     (1, 3, 4, 6, 4, "float", True, "twice"), (128, 3, 2, 6, 4, "float", False), (86, 4, 3, 6, 4, "float", True),
-                                     (270, 4, 1, 6, 4, "float", False), (3, 130, 2, 6, 4, "float", False), (17, 2, 1, 100, 150, "float", True)],
-                         ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        (1, 2, 2, 15, 9, "float", False),
+        (9, 7, 2, 6, 4, "float", False, "one"),
+        (40, 2, 3, 6, 4, "float", False, "twice"),
+        (1, 3, 4, 6, 4, "float", True, "twice"),
+        (128, 3, 2, 6, 4, "float", False),
+        (86, 4, 3, 6, 4, "float", True),
+        (270, 4, 1, 6, 4, "float", False),
+        (3, 130, 2, 6, 4, "float", False),
+        (17, 2, 1, 100, 150, "float", True),
+    ],
+    ids=str,
+)
 def test_whatever_the_experts(options, dtype):
     """One token; all to one expert; one twice; experts without tokens; as many pairs as one program routes, and more."""
     check(options, dtype)
 
 
-@pytest.mark.parametrize("fmt, up", [("fp4", tile(16, 64, 128, 1)), ("fp8", tile(16, 64, 128, 1, 2)), ("float", tile(16, 64, 64, 1, 2))])
+@pytest.mark.parametrize(
+    "fmt, up",
+    [
+        ("fp4", tile(16, 64, 128, 1)),
+        ("fp8", tile(16, 64, 128, 1, 2)),
+        ("float", tile(16, 64, 64, 1, 2)),
+    ],
+)
 @pytest.mark.parametrize("N", [1, 3])
 def test_where_barriers_do_not_order_stores_other_kernels_finish(N, fmt, up, monkeypatch):
     options = (N, 2, 2, 128, 128, fmt, True)
@@ -170,17 +262,28 @@ def test_where_barriers_do_not_order_stores_other_kernels_finish(N, fmt, up, mon
 @pytest.mark.parametrize("N, K", [(0, 2), (3, 0)])
 def test_no_pairs_give_zeros(N, K):
     x, w13, w2, idx, weight, *rest = Case("moe", moe, (5, 3, 2, 6, 4, "float", False)).args()
-    args = [x[:N].requires_grad_(), w13.requires_grad_(), w2, idx[:N, :K], weight[:N, :K].requires_grad_(), *rest]
+    args = [
+        x[:N].requires_grad_(),
+        w13.requires_grad_(),
+        w2,
+        idx[:N, :K],
+        weight[:N, :K].requires_grad_(),
+        *rest,
+    ]
     y = ops.moe.opaque(*args)
     grads = torch.autograd.grad(y.sum(), (args[0], w13, args[4]))
     assert y.shape == (N, 6) and y.dtype == torch.float32 and not y.any()
-    assert [g.shape for g in grads] == [args[0].shape, w13.shape, args[4].shape] and not any(g.any() for g in grads)
+    assert [g.shape for g in grads] == [args[0].shape, w13.shape, args[4].shape] and not any(
+        g.any() for g in grads
+    )
 
 
 def test_every_call_gives_the_same_bits():
     case = Case("moe", moe, (20, 3, 2, 16, 10, "float", True))
     first, second = (run(ops.moe.opaque, case, low(case)) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first[0] + first[1], second[0] + second[1], strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first[0] + first[1], second[0] + second[1], strict=True)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,26 +294,43 @@ def launches(N, fmt, quantized, backward=False, arch="sm_90", E=8, K=2):
     def weights(o, i):
         if fmt == "bf16":
             return torch.empty(E, o, i, dtype=torch.bfloat16), None
-        return torch.empty(E, o, i // 2, dtype=torch.int8), torch.empty(E, o, i // 32, dtype=torch.uint8)
+        return torch.empty(E, o, i // 2, dtype=torch.int8), torch.empty(
+            E, o, i // 32, dtype=torch.uint8
+        )
 
     with FakeTensorMode(), record(arch) as recorded:
         (w13, s13), (w2, s2) = weights(512, 128), weights(128, 256)
-        x, idx, weight = torch.empty(N, 128, dtype=torch.bfloat16), torch.empty(N, K, dtype=torch.int64), torch.empty(N, K)
+        x, idx, weight = (
+            torch.empty(N, 128, dtype=torch.bfloat16),
+            torch.empty(N, K, dtype=torch.int64),
+            torch.empty(N, K),
+        )
         args = x, w13, w2, idx, weight, s13, s2, 10.0, quantized
         kernels.backward(torch.empty(N, 128), *args) if backward else kernels.forward(*args)
     return [launch.name.removeprefix("moe_") for launch in recorded]
 
 
-@pytest.mark.parametrize("N, fmt, quantized, expected", [
-    (1, "bf16", False, "up down"), (1, "fp4", True, "begin up down"), (8, "bf16", False, "begin up down sum"),
-    (8, "fp4", True, "begin up down sum"), (128, "fp4", True, "begin up down sum"), (129, "bf16", False, "count begin up down sum"),
-    (129, "fp4", True, "count begin begin up down sum")])
+@pytest.mark.parametrize(
+    "N, fmt, quantized, expected",
+    [
+        (1, "bf16", False, "up down"),
+        (1, "fp4", True, "begin up down"),
+        (8, "bf16", False, "begin up down sum"),
+        (8, "fp4", True, "begin up down sum"),
+        (128, "fp4", True, "begin up down sum"),
+        (129, "bf16", False, "count begin up down sum"),
+        (129, "fp4", True, "count begin begin up down sum"),
+    ],
+)
 def test_few_kernels_are_launched(N, fmt, quantized, expected):
     assert launches(N, fmt, quantized) == expected.split()
 
 
 def test_the_backward_is_few_kernels_too():
-    assert launches(64, "bf16", False, True) == "begin up down act_backward down sum outer outer".split()
+    assert (
+        launches(64, "bf16", False, True)
+        == "begin up down act_backward down sum outer outer".split()
+    )
     assert launches(64, "fp4", True, True) == "begin up down act_backward down sum".split()
 
 
@@ -221,17 +341,38 @@ def test_on_amd_nothing_is_counted():
 @pytest.mark.parametrize("kind, rows", kernels.UP)
 def test_tiles_are_allowed(kind, rows):
     """Blocks no higher than asked for, powers of two; down has tiles for every height."""
-    assert {(kind, rows)} <= kernels.DOWN.keys() and kernels.UP[kind, rows] and kernels.DOWN[kind, rows]
+    assert (
+        {(kind, rows)} <= kernels.DOWN.keys()
+        and kernels.UP[kind, rows]
+        and kernels.DOWN[kind, rows]
+    )
     for BM, BN, BK, warps, stages, swap, split in kernels.UP[kind, rows]:
-        assert BM <= rows and all(size & (size - 1) == 0 and size >= 16 for size in (BM, BN, BK)) and BN <= 128
+        assert (
+            BM <= rows
+            and all(size & (size - 1) == 0 and size >= 16 for size in (BM, BN, BK))
+            and BN <= 128
+        )
         assert kind != "words" or BK % 128 == 0
 
 
 def test_token_counts_of_a_load_share_their_kernels():
     def compiled(N):
         with FakeTensorMode(), record("sm_90") as launches:
-            x, w13, w2 = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((N, 256), (8, 512, 256), (8, 256, 256)))
-            kernels.forward(x, w13, w2, torch.empty(N, 2, dtype=torch.int64), torch.empty(N, 2), None, None, 1.0, False)
+            x, w13, w2 = (
+                torch.empty(shape, dtype=torch.bfloat16)
+                for shape in ((N, 256), (8, 512, 256), (8, 256, 256))
+            )
+            kernels.forward(
+                x,
+                w13,
+                w2,
+                torch.empty(N, 2, dtype=torch.int64),
+                torch.empty(N, 2),
+                None,
+                None,
+                1.0,
+                False,
+            )
         return {f"{launch.kernel} {launch.meta}" for launch in launches}
 
     assert compiled(1008) == compiled(1024)

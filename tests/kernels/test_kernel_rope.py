@@ -1,4 +1,5 @@
 """The rope kernel against complex multiplication in fp64: out of place, in place, backward, any strides."""
+
 from __future__ import annotations
 
 import re
@@ -34,11 +35,20 @@ def agree(y, x, cos, sin, inverse):
     """The other dims are the same bits, the rotated ones off by one rounding."""
     expected, r = spec(x, cos, sin, inverse), 2 * cos.shape[-1]
     assert y.shape == x.shape and y.dtype == x.dtype and torch.equal(y[..., :-r], x[..., :-r])
-    assert rms(y, expected) <= (3e-7 if x.dtype == torch.float32 else 1.05 * rms(expected.to(x.dtype), expected))
+    assert rms(y, expected) <= (
+        3e-7 if x.dtype == torch.float32 else 1.05 * rms(expected.to(x.dtype), expected)
+    )
 
 
-SHAPES = ((2, 5, 24, 8), (1, 1, 64, 128, 64), (2, 3, 3, 9, 4), (1, 70, 128, 128), (2, 33, 4, 40, 12), (1, 3, 5, 1100, 6),
-          (3, 1, 7, 2))
+SHAPES = (
+    (2, 5, 24, 8),
+    (1, 1, 64, 128, 64),
+    (2, 3, 3, 9, 4),
+    (1, 70, 128, 128),
+    (2, 33, 4, 40, 12),
+    (1, 3, 5, 1100, 6),
+    (3, 1, 7, 2),
+)
 
 
 @DTYPES
@@ -68,7 +78,9 @@ def test_any_strides(shape, layout):
     """Out of place, and in place without touching anything else in memory."""
     cos, sin = angles(*shape[:2], 8)
     x = LAYOUTS[layout](torch.randn(shape))
-    y = ops.rope.opaque(x, cos.transpose(0, 1).contiguous().transpose(0, 1), sin[:, :, :1].expand_as(sin), False)
+    y = ops.rope.opaque(
+        x, cos.transpose(0, 1).contiguous().transpose(0, 1), sin[:, :, :1].expand_as(sin), False
+    )
     agree(y, x, cos, sin[:, :, :1].expand_as(sin), False)
     assert y.is_contiguous()
     memory = torch.as_strided(x, (x.untyped_storage().nbytes() // 4,), (1,), 0)
@@ -99,7 +111,9 @@ def test_inverse_in_place_undoes_rope(dtype):
     x, (cos, sin) = torch.randn(2, 9, 4, 32).to(dtype), angles(2, 9, 16)
     y = ops.rope.opaque(x, cos, sin, False)
     in_place(y, cos, sin, True)
-    assert torch.equal(y[..., :16], x[..., :16]) and rms(y, x) <= (3e-7 if dtype == torch.float32 else 5e-3)
+    assert torch.equal(y[..., :16], x[..., :16]) and rms(y, x) <= (
+        3e-7 if dtype == torch.float32 else 5e-3
+    )
 
 
 @pytest.mark.parametrize("shape", ((0, 5, 3, 8), (2, 0, 8), (2, 5, 0, 8)), ids=str)
@@ -113,13 +127,19 @@ def test_tiles_can_be_chosen_by_time():
     before = TUNED.read_text()
     table = by_time(["G1.7"], toy=INTERPRETING)
     assert {name for name, _ in table} == {"rope_turn"} and len(table) >= 2
-    assert all(set(tile) == {"BN", "num_warps"} for tile in table.values()) and TUNED.read_text() == before
+    assert (
+        all(set(tile) == {"BN", "num_warps"} for tile in table.values())
+        and TUNED.read_text() == before
+    )
 
 
 def test_rotate_overwrites_only_where_no_gradient_can_need_the_old_values():
     x, (cos, sin) = torch.randn(2, 5, 3, 24), angles(2, 5, 8)
     old, expected = x.clone(), ops.rope.opaque(x, cos, sin, False)
-    for y in (rotate_(x, cos, sin, False, "opaque"), torch.no_grad()(rotate_)(x, cos, sin, False, "reference")):
+    for y in (
+        rotate_(x, cos, sin, False, "opaque"),
+        torch.no_grad()(rotate_)(x, cos, sin, False, "reference"),
+    ):
         assert rms(y, expected) <= 1e-6 and torch.equal(x, old)
     with torch.no_grad():
         with pytest.raises(ValueError, match="rope: "):
@@ -134,7 +154,12 @@ def test_in_place_op_passes_opcheck():
 @torch.no_grad()
 def test_compiled_code_rotates_in_place_without_a_copy():
     """Two products and the rotation between them: no kernel of Inductor's own, which a copy would need."""
-    x, w, v, (cos, sin) = torch.randn(2, 5, 16), torch.randn(16, 72), torch.randn(24, 4), angles(2, 5, 8)
+    x, w, v, (cos, sin) = (
+        torch.randn(2, 5, 16),
+        torch.randn(16, 72),
+        torch.randn(24, 4),
+        angles(2, 5, 8),
+    )
 
     def f(x, w, v, cos, sin):
         return rotate_((x @ w).unflatten(-1, (3, 24)), cos, sin, False, "opaque") @ v
@@ -143,5 +168,8 @@ def test_compiled_code_rotates_in_place_without_a_copy():
     got, (code,) = run_and_get_code(torch.compile(f, fullgraph=True), x, w, v, cos, sin)
     torch.testing.assert_close(got, f(x, w, v, cos, sin))
     body = code[code.index("def call(") :]
-    assert len(re.findall(r"dsv4\.rope_\.default\(", body)) == 1 and len(re.findall(r"kernels\.\w*mm\(", body)) == 2
+    assert (
+        len(re.findall(r"dsv4\.rope_\.default\(", body)) == 1
+        and len(re.findall(r"kernels\.\w*mm\(", body)) == 2
+    )
     assert not re.search(r"_fused_|copy_|clone|async_compile", body)

@@ -1,4 +1,5 @@
 """Contracts of the kernels of ops/sparse_attn.py that the cases of test_ops.py are too small for: tiles, splits, gathers."""
+
 from __future__ import annotations
 
 import importlib
@@ -9,15 +10,25 @@ import torch
 from ops.launch import choose, launch
 from testing import rms
 
-module = importlib.import_module("ops.sparse_attn")  # the package's attribute of this name is the op
+module = importlib.import_module(
+    "ops.sparse_attn"
+)  # the package's attribute of this name is the op
 backward_kernel, backward_reference, forward_kernel, forward_reference = (
-    module.backward_kernel, module.backward_reference, module.forward_kernel, module.forward_reference)
+    module.backward_kernel,
+    module.backward_reference,
+    module.forward_kernel,
+    module.forward_reference,
+)
 SMALL = dict(BH=16, BN=16, num_warps=4, num_stages=1)
 
 
 def arguments(B=1, T=9, H=5, D=24, r=8, W=20, kind="window", E=40, K=21, dtype=torch.float32):
     """Random operands; tokens see between none and all entries, the chosen ones in any order among -1."""
-    q, kv, entries = torch.randn(B, T, H, D), torch.randn(B, W - 1 + T, D), torch.randn(B, E + 3, D)[:, :E]
+    q, kv, entries = (
+        torch.randn(B, T, H, D),
+        torch.randn(B, W - 1 + T, D),
+        torch.randn(B, E + 3, D)[:, :E],
+    )
     angle = torch.rand(B, T, r // 2) * 6
     seen = torch.randint(1, W + 1, (B, T))
     lo = torch.randint(-2, E // 2, (B, T))  # padding may lie outside of what there is
@@ -26,22 +37,36 @@ def arguments(B=1, T=9, H=5, D=24, r=8, W=20, kind="window", E=40, K=21, dtype=t
     idx = torch.rand(B, T, E).argsort(-1)[..., :K]
     idx = torch.where(torch.rand(B, T, K) < 0.4, -1, idx)
     idx[:, 1::4] = -1
-    rest = {"window": (None, None, None, None), "range": (entries, lo, hi, None), "chosen": (entries, lo, hi, idx)}[kind]
+    rest = {
+        "window": (None, None, None, None),
+        "range": (entries, lo, hi, None),
+        "chosen": (entries, lo, hi, idx),
+    }[kind]
     args = (q, kv, torch.randn(2 * H)[::2], seen, angle.cos(), angle.sin(), *rest, 1e-6)
-    return tuple(a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() and i in (0, 1, 6) else a
-                 for i, a in enumerate(args))
+    return tuple(
+        a.to(dtype)
+        if isinstance(a, torch.Tensor) and a.is_floating_point() and i in (0, 1, 6)
+        else a
+        for i, a in enumerate(args)
+    )
 
 
 def noted(monkeypatch, constant):
     """A list that receives the constant's value of every launch from now on."""
     values = []
-    monkeypatch.setattr(module, "launch", lambda *args, **meta: values.append(meta.get(constant)) or launch(*args, **meta))
+    monkeypatch.setattr(
+        module,
+        "launch",
+        lambda *args, **meta: values.append(meta.get(constant)) or launch(*args, **meta),
+    )
     return values
 
 
 def widened(args):
     """The same values where the reference computes in fp32: its own error is then 1e-7."""
-    return tuple(a.float() if isinstance(a, torch.Tensor) and a.dtype == torch.bfloat16 else a for a in args)
+    return tuple(
+        a.float() if isinstance(a, torch.Tensor) and a.dtype == torch.bfloat16 else a for a in args
+    )
 
 
 def compare(args, tolerance):
@@ -52,18 +77,34 @@ def compare(args, tolerance):
     assert o.dtype == dtype and o.is_contiguous()
     assert rms(o, expected) <= tolerance and (lse - expected_lse).abs().max() <= 4 * tolerance
     g = torch.randn(o.shape).to(dtype)
-    for name, x, y in zip(("q", "kv", "sink", "entries"), backward_kernel(g, lse, *args), backward_reference(g.float(), expected_lse, *exact)):
+    for name, x, y in zip(
+        ("q", "kv", "sink", "entries"),
+        backward_kernel(g, lse, *args),
+        backward_reference(g.float(), expected_lse, *exact),
+    ):
         assert x.shape == y.shape and (not len(y) or rms(x, y) <= 2 * tolerance), name
 
 
 @pytest.mark.parametrize("kind", ["window", "range", "chosen"])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 5e-6), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 5e-6), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"]
+)
 def test_forward_and_backward_over_several_tiles(kind, dtype, tolerance):
     compare(arguments(B=2, T=5, kind=kind, dtype=dtype), tolerance)
 
 
-@pytest.mark.parametrize("shape", [dict(T=1), dict(H=17), dict(D=16, r=16), dict(W=1), dict(W=16, E=32, K=16), dict(D=40, r=2, K=1)],
-                         ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        dict(T=1),
+        dict(H=17),
+        dict(D=16, r=16),
+        dict(W=1),
+        dict(W=16, E=32, K=16),
+        dict(D=40, r=2, K=1),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("kind", ["window", "range", "chosen"])
 def test_odd_shapes(kind, shape):
     compare(arguments(**{"T": 3, **shape}, kind=kind), 5e-6)
@@ -73,7 +114,9 @@ def test_odd_shapes(kind, shape):
 @pytest.mark.parametrize("splits", [1, 2, 3, 7])
 def test_splits_change_nothing(kind, splits, monkeypatch):
     args = arguments(T=2, B=2, W=33, E=100, K=50, kind=kind)
-    monkeypatch.setattr(module, "processors", lambda x: splits * 4)  # one block of heads, four tokens
+    monkeypatch.setattr(
+        module, "processors", lambda x: splits * 4
+    )  # one block of heads, four tokens
     launched = noted(monkeypatch, "SPLITS")
     with choose({"sparse_attn_forward": SMALL}):
         o, lse = forward_kernel(*args)
@@ -142,12 +185,17 @@ def test_a_batch_of_a_cache_is_read_in_place():
 @pytest.mark.parametrize("kind", ["range", "chosen"])
 def test_entries_may_have_more_values_than_an_int32_counts(kind):
     """Only the last rows' memory is ever touched."""
-    *args, entries, lo, hi, idx, eps = arguments(T=5, H=2, D=512, W=4, kind=kind, dtype=torch.bfloat16)
+    *args, entries, lo, hi, idx, eps = arguments(
+        T=5, H=2, D=512, W=4, kind=kind, dtype=torch.bfloat16
+    )
     E, lo = entries.shape[1], lo.clamp(min=0)
     many, skipped = torch.empty(1, (1 << 22) + E, 512, dtype=torch.bfloat16), 1 << 22
     many[:, skipped:] = entries
     moved = None if idx is None else torch.where(idx < 0, -1, idx + skipped)
-    for got, expected in zip(forward_kernel(*args, many, lo + skipped, hi + skipped, moved, eps), forward_kernel(*args, entries, lo, hi, idx, eps)):
+    for got, expected in zip(
+        forward_kernel(*args, many, lo + skipped, hi + skipped, moved, eps),
+        forward_kernel(*args, entries, lo, hi, idx, eps),
+    ):
         assert torch.equal(got, expected)
 
 
@@ -155,11 +203,20 @@ def test_entries_may_have_more_values_than_an_int32_counts(kind):
 def test_nothing_to_do(empty):
     args = arguments(B=empty.get("B", 1), T=empty.get("T", 3))
     entries = torch.randn(args[0].shape[0], empty.get("E", 4), 24)
-    args = (*args[:6], entries, torch.zeros(args[3].shape, dtype=torch.int64), torch.full(args[3].shape, 4), None, 1e-6)
+    args = (
+        *args[:6],
+        entries,
+        torch.zeros(args[3].shape, dtype=torch.int64),
+        torch.full(args[3].shape, 4),
+        None,
+        1e-6,
+    )
     o, lse = forward_kernel(*args)
     gradients = backward_kernel(torch.randn_like(o), lse, *args)
     assert [g.shape for g in gradients] == [args[i].shape for i in (0, 1, 2, 6)]
-    assert all(torch.isfinite(g).all() for g in gradients) and (o.numel() == 0 or rms(o, forward_reference(*args)[0]) <= 2e-6)
+    assert all(torch.isfinite(g).all() for g in gradients) and (
+        o.numel() == 0 or rms(o, forward_reference(*args)[0]) <= 2e-6
+    )
 
 
 @pytest.mark.parametrize("sink", [-float("inf"), -80.0, 80.0])

@@ -2,6 +2,7 @@
 
 All terms are positive, so that sums grow and would lose what is added to them if they were kept in bf16.
 """
+
 from __future__ import annotations
 
 import importlib
@@ -15,8 +16,14 @@ from test_ops import spec_hc_pre, spec_moe, spec_sparse_attn
 
 hc_pre, sparse_attn = (importlib.import_module(f"ops.{op}") for op in ("hc_pre", "sparse_attn"))
 SMALL = dict(num_warps=4, num_stages=1)
-TILES = {"sparse_attn_forward": dict(BH=16, BN=16), "sparse_attn_backward_q": dict(BH=16, BN=16), "sparse_attn_backward_kv": dict(BH=16, BK=16),
-         "moe_up": dict(BM=16, BN=16, BK=16, SWAP=0, SPLIT=1), "moe_down": dict(BN=16, BK=16, SWAP=0), "moe_outer": dict(BA=16, BB=16, BK=16)}
+TILES = {
+    "sparse_attn_forward": dict(BH=16, BN=16),
+    "sparse_attn_backward_q": dict(BH=16, BN=16),
+    "sparse_attn_backward_kv": dict(BH=16, BK=16),
+    "moe_up": dict(BM=16, BN=16, BK=16, SWAP=0, SPLIT=1),
+    "moe_down": dict(BN=16, BK=16, SWAP=0),
+    "moe_outer": dict(BA=16, BB=16, BK=16),
+}
 
 
 def error(a, b) -> float:
@@ -31,13 +38,21 @@ def positive(*shape):
 def compare(op, spec, args, wrt, roundings):
     """Outputs and gradients of those arguments against fp64: errors in units of one rounding to bf16."""
     args = [a.detach().requires_grad_() if i in wrt else a for i, a in enumerate(args)]
-    exact = [a.detach().double().requires_grad_(i in wrt) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for i, a in enumerate(args)]
+    exact = [
+        a.detach().double().requires_grad_(i in wrt)
+        if isinstance(a, torch.Tensor) and a.is_floating_point()
+        else a
+        for i, a in enumerate(args)
+    ]
     with choose({name: {**tile, **SMALL} for name, tile in TILES.items()}):
         out = op.opaque(*args)
         g = positive(*out.shape)
         got = [out.detach(), *torch.autograd.grad(out, [args[i] for i in wrt], g.to(out.dtype))]
     expected = spec(*exact)
-    expected = [expected.detach(), *torch.autograd.grad(expected, [exact[i] for i in wrt], g.double())]
+    expected = [
+        expected.detach(),
+        *torch.autograd.grad(expected, [exact[i] for i in wrt], g.double()),
+    ]
     for i, (a, b) in enumerate(zip(got, expected, strict=True)):
         assert error(a, b) <= roundings * error(b.bfloat16(), b), i
 
@@ -53,16 +68,39 @@ def test_attention(monkeypatch, T, W):
     monkeypatch.setattr(sparse_attn, "processors", lambda x: 1)
     D, r = 16, 4
     angle = torch.rand(1, T, r // 2) / 10
-    args = ((torch.randn(1, T, 16, D) / 50).bfloat16(), positive(1, W + T - 1, D), torch.zeros(16), torch.full((1, T), W), angle.cos(), angle.sin(),
-            None, None, None, None, 1e-2)
+    args = (
+        (torch.randn(1, T, 16, D) / 50).bfloat16(),
+        positive(1, W + T - 1, D),
+        torch.zeros(16),
+        torch.full((1, T), W),
+        angle.cos(),
+        angle.sin(),
+        None,
+        None,
+        None,
+        None,
+        1e-2,
+    )
     compare(ops.sparse_attn, spec_sparse_attn, args, (0, 1), 1.3)
 
 
-@pytest.mark.parametrize("N, d, I, K", [(1, 16, 640, 1), (1, 640, 16, 1), (448, 16, 16, 1), (2, 16, 16, 64)],
-                         ids=["wide h", "wide x", "many tokens", "many experts"])
+@pytest.mark.parametrize(
+    "N, d, I, K",
+    [(1, 16, 640, 1), (1, 640, 16, 1), (448, 16, 16, 1), (2, 16, 16, 64)],
+    ids=["wide h", "wide x", "many tokens", "many experts"],
+)
 def test_experts(N, d, I, K):
-    args = (positive(N, d), positive(K, 2 * I, d) / d, positive(K, d, I) / I, torch.arange(K).expand(N, K).contiguous(), torch.ones(N, K), None, None,
-            1e9, False)
+    args = (
+        positive(N, d),
+        positive(K, 2 * I, d) / d,
+        positive(K, d, I) / I,
+        torch.arange(K).expand(N, K).contiguous(),
+        torch.ones(N, K),
+        None,
+        None,
+        1e9,
+        False,
+    )
     compare(ops.moe, spec_moe, args, (0, 1, 2), 2.5)
 
 

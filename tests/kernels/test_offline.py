@@ -6,6 +6,7 @@ Compiled are, of every kernel on every architecture, the shape that spills most,
 matrix instructions, where there are any), and all with -m slow; with the Triton that is installed, and with 3.6.0 where
 TRITON_360 names a folder that holds it.
 """
+
 from __future__ import annotations
 
 import functools
@@ -20,10 +21,10 @@ import pytest
 import torch
 import triton
 
+import ops.launch as launch_module
 from bench import cases, tune
 from bench.offline import SHARED, TARGETS, all_kernels, compile_all, compile_launch
 from bench.record import RESULTS
-import ops.launch as launch_module
 from ops.launch import TUNED, Launch, asked, choose, jit, launch, record, tiles, tl
 
 SLACK = 1.1  # spills may grow by this and a few before somebody must look
@@ -31,7 +32,14 @@ SLACK = 1.1  # spills may grow by this and a few before somebody must look
 
 @functools.cache
 def calls(model: str) -> list[cases.Call]:
-    return list({call.key: call for phase in cases.PHASES if phase.model == model for call in cases.calls(phase)}.values())
+    return list(
+        {
+            call.key: call
+            for phase in cases.PHASES
+            if phase.model == model
+            for call in cases.calls(phase)
+        }.values()
+    )
 
 
 def recorded(version: str) -> dict:
@@ -50,16 +58,28 @@ def judge(results, table) -> list[str]:
             wrong.append(f"{arch} does not compile {name}: {now['error']}")
             continue
         if now["shared"] > SHARED[arch] * 1024:
-            wrong.append(f"{arch} has {SHARED[arch]} KiB of shared memory, not {now['shared']} bytes: {name}")
+            wrong.append(
+                f"{arch} has {SHARED[arch]} KiB of shared memory, not {now['shared']} bytes: {name}"
+            )
         if not was:
             wrong.append(f"{arch} has no record of {name}: python -m bench.offline --record")
             continue
         if now["spills"] > was["spills"] * SLACK + 8:
-            wrong.append(f"{arch} spills {now['spills']} times, {was['spills']} when recorded: {name}")
+            wrong.append(
+                f"{arch} spills {now['spills']} times, {was['spills']} when recorded: {name}"
+            )
         if now["spilling"] > was["spilling"] + 0.02:
-            wrong.append(f"{arch} spills in loops, {now['spilling']:.0%} of them, {was['spilling']:.0%} when recorded: {name}")
-        if any(now["matrix"].get(kind, 0) * SLACK < n for kind, n in was["matrix"].items()) or now["dots"] and not now["matrix"]:
-            wrong.append(f"{arch} has matrix instructions {now['matrix']}, recorded {was['matrix']}: {name}")
+            wrong.append(
+                f"{arch} spills in loops, {now['spilling']:.0%} of them, {was['spilling']:.0%} when recorded: {name}"
+            )
+        if (
+            any(now["matrix"].get(kind, 0) * SLACK < n for kind, n in was["matrix"].items())
+            or now["dots"]
+            and not now["matrix"]
+        ):
+            wrong.append(
+                f"{arch} has matrix instructions {now['matrix']}, recorded {was['matrix']}: {name}"
+            )
         for what, more in (("registers", 16), ("shared", 2048)):
             if now[what] > was[what] * SLACK + more:
                 wrong.append(f"{arch} needs {now[what]} {what}, {was[what]} when recorded: {name}")
@@ -89,25 +109,42 @@ def compiled_elsewhere(folder: str, wanted: dict, tmp_path: Path) -> list:
     root = str(Path(__file__).parent.parent.parent)
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([folder, root])}
     with open(tmp_path / "wanted", "rb") as file:
-        done = subprocess.run([sys.executable, "-c", code], stdin=file, capture_output=True, text=True, env=env, cwd=root)
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            stdin=file,
+            capture_output=True,
+            text=True,
+            env=env,
+            cwd=root,
+        )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("everything", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["heaviest", "all"])
+@pytest.mark.parametrize(
+    "everything", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["heaviest", "all"]
+)
 @pytest.mark.parametrize("version", ["installed", "3.6.0"])
 def test_kernels_fit_the_gpu(version, everything, tell, tmp_path):
     folder = os.environ.get("TRITON_360", "")
     if version == "3.6.0" and not folder:
-        pytest.skip("no kernel is compiled with Triton 3.6.0: set TRITON_360=FOLDER, after pip install --no-deps --target FOLDER triton==3.6.0")
+        pytest.skip(
+            "no kernel is compiled with Triton 3.6.0: set TRITON_360=FOLDER, after pip install --no-deps --target FOLDER triton==3.6.0"
+        )
     table = recorded(triton.__version__ if version == "installed" else version)
     wanted = kernels() if everything else heaviest(table)
-    results = list(compile_all(wanted) if version == "installed" else compiled_elsewhere(folder, wanted, tmp_path))
+    results = list(
+        compile_all(wanted)
+        if version == "installed"
+        else compiled_elsewhere(folder, wanted, tmp_path)
+    )
     assert {(arch, name) for arch, name, _ in results} == set(wanted)
     for arch in TARGETS:
         of = [now for where, _, now in results if where == arch]
-        tell(f"Triton {version:9} {arch:7} {len(of):3} kernels, {sum(r.get('spills', 0) > 0 for r in of)} of them spill; at most "
-             f"{max(r.get('shared', 0) for r in of) >> 10} KiB shared and {max(r.get('registers', 0) for r in of)} registers")
+        tell(
+            f"Triton {version:9} {arch:7} {len(of):3} kernels, {sum(r.get('spills', 0) > 0 for r in of)} of them spill; at most "
+            f"{max(r.get('shared', 0) for r in of) >> 10} KiB shared and {max(r.get('registers', 0) for r in of)} registers"
+        )
     wrong = judge(results, table)
     assert not wrong, "\n".join(wrong)
 
@@ -129,7 +166,9 @@ def test_every_tile_is_in_the_table_and_still_a_candidate(model, arch):
         with asked() as questions:
             call.launches(arch)
         for (name, key), candidates in questions.items():
-            assert table.get(name, {}).get(arch, {}).get(key) in candidates, f"{arch} {name} {key}: python -m bench.tune --arch {arch}"
+            assert table.get(name, {}).get(arch, {}).get(key) in candidates, (
+                f"{arch} {name} {key}: python -m bench.tune --arch {arch}"
+            )
 
 
 @jit
@@ -146,27 +185,47 @@ def launched(arch: str, programs: int = 1) -> list[Launch]:
     return found
 
 
-CANDIDATES = [dict(N=512, num_warps=4), dict(N=256, num_warps=4), dict(N=32, num_warps=4), dict(N=16, num_warps=4)]
+CANDIDATES = [
+    dict(N=512, num_warps=4),
+    dict(N=256, num_warps=4),
+    dict(N=32, num_warps=4),
+    dict(N=16, num_warps=4),
+]
 
 
 def test_the_largest_tile_that_fits_is_chosen_and_written(tmp_path, monkeypatch):
     """512 does not fit, 256 spills, 32 is fine; the table keeps its other entries."""
+
     class Greedy:
         launches = staticmethod(lambda arch: launched(arch, 1000))
 
     table = tune.by_resources("sm_90", [Greedy])
     assert table == {("greedy", "a key"): CANDIDATES[2]}
     monkeypatch.setattr(tune, "TUNED", tmp_path / "tuned.json")
-    tune.TUNED.write_text('{"other": {"sm_80": {"k": {"N": 1}}}, "greedy": {"sm_90": {"b": {"N": 2}, "a key": {"N": 3}}}}')
+    tune.TUNED.write_text(
+        '{"other": {"sm_80": {"k": {"N": 1}}}, "greedy": {"sm_90": {"b": {"N": 2}, "a key": {"N": 3}}}}'
+    )
     tune.write({"sm_90": table})
-    assert json.loads(tune.TUNED.read_text()) == {"other": {"sm_80": {"k": {"N": 1}}}, "greedy": {"sm_90": {"b": {"N": 2}, "a key": CANDIDATES[2]}}}
+    assert json.loads(tune.TUNED.read_text()) == {
+        "other": {"sm_80": {"k": {"N": 1}}},
+        "greedy": {"sm_90": {"b": {"N": 2}, "a key": CANDIDATES[2]}},
+    }
 
 
 def test_a_tile_is_worse_the_more_it_spills_or_leaves_idle():
     fine = dict(shared=1, dots=1, matrix={"HMMA": 1}, spills=0, spilling=0.0, instructions=100)
-    worse = lambda change={}, programs=132: tune.shortcoming({**fine, **change}, launched("sm_90", programs)[0], "sm_90", CANDIDATES[0])
+    worse = lambda change={}, programs=132: tune.shortcoming(
+        {**fine, **change}, launched("sm_90", programs)[0], "sm_90", CANDIDATES[0]
+    )
     assert worse() == worse(dict(spills=4)) == worse(programs=200) == 0
-    assert 0 < worse(dict(spills=6)) < worse(dict(spills=50)) < worse(dict(matrix={})) == worse(dict(shared=1 << 20)) == worse(dict(error="no"))
+    assert (
+        0
+        < worse(dict(spills=6))
+        < worse(dict(spills=50))
+        < worse(dict(matrix={}))
+        == worse(dict(shared=1 << 20))
+        == worse(dict(error="no"))
+    )
     assert 0 < worse(dict(spilling=0.1)) and 0 < worse(programs=100) < worse(programs=10)
 
 
@@ -176,19 +235,55 @@ def test_what_is_wrong_is_found():
         result = compile_launch(launched("sm_90")[0], "sm_90")._asdict()
     assert result["matrix"] and result["spills"] > 0
     table = {"greedy": {"sm_90": {**result, "spills": 0, "matrix": {"DMMA": 1}}}}
-    wrong = judge([("sm_90", "greedy", {**result, "shared": 1 << 20}), ("sm_90", "other", {"error": "no"}), ("sm_90", "new", result)], table)
+    wrong = judge(
+        [
+            ("sm_90", "greedy", {**result, "shared": 1 << 20}),
+            ("sm_90", "other", {"error": "no"}),
+            ("sm_90", "new", result),
+        ],
+        table,
+    )
     assert len(wrong) == 6
-    for change in (dict(spills=result["spills"] * 2), dict(spilling=0.03), dict(registers=400), dict(shared=result["shared"] + 20000),
-                   dict(matrix={kind: n // 2 for kind, n in result["matrix"].items()}), dict(matrix={})):
-        assert len(judge([("sm_90", "greedy", {**result, **change})], {"greedy": {"sm_90": result}})) == 1, change
-    assert len(judge([("sm_90", "greedy", {**result, "matrix": {}})], {"greedy": {"sm_90": {**result, "matrix": {}}}})) == 1
+    for change in (
+        dict(spills=result["spills"] * 2),
+        dict(spilling=0.03),
+        dict(registers=400),
+        dict(shared=result["shared"] + 20000),
+        dict(matrix={kind: n // 2 for kind, n in result["matrix"].items()}),
+        dict(matrix={}),
+    ):
+        assert (
+            len(judge([("sm_90", "greedy", {**result, **change})], {"greedy": {"sm_90": result}}))
+            == 1
+        ), change
+    assert (
+        len(
+            judge(
+                [("sm_90", "greedy", {**result, "matrix": {}})],
+                {"greedy": {"sm_90": {**result, "matrix": {}}}},
+            )
+        )
+        == 1
+    )
     assert judge([("sm_90", "greedy", result)], {"greedy": {"sm_90": result}}) == []
 
 
 def test_the_nearest_load_in_the_table_is_taken(monkeypatch):
-    table = {"k": {"sm_90": {"d4 rows~16 q": {"N": 1}, "d4 rows~256 q": {"N": 2}, "d4 pairs~8 q": {"N": 3}, "d8 rows~32 q": {"N": 4}}}}
+    table = {
+        "k": {
+            "sm_90": {
+                "d4 rows~16 q": {"N": 1},
+                "d4 rows~256 q": {"N": 2},
+                "d4 pairs~8 q": {"N": 3},
+                "d8 rows~32 q": {"N": 4},
+            }
+        }
+    }
     monkeypatch.setattr(launch_module, "_table", lambda: table)
     launch_module._tuned.cache_clear()
-    found = [launch_module._tuned("k", "sm_90", f"d4 {load} q") for load in ("rows~2", "rows~32", "rows~128", "pairs~64", "other")]
+    found = [
+        launch_module._tuned("k", "sm_90", f"d4 {load} q")
+        for load in ("rows~2", "rows~32", "rows~128", "pairs~64", "other")
+    ]
     launch_module._tuned.cache_clear()
     assert found == [{"N": 1}, {"N": 1}, {"N": 2}, {"N": 3}, None]

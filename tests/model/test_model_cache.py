@@ -1,4 +1,5 @@
 """One forward: prefill, decode, verify and rewinding through the caches equal the training forward."""
+
 from __future__ import annotations
 
 import copy
@@ -15,7 +16,9 @@ TOLERANCE = 1e-5
 REWIND = 8
 ARGS = {
     "flash-like": small(swiglu_limit=1.5),
-    "pro-like": small(n_layers=4, n_hash_layers=3, compress_ratios=(128, 4, 128, 4, 0), index_topk=8),
+    "pro-like": small(
+        n_layers=4, n_hash_layers=3, compress_ratios=(128, 4, 128, 4, 0), index_topk=8
+    ),
     "other-ratios": small(n_layers=3, compress_ratios=(16, 4, 3, 0), window_size=10),
 }
 
@@ -24,7 +27,9 @@ ARGS = {
 def whole(config: str, batch: int, length: int):
     """A model, random tokens [batch, length], and the logits of the training forward."""
     model = randomize(Transformer(ARGS[config]), seed=1)
-    tokens = torch.randint(0, 256, (batch, length), generator=torch.Generator().manual_seed(100 + batch))
+    tokens = torch.randint(
+        0, 256, (batch, length), generator=torch.Generator().manual_seed(100 + batch)
+    )
     with torch.no_grad():
         return model, tokens, model(tokens)
 
@@ -40,7 +45,9 @@ def play(model, tokens, schedule, start=None):
     out = [[] for _ in tokens]
     for T, lengths in schedule:
         cols = (pos[:, None] + torch.arange(T)).clamp(max=tokens.shape[1] - 1)
-        fed = torch.where(torch.arange(T) < lengths[:, None], tokens.gather(1, cols), -7)  # padding is not even a token
+        fed = torch.where(
+            torch.arange(T) < lengths[:, None], tokens.gather(1, cols), -7
+        )  # padding is not even a token
         logits = model(fed, pos, lengths)
         for row, n in enumerate(lengths.tolist()):
             out[row].append(logits[row, :n])
@@ -59,11 +66,56 @@ def test_prefill_in_chunks_equals_the_training_forward(config, chunk):
         assert rms(logits, expected[row]) <= TOLERANCE
 
 
-BOUNDARIES = (1, 2, 3, 4, 5, 7, 8, 9, 119, 120, 121, 124, 125, 126, 127, 128, 129, 130, 131, 132, 135, 136, 137, 138, 143, 144,
-              248, 251, 252, 253, 254, 255, 256, 257, 258, 260, 263, 264, 265, 271, 272, 273)
+BOUNDARIES = (
+    1,
+    2,
+    3,
+    4,
+    5,
+    7,
+    8,
+    9,
+    119,
+    120,
+    121,
+    124,
+    125,
+    126,
+    127,
+    128,
+    129,
+    130,
+    131,
+    132,
+    135,
+    136,
+    137,
+    138,
+    143,
+    144,
+    248,
+    251,
+    252,
+    253,
+    254,
+    255,
+    256,
+    257,
+    258,
+    260,
+    263,
+    264,
+    265,
+    271,
+    272,
+    273,
+)
 
 
-@pytest.mark.parametrize("config, shift", [("flash-like", s) for s in range(REWIND + 1)] + [("pro-like", 3), ("other-ratios", 5)])
+@pytest.mark.parametrize(
+    "config, shift",
+    [("flash-like", s) for s in range(REWIND + 1)] + [("pro-like", 3), ("other-ratios", 5)],
+)
 def test_decode_after_rewinding_equals_the_training_forward(config, shift):
     """Every row goes up to its boundary, twice drafts wrong tokens and is set back, then continues with the right ones.
 
@@ -74,12 +126,16 @@ def test_decode_after_rewinding_equals_the_training_forward(config, shift):
     model.setup_caches(rows, 512, REWIND)
     pos = at(*BOUNDARIES)
     play(model, tokens, [(256, pos.clamp(max=256)), (256, pos - pos.clamp(max=256))])
-    back = (torch.arange(rows) + shift) % (REWIND + 1) + 1  # tokens drafted; the first of them is fed again
+    back = (torch.arange(rows) + shift) % (
+        REWIND + 1
+    ) + 1  # tokens drafted; the first of them is fed again
     wrong = (tokens.roll(1, 0) + 1) % 256
     play(model, wrong, [(REWIND + 1, back)], pos)
     again = (back * 5) % back.clamp(min=2)  # some shorter draft, from none to all but one
     play(model, wrong.flip(1), [(1, (again > i).long()) for i in range(REWIND + 1)], pos)
-    for row, logits in enumerate(play(model, tokens, [(1, at(*[1] * rows))] * 6 + [(4, at(*[4] * rows))] * 4, pos)):
+    for row, logits in enumerate(
+        play(model, tokens, [(1, at(*[1] * rows))] * 6 + [(4, at(*[4] * rows))] * 4, pos)
+    ):
         p = BOUNDARIES[row]
         assert rms(logits, expected[row, p : p + 22]) <= TOLERANCE, f"at {p}, back {int(back[row])}"
 
@@ -116,7 +172,9 @@ def test_ragged_batch_equals_its_rows_alone(config):
     for row in range(rows):
         n = int(total[row])
         assert rms(logits[row], expected[row, :n]) <= TOLERANCE
-        single = play(alone, tokens[row : row + 1], [(T, lengths[row : row + 1]) for T, lengths in schedule])[0]
+        single = play(
+            alone, tokens[row : row + 1], [(T, lengths[row : row + 1]) for T, lengths in schedule]
+        )[0]
         assert rms(logits[row], single) <= TOLERANCE
 
 
@@ -141,7 +199,11 @@ def test_positions_past_the_context_are_dropped(config):
     model.setup_caches(2, 258, REWIND)
     play(model, tokens, [(250, at(250, 250))])
     with torch.no_grad():
-        before = {name: b.clone() for name, b in model.named_buffers() if "ring" in name or "entries" in name}
+        before = {
+            name: b.clone()
+            for name, b in model.named_buffers()
+            if "ring" in name or "entries" in name
+        }
         model(tokens[:, :64], at(258, 300))
         for name, b in model.named_buffers():
             if name in before:
@@ -155,7 +217,11 @@ def test_a_frozen_row_keeps_its_caches():
     model, tokens, _ = whole("flash-like", 2, 397)
     model.setup_caches(2, 512, REWIND)
     play(model, tokens, [(200, at(200, 131))])
-    before = {name: b[1].clone() for name, b in model.named_buffers() if "ring" in name or "entries" in name}
+    before = {
+        name: b[1].clone()
+        for name, b in model.named_buffers()
+        if "ring" in name or "entries" in name
+    }
     play(model, tokens, [(8, at(8, 0)), (1, at(1, 0))], at(200, 131))
     for name, b in model.named_buffers():
         if name in before:
@@ -189,8 +255,14 @@ def test_reset_caches_empties_every_cache_in_place():
     model, tokens, _ = whole("flash-like", 2, 397)
     model.setup_caches(2, 512)
     play(model, tokens, [(256, at(256, 256))])
-    caches = [b for name, b in model.named_buffers() if name.endswith(("ring.rows", "entries")) and "mtp" not in name]
-    assert len(caches) == 4 + 5 + 5  # every attention has a ring, every compressor a ring and entries
+    caches = [
+        b
+        for name, b in model.named_buffers()
+        if name.endswith(("ring.rows", "entries")) and "mtp" not in name
+    ]
+    assert (
+        len(caches) == 4 + 5 + 5
+    )  # every attention has a ring, every compressor a ring and entries
     assert all(b.any() for b in caches)
     address = [b.data_ptr() for b in caches]
     model.reset_caches()
@@ -202,7 +274,9 @@ def test_bf16_model_keeps_compressor_state_in_fp32():
     model.setup_caches(1, 256)
     attn = model.layers[1].attn
     assert attn.ring.rows.dtype == attn.compressor.entries.dtype == torch.bfloat16
-    assert attn.compressor.ring.rows.dtype == attn.indexer.compressor.ring.rows.dtype == torch.float32
+    assert (
+        attn.compressor.ring.rows.dtype == attn.indexer.compressor.ring.rows.dtype == torch.float32
+    )
 
 
 def test_quantised_activations_decode_as_they_prefill():
@@ -219,14 +293,17 @@ def test_quantised_activations_decode_as_they_prefill():
     assert rms(logits, expected[0]) < 5e-3
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda m, t: m(t, lengths=at(1, 1)), "lengths needs input_pos"),
-    (lambda m, t: m(t, at(0, 0)), "setup_caches"),
-    (lambda m, t: (m.setup_caches(1, 64), m(t, at(0, 0))), "exceeds max_batch_size 1"),
-    (lambda m, t: (m.setup_caches(2, 64), m(t, at(0, 0), doc_ids=t)), "exclude each other"),
-    (lambda m, t: m(t, logits="some"), "'all', 'last' or None"),
-    (lambda m, t: m.setup_caches(2, 64, -1), "max_rewind non-negative"),
-])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda m, t: m(t, lengths=at(1, 1)), "lengths needs input_pos"),
+        (lambda m, t: m(t, at(0, 0)), "setup_caches"),
+        (lambda m, t: (m.setup_caches(1, 64), m(t, at(0, 0))), "exceeds max_batch_size 1"),
+        (lambda m, t: (m.setup_caches(2, 64), m(t, at(0, 0), doc_ids=t)), "exclude each other"),
+        (lambda m, t: m(t, logits="some"), "'all', 'last' or None"),
+        (lambda m, t: m.setup_caches(2, 64, -1), "max_rewind non-negative"),
+    ],
+)
 def test_wrong_calls_say_what_is_wrong(call, message):
     with pytest.raises(ValueError, match=message):
         call(Transformer(ARGS["flash-like"]), torch.zeros(2, 8, dtype=torch.int64))
@@ -252,7 +329,10 @@ def test_caches_set_up_in_inference_mode_serve_any_mode():
     with torch.inference_mode():
         model.setup_caches(2, 512)
         model(tokens[:, :20], at(0, 0))
-    assert rms(play(model, tokens, [(20, at(20, 20)), (1, at(1, 1))])[0], expected[0, :21]) <= TOLERANCE
+    assert (
+        rms(play(model, tokens, [(20, at(20, 20)), (1, at(1, 1))])[0], expected[0, :21])
+        <= TOLERANCE
+    )
 
 
 @torch.no_grad()

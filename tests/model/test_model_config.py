@@ -1,4 +1,5 @@
 """ModelArgs reads both kinds of config.json, refuses what is no V4, and the released sizes come out as published."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -10,28 +11,110 @@ import torch
 from model import ModelArgs, Transformer
 
 INFERENCE_FLASH = dict(  # the keys of the official inference/config.json (spec 11.1)
-    vocab_size=129280, dim=4096, moe_inter_dim=2048, n_layers=43, n_hash_layers=3, n_heads=64, n_routed_experts=256,
-    n_shared_experts=1, n_activated_experts=6, score_func="sqrtsoftplus", route_scale=1.5, swiglu_limit=10.0, q_lora_rank=1024,
-    head_dim=512, rope_head_dim=64, o_groups=8, o_lora_rank=1024, window_size=128, original_seq_len=65536, rope_theta=10000,
-    rope_factor=16, beta_fast=32, beta_slow=1, index_n_heads=64, index_head_dim=128, index_topk=512, hc_mult=4,
-    hc_sinkhorn_iters=20, dtype="fp8", scale_fmt="ue8m0", expert_dtype="fp4", compress_rope_theta=160000,
-    compress_ratios=[0, 0] + [4, 128] * 20 + [4, 0])
+    vocab_size=129280,
+    dim=4096,
+    moe_inter_dim=2048,
+    n_layers=43,
+    n_hash_layers=3,
+    n_heads=64,
+    n_routed_experts=256,
+    n_shared_experts=1,
+    n_activated_experts=6,
+    score_func="sqrtsoftplus",
+    route_scale=1.5,
+    swiglu_limit=10.0,
+    q_lora_rank=1024,
+    head_dim=512,
+    rope_head_dim=64,
+    o_groups=8,
+    o_lora_rank=1024,
+    window_size=128,
+    original_seq_len=65536,
+    rope_theta=10000,
+    rope_factor=16,
+    beta_fast=32,
+    beta_slow=1,
+    index_n_heads=64,
+    index_head_dim=128,
+    index_topk=512,
+    hc_mult=4,
+    hc_sinkhorn_iters=20,
+    dtype="fp8",
+    scale_fmt="ue8m0",
+    expert_dtype="fp4",
+    compress_rope_theta=160000,
+    compress_ratios=[0, 0] + [4, 128] * 20 + [4, 0],
+)
 RELEASED_FLASH = dict(  # the keys of the released config.json (spec 11.1)
-    architectures=["DeepseekV4ForCausalLM"], model_type="deepseek_v4", attention_bias=False, attention_dropout=0.0, bos_token_id=0,
-    eos_token_id=1, expert_dtype="fp4", hc_eps=1e-06, hc_mult=4, hc_sinkhorn_iters=20, head_dim=512, hidden_act="silu",
-    index_head_dim=128, index_n_heads=64, initializer_range=0.02, max_position_embeddings=1048576, n_shared_experts=1,
-    norm_topk_prob=True, num_experts_per_tok=6, num_hash_layers=3, num_key_value_heads=1, num_nextn_predict_layers=1,
-    o_lora_rank=1024, qk_rope_head_dim=64, rms_norm_eps=1e-06, rope_theta=10000, compress_rope_theta=160000,
-    scoring_func="sqrtsoftplus", sliding_window=128, swiglu_limit=10.0, tie_word_embeddings=False, topk_method="noaux_tc",
-    torch_dtype="bfloat16", transformers_version="4.57.1", use_cache=True, vocab_size=129280,
-    rope_scaling=dict(beta_fast=32, beta_slow=1, factor=16, original_max_position_embeddings=65536, type="yarn"),
-    quantization_config=dict(activation_scheme="dynamic", fmt="e4m3", quant_method="fp8", scale_fmt="ue8m0",
-                             weight_block_size=[128, 128]),
-    compress_ratios=[0, 0] + [4, 128] * 20 + [4, 0], hidden_size=4096, index_topk=512, moe_intermediate_size=2048,
-    n_routed_experts=256, num_attention_heads=64, num_hidden_layers=43, o_groups=8, q_lora_rank=1024, routed_scaling_factor=1.5)
+    architectures=["DeepseekV4ForCausalLM"],
+    model_type="deepseek_v4",
+    attention_bias=False,
+    attention_dropout=0.0,
+    bos_token_id=0,
+    eos_token_id=1,
+    expert_dtype="fp4",
+    hc_eps=1e-06,
+    hc_mult=4,
+    hc_sinkhorn_iters=20,
+    head_dim=512,
+    hidden_act="silu",
+    index_head_dim=128,
+    index_n_heads=64,
+    initializer_range=0.02,
+    max_position_embeddings=1048576,
+    n_shared_experts=1,
+    norm_topk_prob=True,
+    num_experts_per_tok=6,
+    num_hash_layers=3,
+    num_key_value_heads=1,
+    num_nextn_predict_layers=1,
+    o_lora_rank=1024,
+    qk_rope_head_dim=64,
+    rms_norm_eps=1e-06,
+    rope_theta=10000,
+    compress_rope_theta=160000,
+    scoring_func="sqrtsoftplus",
+    sliding_window=128,
+    swiglu_limit=10.0,
+    tie_word_embeddings=False,
+    topk_method="noaux_tc",
+    torch_dtype="bfloat16",
+    transformers_version="4.57.1",
+    use_cache=True,
+    vocab_size=129280,
+    rope_scaling=dict(
+        beta_fast=32, beta_slow=1, factor=16, original_max_position_embeddings=65536, type="yarn"
+    ),
+    quantization_config=dict(
+        activation_scheme="dynamic",
+        fmt="e4m3",
+        quant_method="fp8",
+        scale_fmt="ue8m0",
+        weight_block_size=[128, 128],
+    ),
+    compress_ratios=[0, 0] + [4, 128] * 20 + [4, 0],
+    hidden_size=4096,
+    index_topk=512,
+    moe_intermediate_size=2048,
+    n_routed_experts=256,
+    num_attention_heads=64,
+    num_hidden_layers=43,
+    o_groups=8,
+    q_lora_rank=1024,
+    routed_scaling_factor=1.5,
+)
 RELEASED_PRO = RELEASED_FLASH | dict(
-    hidden_size=7168, index_topk=1024, moe_intermediate_size=3072, n_routed_experts=384, num_attention_heads=128,
-    num_hidden_layers=61, o_groups=16, q_lora_rank=1536, routed_scaling_factor=2.5, compress_ratios=[128, 128] + [4, 128] * 29 + [4, 0])
+    hidden_size=7168,
+    index_topk=1024,
+    moe_intermediate_size=3072,
+    n_routed_experts=384,
+    num_attention_heads=128,
+    num_hidden_layers=61,
+    o_groups=16,
+    q_lora_rank=1536,
+    routed_scaling_factor=2.5,
+    compress_ratios=[128, 128] + [4, 128] * 29 + [4, 0],
+)
 
 
 def read(tmp_path, config) -> ModelArgs:
@@ -43,15 +126,29 @@ def without(config: dict, *keys: str) -> dict:
     return {key: value for key, value in config.items() if key not in keys}
 
 
-@pytest.mark.parametrize("config, expected", [(RELEASED_FLASH, ModelArgs.flash()), (RELEASED_PRO, ModelArgs.pro()),
-                                              (INFERENCE_FLASH, ModelArgs.flash())])
+@pytest.mark.parametrize(
+    "config, expected",
+    [
+        (RELEASED_FLASH, ModelArgs.flash()),
+        (RELEASED_PRO, ModelArgs.pro()),
+        (INFERENCE_FLASH, ModelArgs.flash()),
+    ],
+)
 def test_released_configs_are_read(tmp_path, config, expected):
     """quantization_config (or the official "dtype": "fp8") turns activation quantisation on."""
     assert read(tmp_path, config) == dataclasses.replace(expected, act_quant=True)
 
 
-@pytest.mark.parametrize("args", (ModelArgs.flash(), ModelArgs.pro(), ModelArgs.tiny(), ModelArgs.debug(),
-                                  dataclasses.replace(ModelArgs.debug(), original_seq_len=0, rope_factor=1.0)))
+@pytest.mark.parametrize(
+    "args",
+    (
+        ModelArgs.flash(),
+        ModelArgs.pro(),
+        ModelArgs.tiny(),
+        ModelArgs.debug(),
+        dataclasses.replace(ModelArgs.debug(), original_seq_len=0, rope_factor=1.0),
+    ),
+)
 def test_written_configs_are_read_back(tmp_path, args):
     assert read(tmp_path, args.to_hf()) == args
 
@@ -59,50 +156,68 @@ def test_written_configs_are_read_back(tmp_path, args):
 def test_older_and_later_flash_configs_are_read(tmp_path):
     old = read(tmp_path, without(RELEASED_FLASH, "expert_dtype", "quantization_config"))
     assert old == dataclasses.replace(ModelArgs.flash(), expert_dtype=None)
-    later = RELEASED_FLASH | dict(dspark_block_size=5, dspark_noise_token_id=128799, dspark_target_layer_ids=[40, 41, 42],
-                                  dspark_markov_rank=256, compress_ratios=[0, 0] + [4, 128] * 20 + [4, 0, 0, 0])
+    later = RELEASED_FLASH | dict(
+        dspark_block_size=5,
+        dspark_noise_token_id=128799,
+        dspark_target_layer_ids=[40, 41, 42],
+        dspark_markov_rank=256,
+        compress_ratios=[0, 0] + [4, 128] * 20 + [4, 0, 0, 0],
+    )
     args = read(tmp_path, later)
     assert args.n_mtp_layers == 0 and args.compress_ratios == ModelArgs.flash().compress_ratios[:43]
 
 
-@pytest.mark.parametrize("config, named", [
-    ("{", "not valid JSON"),
-    ("[]", "not a JSON object"),
-    (RELEASED_FLASH | {"model_type": "deepseek_v3"}, "deepseek_v3"),
-    (RELEASED_FLASH | {"model_type": "deepseek_v41"}, "deepseek_v41"),
-    (RELEASED_FLASH | {"engram_layers": [1, 14]}, "engram_layers"),
-    (RELEASED_FLASH | {"attention_bias": True}, "attention_bias"),
-    (RELEASED_FLASH | {"tie_word_embeddings": True}, "tie_word_embeddings"),
-    (RELEASED_FLASH | {"scoring_func": "sigmoid"}, "score_func"),
-    (RELEASED_FLASH | {"n_shared_experts": 2}, "n_shared_experts"),
-    (RELEASED_FLASH | {"hidden_size": "wide"}, "dim"),
-    (RELEASED_FLASH | {"hc_mult": 0}, "hc_mult"),
-    (RELEASED_FLASH | {"hidden_size": 96.5}, "dim"),
-    (RELEASED_FLASH | {"num_hidden_layers": "43"}, "n_layers"),
-    (RELEASED_FLASH | {"num_nextn_predict_layers": None}, "n_mtp_layers"),
-    (RELEASED_FLASH | {"rms_norm_eps": "x"}, "norm_eps"),
-    (RELEASED_FLASH | {"routed_scaling_factor": float("inf")}, "route_scale"),
-    (RELEASED_FLASH | {"compress_ratios": [0] * 42 + [4.5, 0]}, "compress_ratios"),
-    (RELEASED_FLASH | {"rope_scaling": "yarn"}, "rope_scaling"),
-    (RELEASED_FLASH | {"rope_scaling": RELEASED_FLASH["rope_scaling"] | {"original_max_position_embeddings": -5}}, "original_seq_len"),
-    (RELEASED_FLASH | {"quantization_config": "fp8"}, "quantization_config"),
-    (RELEASED_FLASH | {"architectures": ["DeepseekV41ForCausalLM"]}, "DeepseekV41"),
-    ("[" * 100000, "not valid JSON"),
-    (RELEASED_FLASH | {"num_hash_layers": 44}, "n_hash_layers"),
-    (RELEASED_FLASH | {"compress_ratios": [0] * 43}, "compress_ratios"),
-    (RELEASED_FLASH | {"compress_ratios": [1] * 44}, "compress_ratios"),
-    (RELEASED_FLASH | {"compress_ratios": [0] * 43 + [4]}, "MTP"),
-    (RELEASED_FLASH | {"compress_ratios": 4}, "compress_ratios"),
-    (RELEASED_FLASH | {"o_groups": 7}, "o_groups"),
-    (RELEASED_FLASH | {"num_experts_per_tok": 300}, "n_activated_experts"),
-    (RELEASED_FLASH | {"qk_rope_head_dim": 1024}, "rope_head_dim"),
-    (RELEASED_FLASH | {"index_head_dim": 96}, "index_head_dim"),
-    (RELEASED_FLASH | {"rope_scaling": {"type": "linear", "factor": 2}}, "linear"),
-    (RELEASED_FLASH | {"rope_scaling": {"type": "yarn", "factor": 2}}, "original_max_position_embeddings"),
-    (without(RELEASED_FLASH, "hidden_size"), "hidden_size"),
-    (without(RELEASED_FLASH, "compress_ratios"), "compress_ratios"),
-    (without(INFERENCE_FLASH, "rope_factor"), "rope_factor"),
-])
+@pytest.mark.parametrize(
+    "config, named",
+    [
+        ("{", "not valid JSON"),
+        ("[]", "not a JSON object"),
+        (RELEASED_FLASH | {"model_type": "deepseek_v3"}, "deepseek_v3"),
+        (RELEASED_FLASH | {"model_type": "deepseek_v41"}, "deepseek_v41"),
+        (RELEASED_FLASH | {"engram_layers": [1, 14]}, "engram_layers"),
+        (RELEASED_FLASH | {"attention_bias": True}, "attention_bias"),
+        (RELEASED_FLASH | {"tie_word_embeddings": True}, "tie_word_embeddings"),
+        (RELEASED_FLASH | {"scoring_func": "sigmoid"}, "score_func"),
+        (RELEASED_FLASH | {"n_shared_experts": 2}, "n_shared_experts"),
+        (RELEASED_FLASH | {"hidden_size": "wide"}, "dim"),
+        (RELEASED_FLASH | {"hc_mult": 0}, "hc_mult"),
+        (RELEASED_FLASH | {"hidden_size": 96.5}, "dim"),
+        (RELEASED_FLASH | {"num_hidden_layers": "43"}, "n_layers"),
+        (RELEASED_FLASH | {"num_nextn_predict_layers": None}, "n_mtp_layers"),
+        (RELEASED_FLASH | {"rms_norm_eps": "x"}, "norm_eps"),
+        (RELEASED_FLASH | {"routed_scaling_factor": float("inf")}, "route_scale"),
+        (RELEASED_FLASH | {"compress_ratios": [0] * 42 + [4.5, 0]}, "compress_ratios"),
+        (RELEASED_FLASH | {"rope_scaling": "yarn"}, "rope_scaling"),
+        (
+            RELEASED_FLASH
+            | {
+                "rope_scaling": RELEASED_FLASH["rope_scaling"]
+                | {"original_max_position_embeddings": -5}
+            },
+            "original_seq_len",
+        ),
+        (RELEASED_FLASH | {"quantization_config": "fp8"}, "quantization_config"),
+        (RELEASED_FLASH | {"architectures": ["DeepseekV41ForCausalLM"]}, "DeepseekV41"),
+        ("[" * 100000, "not valid JSON"),
+        (RELEASED_FLASH | {"num_hash_layers": 44}, "n_hash_layers"),
+        (RELEASED_FLASH | {"compress_ratios": [0] * 43}, "compress_ratios"),
+        (RELEASED_FLASH | {"compress_ratios": [1] * 44}, "compress_ratios"),
+        (RELEASED_FLASH | {"compress_ratios": [0] * 43 + [4]}, "MTP"),
+        (RELEASED_FLASH | {"compress_ratios": 4}, "compress_ratios"),
+        (RELEASED_FLASH | {"o_groups": 7}, "o_groups"),
+        (RELEASED_FLASH | {"num_experts_per_tok": 300}, "n_activated_experts"),
+        (RELEASED_FLASH | {"qk_rope_head_dim": 1024}, "rope_head_dim"),
+        (RELEASED_FLASH | {"index_head_dim": 96}, "index_head_dim"),
+        (RELEASED_FLASH | {"rope_scaling": {"type": "linear", "factor": 2}}, "linear"),
+        (
+            RELEASED_FLASH | {"rope_scaling": {"type": "yarn", "factor": 2}},
+            "original_max_position_embeddings",
+        ),
+        (without(RELEASED_FLASH, "hidden_size"), "hidden_size"),
+        (without(RELEASED_FLASH, "compress_ratios"), "compress_ratios"),
+        (without(INFERENCE_FLASH, "rope_factor"), "rope_factor"),
+    ],
+)
 def test_a_wrong_config_is_one_line_naming_file_and_key(tmp_path, config, named):
     with pytest.raises(ValueError) as error:
         read(tmp_path, config)
@@ -115,8 +230,13 @@ def test_a_missing_config_is_one_line_naming_the_file(tmp_path):
         ModelArgs.from_json(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("args, total, active, mtp", [(ModelArgs.flash(), 284.332e9, 13.27e9, 6.610e9),
-                                                      (ModelArgs.pro(), 1572.997e9, 48.85e9, 25.840e9)])
+@pytest.mark.parametrize(
+    "args, total, active, mtp",
+    [
+        (ModelArgs.flash(), 284.332e9, 13.27e9, 6.610e9),
+        (ModelArgs.pro(), 1572.997e9, 48.85e9, 25.840e9),
+    ],
+)
 def test_released_models_have_the_published_sizes(args, total, active, mtp):
     """Parameters without MTP, parameters a token uses (without the embedding), and the MTP block (spec 1)."""
     with torch.device("meta"):
@@ -124,7 +244,11 @@ def test_released_models_have_the_published_sizes(args, total, active, mtp):
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     main = {name: n for name, n in sizes.items() if not name.startswith("mtp.")}
     share = args.n_activated_experts / args.n_routed_experts
-    used = sum(n * (share if ".ffn.experts." in name else 1) for name, n in main.items() if name != "embed.weight")
+    used = sum(
+        n * (share if ".ffn.experts." in name else 1)
+        for name, n in main.items()
+        if name != "embed.weight"
+    )
     assert abs(sum(main.values()) / total - 1) < 5e-6
     assert abs(used / active - 1) < 5e-4
     assert abs((sum(sizes.values()) - sum(main.values())) / mtp - 1) < 2e-4

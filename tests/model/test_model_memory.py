@@ -3,6 +3,7 @@
 Prefill and training stay within 1.1 times the bf16 queries, S H D 2 bytes; decode in a context of 1M within the fp32 index
 scores of one token, 64 (L / 4) 4 bytes. Shapes are traced on fake tensors; nothing is computed.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -32,7 +33,11 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         out = op(*args, **(kwargs or {}))
-        inputs = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        inputs = {
+            id(t.untyped_storage())
+            for t in tree_leaves((args, kwargs))
+            if isinstance(t, torch.Tensor)
+        }
         for t in tree_leaves(out):
             if isinstance(t, torch.Tensor) and not op.is_view and tuple(t.shape) not in self.known:
                 if t.nbytes > self.bytes and id(t.untyped_storage()) not in inputs:
@@ -44,7 +49,9 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("ratio", (0, 4, 128))
 @pytest.mark.parametrize("phase", ("train", "prefill", "decode"))
 def test_no_intermediate_exceeds_the_bound(phase, ratio, form):
-    args = dataclasses.replace(ModelArgs.flash(), n_layers=1, n_hash_layers=0, n_mtp_layers=0, compress_ratios=(ratio,))
+    args = dataclasses.replace(
+        ModelArgs.flash(), n_layers=1, n_hash_layers=0, n_mtp_layers=0, compress_ratios=(ratio,)
+    )
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -63,5 +70,9 @@ def test_no_intermediate_exceeds_the_bound(phase, ratio, form):
                         hidden.sum().backward()
     finally:
         torch.set_default_dtype(before)
-    bound = 64 * args.max_seq_len // 4 * 4 if phase == "decode" else 1.1 * S * args.n_heads * args.head_dim * 2
+    bound = (
+        64 * args.max_seq_len // 4 * 4
+        if phase == "decode"
+        else 1.1 * S * args.n_heads * args.head_dim * 2
+    )
     assert 0 < largest.bytes <= bound, f"{largest.bytes / 1e6:.0f} MB: {largest.what}"

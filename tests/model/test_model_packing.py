@@ -1,4 +1,5 @@
 """Packed documents do not see each other: positions, window, compressors, indexer and MTP restart at each one."""
+
 from __future__ import annotations
 
 import functools
@@ -21,16 +22,26 @@ FORMS = ("reference", "opaque")
 
 @functools.cache
 def model_of(form: str) -> Transformer:
-    return randomize(Transformer(small(swiglu_limit=1.5), ops={name: form for name in ops.OPS}), seed=1)
+    return randomize(
+        Transformer(small(swiglu_limit=1.5), ops={name: form for name in ops.OPS}), seed=1
+    )
 
 
 def pack(lengths, pad=(0, 0), seed=0):
     """Random tokens and doc_ids [1, S], with padding before and after, and the slice of each document."""
-    ids = [torch.full((pad[0],), -1)] + [torch.full((n,), 3 * i) for i, n in enumerate(lengths)] + [torch.full((pad[1],), -1)]
+    ids = (
+        [torch.full((pad[0],), -1)]
+        + [torch.full((n,), 3 * i) for i, n in enumerate(lengths)]
+        + [torch.full((pad[1],), -1)]
+    )
     doc_ids = torch.cat(ids)[None]
     tokens = torch.randint(0, 256, doc_ids.shape, generator=torch.Generator().manual_seed(seed))
     ends = torch.tensor(lengths).cumsum(0).tolist()
-    return tokens.masked_fill(doc_ids < 0, -1), doc_ids, [slice(pad[0] + e - n, pad[0] + e) for e, n in zip(ends, lengths)]
+    return (
+        tokens.masked_fill(doc_ids < 0, -1),
+        doc_ids,
+        [slice(pad[0] + e - n, pad[0] + e) for e, n in zip(ends, lengths)],
+    )
 
 
 def shifted(tokens):
@@ -51,7 +62,9 @@ def test_packed_documents_equal_the_documents_alone(docs, pad, form):
         assert rms(logits[:, span], alone) <= 1e-5
         n = alone.shape[1] - 1  # the last slot of a packed document sees no next token
         if n:
-            assert rms(mtp[:, span][:, :n], model.mtp(h, shifted(tokens[:, span]))[0][:, :n]) <= 1e-5
+            assert (
+                rms(mtp[:, span][:, :n], model.mtp(h, shifted(tokens[:, span]))[0][:, :n]) <= 1e-5
+            )
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -60,7 +73,9 @@ def test_no_gradient_crosses_documents(form):
     model = model_of(form)
     tokens, doc_ids, spans = pack(DOCS["many"], (2, 3))
     seen = []
-    hook = model.embed.register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad_()))
+    hook = model.embed.register_forward_hook(
+        lambda module, inputs, output: seen.append(output.requires_grad_())
+    )
     logits, hidden = model(tokens, doc_ids=doc_ids, return_hidden=True)
     mtp, _ = model.mtp(hidden, shifted(tokens.clamp(min=0)), doc_ids=doc_ids)
     hook.remove()
@@ -69,8 +84,12 @@ def test_no_gradient_crosses_documents(form):
     weight = torch.randn(logits.shape, generator=generator)
     for span in spans:
         for out in (logits, mtp):
-            g_embed, g_next = torch.autograd.grad((out * weight)[:, span].sum(), (embeddings, nexts), retain_graph=True,
-                                                  allow_unused=True)
+            g_embed, g_next = torch.autograd.grad(
+                (out * weight)[:, span].sum(),
+                (embeddings, nexts),
+                retain_graph=True,
+                allow_unused=True,
+            )
             assert g_embed[:, span].any()
             g_embed[:, span] = 0
             assert not g_embed.any()

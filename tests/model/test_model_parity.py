@@ -1,4 +1,5 @@
 """The model equals Transformers' deepseek_v4 on the same weights, in fp32, and every component of it is needed for that."""
+
 from __future__ import annotations
 
 import copy
@@ -17,8 +18,21 @@ TOLERANCE = 1e-5  # relative RMS; two independent fp32 implementations agree to 
 LENGTHS = (1, 3, 4, 5, 127, 128, 129, 131, 255, 257, 513, 1030)
 CONFIGS = {
     "flash-like": small(swiglu_limit=1.5),  # ratios 0, 4, 128, 4; the limit is low enough to bite
-    "pro-like": small(n_layers=5, n_hash_layers=3, compress_ratios=(128, 128, 4, 128, 4, 0), route_scale=2.5, index_topk=8),
-    "no-yarn": small(original_seq_len=0, n_hash_layers=0, n_layers=3, compress_ratios=(4, 0, 128, 0), hc_mult=2, o_groups=4),
+    "pro-like": small(
+        n_layers=5,
+        n_hash_layers=3,
+        compress_ratios=(128, 128, 4, 128, 4, 0),
+        route_scale=2.5,
+        index_topk=8,
+    ),
+    "no-yarn": small(
+        original_seq_len=0,
+        n_hash_layers=0,
+        n_layers=3,
+        compress_ratios=(4, 0, 128, 0),
+        hc_mult=2,
+        o_groups=4,
+    ),
 }
 
 
@@ -31,7 +45,9 @@ def pair(config: str):
 def prompt(config: str, length: int, batch: int = 1) -> torch.Tensor:
     """The beginning of a fixed random text on which this config's choices are clear."""
     seed = {"no-yarn": 1}.get(config, 0)
-    return torch.randint(0, 256, (2, 1030), generator=torch.Generator().manual_seed(seed))[:batch, :length]
+    return torch.randint(0, 256, (2, 1030), generator=torch.Generator().manual_seed(seed))[
+        :batch, :length
+    ]
 
 
 @functools.cache
@@ -83,7 +99,9 @@ def test_200_decoded_tokens_equal_transformers_decoding(config):
 
 def test_at_least_nine_tenths_of_the_positions_were_judged():
     """Otherwise the tests above would say little. Runs after them (the file runs in order)."""
-    assert len(JUDGED) in (0, len(CONFIGS) * (len(LENGTHS) + 1)) or pytest.skip("only some cases were run")
+    assert len(JUDGED) in (0, len(CONFIGS) * (len(LENGTHS) + 1)) or pytest.skip(
+        "only some cases were run"
+    )
     good, total = (sum(column) for column in zip(*JUDGED.values()))
     assert good >= 0.9 * total
 
@@ -112,7 +130,9 @@ def test_loss_and_every_gradient_equal_transformers(config, form):
             continue  # Transformers drops MTP; the bias only selects
         grad = theirs[hf_name(name)].grad
         if ".indexer." in name:
-            assert p.grad is None and (grad is None or not grad.any()), name  # the choice is discrete (spec 7)
+            assert p.grad is None and (grad is None or not grad.any()), (
+                name
+            )  # the choice is discrete (spec 7)
         else:
             assert (p.grad - grad).norm() <= 1e-4 * grad.norm() and grad.norm() > 0, name
 
@@ -153,24 +173,43 @@ def test_no_parameter_can_be_lost(name, part):
         p = model.get_parameter(name)
         segment = p[segments(name, p, model.args.hc_mult)[part]]
         segment.copy_(segment.flip(0) if "norm" in name else torch.zeros_like(segment))
+
     moved = distorted_by(change)
     if name.startswith("layers.0.hc_attn") and part != "post":
-        assert moved <= TOLERANCE  # the streams are still equal: a norm undoes pre, unit column sums undo comb
+        assert (
+            moved <= TOLERANCE
+        )  # the streams are still equal: a norm undoes pre, unit column sums undo comb
     else:
         assert moved > 10 * TOLERANCE
 
 
-FIELDS = dict(rope_theta=20000.0, compress_rope_theta=10000.0, original_seq_len=0, rope_factor=8.0, beta_fast=16.0,
-              swiglu_limit=10.0, route_scale=1.0, hc_sinkhorn_iters=2, index_topk=15, window_size=127, n_activated_experts=1)
+FIELDS = dict(
+    rope_theta=20000.0,
+    compress_rope_theta=10000.0,
+    original_seq_len=0,
+    rope_factor=8.0,
+    beta_fast=16.0,
+    swiglu_limit=10.0,
+    route_scale=1.0,
+    hc_sinkhorn_iters=2,
+    index_topk=15,
+    window_size=127,
+    n_activated_experts=1,
+)
 
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_no_architecture_field_is_ignored(field):
     def change(model):
         other = Transformer(small(**{"swiglu_limit": 1.5, field: FIELDS[field]}))
-        other.load_state_dict({k: v[:, :1] if "tid2eid" in k and field == "n_activated_experts" else v
-                               for k, v in model.state_dict().items()})
+        other.load_state_dict(
+            {
+                k: v[:, :1] if "tid2eid" in k and field == "n_activated_experts" else v
+                for k, v in model.state_dict().items()
+            }
+        )
         return other
+
     assert distorted_by(change) > 10 * TOLERANCE
 
 
@@ -184,29 +223,44 @@ def swap_compressor_lanes(model):
 
 
 def skip_inverse_rope(model):
-    replace_op(model, "sparse_attn", lambda op: lambda q, kv, sink, seen, cos, sin, *rest: ops.rope(
-        op(q, kv, sink, seen, cos, sin, *rest), cos, sin, False))
+    replace_op(
+        model,
+        "sparse_attn",
+        lambda op: (
+            lambda q, kv, sink, seen, cos, sin, *rest: ops.rope(
+                op(q, kv, sink, seen, cos, sin, *rest), cos, sin, False
+            )
+        ),
+    )
 
 
 def transpose_comb(model):
-    replace_op(model, "hc_post", lambda op: lambda y, x, post, comb: op(y, x, post, comb.transpose(2, 3)))
+    replace_op(
+        model, "hc_post", lambda op: lambda y, x, post, comb: op(y, x, post, comb.transpose(2, 3))
+    )
 
 
 def replace_op(model, name, wrap):
     for module in model.modules():
         if hasattr(module, "ops"):
-            module.ops = SimpleNamespace(**{**vars(module.ops), name: wrap(getattr(module.ops, name))})
+            module.ops = SimpleNamespace(
+                **{**vars(module.ops), name: wrap(getattr(module.ops, name))}
+            )
 
 
-@pytest.mark.parametrize("change", (roll_hash_routes, swap_compressor_lanes, skip_inverse_rope, transpose_comb))
+@pytest.mark.parametrize(
+    "change", (roll_hash_routes, swap_compressor_lanes, skip_inverse_rope, transpose_comb)
+)
 def test_no_structural_detail_is_ignored(change):
     assert distorted_by(change) > 10 * TOLERANCE
 
 
 def test_query_heads_are_normalised():
     """Doubling the projection of a head changes nothing."""
+
     def double(model):
         model.layers[0].attn.wq_b.weight[: model.args.head_dim].mul_(2)
+
     assert distorted_by(double) <= TOLERANCE
 
 
@@ -216,8 +270,16 @@ def test_query_heads_are_normalised():
 
 def test_rope_frequencies_equal_the_published_values():
     f = rope_frequencies(ModelArgs.flash(), compressed=True)
-    expected = {0: 1.0, 1: 0.687656022, 15: 0.00363553858, 16: 0.002265625, 20: 2.96977780e-4, 24: 1.953125e-5,
-                25: 5.37231267e-6, 31: 5.68052904e-7}
+    expected = {
+        0: 1.0,
+        1: 0.687656022,
+        15: 0.00363553858,
+        16: 0.002265625,
+        20: 2.96977780e-4,
+        24: 1.953125e-5,
+        25: 5.37231267e-6,
+        31: 5.68052904e-7,
+    }
     for i, value in expected.items():
         assert abs(float(f[i]) / value - 1) < 1e-6, i
     plain = rope_frequencies(ModelArgs.flash(), compressed=False)
@@ -234,7 +296,9 @@ def test_router_scores_equal_the_published_values():
         x = F.pad(torch.ones(1, 1), (0, model.args.dim - 1))
         chosen, weight, _ = gate(x, torch.zeros(1, dtype=torch.int64))
         assert set(chosen[0].tolist()) == {5, 6}  # the bias selects
-        assert torch.allclose(weight, torch.full((1, 2), model.args.route_scale / 2))  # and does not weigh
+        assert torch.allclose(
+            weight, torch.full((1, 2), model.args.route_scale / 2)
+        )  # and does not weigh
         gate.bias.zero_()
         chosen, weight, _ = gate(x, torch.zeros(1, dtype=torch.int64))
     score = {3: 1.1459763, 4: 1.7460204}

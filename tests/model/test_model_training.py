@@ -1,4 +1,5 @@
 """The training objectives: every gradient against fp64 (test_model_parity.py: against Transformers), router balance, the indexer's own loss, recomputation."""
+
 from __future__ import annotations
 
 import copy
@@ -10,7 +11,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_step as S
-from compile_config import KEPT, PRESETS, CompileConfig, CompileCount, compile_train_step, recomputed
+from compile_config import (
+    KEPT,
+    PRESETS,
+    CompileConfig,
+    CompileCount,
+    compile_train_step,
+    recomputed,
+)
 from model import ModelArgs, Transformer, Weights, aim, balance, training_loss
 from testing import randomize, rms, small
 from tools.report import MODEL_OPS
@@ -39,7 +47,10 @@ class Double(TorchFunctionMode):
     """Within it nothing is fp32: what asks for it gets fp64."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = {key: torch.float64 if value is torch.float32 else value for key, value in (kwargs or {}).items()}
+        kwargs = {
+            key: torch.float64 if value is torch.float32 else value
+            for key, value in (kwargs or {}).items()
+        }
         args = tuple(torch.float64 if value is torch.float32 else value for value in args)
         if function is torch.Tensor.float:
             return function.__self__.double() if not args else torch.Tensor.double(*args, **kwargs)
@@ -61,13 +72,22 @@ def test_every_gradient_equals_that_of_an_fp64_run(watch):
         exact_total, exact_parts = training_loss(exact, *batch(), weights, watch)
         assert exact_total.dtype == torch.float64
         expected = gradients(exact, exact_total)
-    assert all(abs(float(parts[key] / exact_parts[key]) - 1) < 1e-5 for key in parts if key != "load")
+    assert all(
+        abs(float(parts[key] / exact_parts[key]) - 1) < 1e-5 for key in parts if key != "load"
+    )
     assert torch.equal(parts["load"].double(), exact_parts["load"])
-    wrong = {name: float((got[name] - g).norm() / g.norm()) for name, g in expected.items() if not (got[name] - g).norm() <= 1e-4 * g.norm()}
+    wrong = {
+        name: float((got[name] - g).norm() / g.norm())
+        for name, g in expected.items()
+        if not (got[name] - g).norm() <= 1e-4 * g.norm()
+    }
     assert got.keys() == expected.keys() and not wrong, wrong
     reached = {name for name, g in expected.items() if g.norm() > 0}
     assert {name for name, p in model.named_parameters() if p.requires_grad} - reached == (
-        {name for name in got.keys() ^ dict(model.named_parameters()).keys() if "indexer" in name} if watch == "routers" else set())
+        {name for name in got.keys() ^ dict(model.named_parameters()).keys() if "indexer" in name}
+        if watch == "routers"
+        else set()
+    )
 
 
 def test_balance_is_one_where_all_is_even_and_counts_valid_tokens():
@@ -75,13 +95,20 @@ def test_balance_is_one_where_all_is_even_and_counts_valid_tokens():
     T, E, K = 12, 4, 2
     even = torch.stack([torch.arange(T) % E, (torch.arange(T) + 1) % E], -1)[None]
     flat = torch.ones(1, T, E)
-    assert torch.allclose(balance(even, flat, None)["balance"], torch.tensor(1.0)) and balance(even, flat, None)["load"].tolist() == [6] * E
+    assert (
+        torch.allclose(balance(even, flat, None)["balance"], torch.tensor(1.0))
+        and balance(even, flat, None)["load"].tolist() == [6] * E
+    )
     one = torch.zeros(1, T, K, dtype=torch.int64) + torch.arange(K)
     peaked = torch.zeros(1, T, E).index_fill(2, torch.arange(K), 1.0)
     assert torch.allclose(balance(one, peaked, None)["balance"], torch.tensor(E / K))
     both = balance(torch.cat([even, one]), torch.cat([flat, peaked]), None)["balance"]
     assert torch.allclose(both, torch.tensor(1 + E / K))
-    chosen, score, valid = torch.cat([even, one], 1), torch.cat([flat, peaked], 1), torch.arange(2 * T)[None] < T
+    chosen, score, valid = (
+        torch.cat([even, one], 1),
+        torch.cat([flat, peaked], 1),
+        torch.arange(2 * T)[None] < T,
+    )
     padded = balance(chosen, score, valid)
     assert torch.allclose(padded["balance"], torch.tensor(1.0)) and padded["load"].sum() == T * K
 
@@ -103,7 +130,12 @@ def test_the_indexers_objective_moves_the_indexers_alone():
     model = randomize(Transformer(ModelArgs.debug()), seed=1)
     nothing = dict(mtp=0.0, balance=0.0)
     for watch in ("dense", "chosen"):
-        with_it, without = (gradients(model, training_loss(model, *batch(), Weights(index=index, **nothing), watch)[0]) for index in (1.0, 0.0))
+        with_it, without = (
+            gradients(
+                model, training_loss(model, *batch(), Weights(index=index, **nothing), watch)[0]
+            )
+            for index in (1.0, 0.0)
+        )
         differ = {name for name, g in with_it.items() if not torch.equal(g, without[name])}
         assert differ == {name for name, _ in model.named_parameters() if ".indexer." in name}
         assert all(without[name].norm() == 0 for name in differ)
@@ -115,8 +147,16 @@ def test_dense_warm_up_sees_every_entry_and_chosen_does_not():
     wide = randomize(Transformer(small(index_topk=64)), seed=1).eval()
     tokens = batch()[0]
     with torch.no_grad():
-        dense, chosen, expected = model(tokens, watch="dense")[0], model(tokens, watch="chosen")[0], wide(tokens)
-    assert rms(dense, expected) <= 1e-5 and rms(chosen, model(tokens)) <= 1e-6 and rms(chosen, expected) > 1e-3
+        dense, chosen, expected = (
+            model(tokens, watch="dense")[0],
+            model(tokens, watch="chosen")[0],
+            wide(tokens),
+        )
+    assert (
+        rms(dense, expected) <= 1e-5
+        and rms(chosen, model(tokens)) <= 1e-6
+        and rms(chosen, expected) > 1e-3
+    )
 
 
 def test_the_index_loss_leaves_padding_out():
@@ -125,7 +165,9 @@ def test_the_index_loss_leaves_padding_out():
     tokens, targets, docs = batch(1, padding=50)
     with torch.no_grad():
         whole = training_loss(model, tokens, targets, docs, watch="dense")[1]["index_loss"]
-        cut = training_loss(model, tokens[:, :100], targets[:, :100], docs[:, :100], watch="dense")[1]["index_loss"]
+        cut = training_loss(model, tokens[:, :100], targets[:, :100], docs[:, :100], watch="dense")[
+            1
+        ]["index_loss"]
     assert abs(float(whole / cut) - 100 / 150) < 1e-4 and cut > 0
 
 
@@ -134,7 +176,10 @@ def test_recall_rises_when_the_indexers_are_trained():
     torch.manual_seed(0)
     model = Transformer(small(n_layers=2, n_hash_layers=0, n_mtp_layers=0, compress_ratios=(4, 4)))
     ids = np.frombuffer((S.ROOT / "data" / "shakespeare.txt").read_bytes()[:200_000], np.uint8)
-    before, frozen = S.index_recall(model, ids, 256, 0), {n: p.detach().clone() for n, p in model.named_parameters() if "indexer" not in n}
+    before, frozen = (
+        S.index_recall(model, ids, 256, 0),
+        {n: p.detach().clone() for n, p in model.named_parameters() if "indexer" not in n},
+    )
     for name, p in model.named_parameters():
         p.requires_grad_("indexer" in name)
     step = compile_train_step(model, S.Optimizer(model), CompileConfig(backend=None), watch="dense")
@@ -146,7 +191,9 @@ def test_recall_rises_when_the_indexers_are_trained():
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
 
 
-@pytest.mark.parametrize("region, how", ((None, "selective"), (None, "full"), ("layer", "selective"), ("model", "full")))
+@pytest.mark.parametrize(
+    "region, how", ((None, "selective"), (None, "full"), ("layer", "selective"), ("model", "full"))
+)
 def test_recomputation_changes_memory_not_gradients(how, region):
     """Eager, whole and layer by layer: the same update, one graph per kind and no break, less kept for the backward."""
     torch._dynamo.reset()
@@ -154,19 +201,38 @@ def test_recomputation_changes_memory_not_gradients(how, region):
     cfg, models, kept = CompileConfig(backend=region and "aot_eager", region=region), [], []
     for recompute in ("none", how):
         model = randomize(Transformer(args, ops={name: "opaque" for name in MODEL_OPS}), seed=1)
-        step = compile_train_step(model, S.Optimizer(model, "adamw", eps=1e-3), cfg, recompute=recompute, watch="chosen")
+        step = compile_train_step(
+            model, S.Optimizer(model, "adamw", eps=1e-3), cfg, recompute=recompute, watch="chosen"
+        )
         count, saved = CompileCount(), []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: (saved.append(t), t)[1], lambda t: t
+        ):
             step(*batch(), torch.tensor(1e-2))
-        assert count.breaks == 0 and (region is None or count.graphs == {"model": 3, "layer": 5}[region])
+        assert count.breaks == 0 and (
+            region is None or count.graphs == {"model": 3, "layer": 5}[region]
+        )
         own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        kept.append(sum({t.untyped_storage().data_ptr(): t.nbytes for t in saved if t.untyped_storage().data_ptr() not in own}.values()))
+        kept.append(
+            sum(
+                {
+                    t.untyped_storage().data_ptr(): t.nbytes
+                    for t in saved
+                    if t.untyped_storage().data_ptr() not in own
+                }.values()
+            )
+        )
         models.append(model)
-    assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(models[0].parameters(), models[1].parameters()))
+    assert all(
+        torch.allclose(p, q, atol=1e-6)
+        for p, q in zip(models[0].parameters(), models[1].parameters())
+    )
     assert kept[1] < {"selective": 0.6, "full": 0.3}[how] * kept[0], kept
 
 
-@pytest.mark.parametrize("forms", ({}, {name: "opaque" for name in MODEL_OPS}), ids=("CPU's own", "opaque"))
+@pytest.mark.parametrize(
+    "forms", ({}, {name: "opaque" for name in MODEL_OPS}), ids=("CPU's own", "opaque")
+)
 @pytest.mark.parametrize("how, times", (("none", 1), ("selective", 1), ("full", 2)))
 def test_selective_recomputation_runs_the_heavy_ops_once(how, times, forms):
     counts = dict.fromkeys(KEPT, 0)
@@ -178,11 +244,18 @@ def test_selective_recomputation_runs_the_heavy_ops_once(how, times, forms):
                 counts[name] += 1
             return op(*args, **(kwargs or {}))
 
-    model = randomize(Transformer(small(n_layers=1, n_hash_layers=0, n_mtp_layers=0, compress_ratios=(4,)), ops=forms), seed=1)
+    model = randomize(
+        Transformer(
+            small(n_layers=1, n_hash_layers=0, n_mtp_layers=0, compress_ratios=(4,)), ops=forms
+        ),
+        seed=1,
+    )
     step = compile_train_step(model, S.Optimizer(model, "adamw"), PRESETS["eager"], recompute=how)
     with Count():
         step(*batch(), torch.tensor(1e-2))
-    assert counts["moe" if forms else "moe_kept"] == times and all(n in (0, times) for n in counts.values()), counts
+    assert counts["moe" if forms else "moe_kept"] == times and all(
+        n in (0, times) for n in counts.values()
+    ), counts
 
 
 def test_unknown_ways_are_refused():

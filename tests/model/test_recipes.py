@@ -2,6 +2,7 @@
 
 A patch is applied to a copy of the repository. A process there imports this file again, with the patched model, for `check`.
 """
+
 from __future__ import annotations
 
 import collections
@@ -23,7 +24,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 RECIPES = ROOT / "tests" / "model" / "recipes"
 LEFT_OUT = ("assets", "bench")
 OPAQUE = {name: "opaque" for name in MODEL_OPS}
-LENGTH, PREFILLED = 150, 118  # decode passes ends of windows of 4, 8 and 128, and past entry 16 (index_topk) of ratio 8
+LENGTH, PREFILLED = (
+    150,
+    118,
+)  # decode passes ends of windows of 4, 8 and 128, and past entry 16 (index_topk) of ratio 8
 pytestmark = pytest.mark.compile
 
 
@@ -42,13 +46,18 @@ def loss_of(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:
 def calls(captured) -> collections.Counter:
     """How often each of our ops is a node."""
     names = (name_of(node.target) for node in captured.calls())
-    return collections.Counter(name.removeprefix("dsv4.") for name in names if name.startswith("dsv4."))
+    return collections.Counter(
+        name.removeprefix("dsv4.") for name in names if name.startswith("dsv4.")
+    )
 
 
 def outputs(modules, run) -> tuple:
     """What run() returns, and the outputs of the modules meanwhile."""
     kept = []
-    handles = [module.register_forward_hook(lambda module, inputs, output: kept.append(output)) for module in modules]
+    handles = [
+        module.register_forward_hook(lambda module, inputs, output: kept.append(output))
+        for module in modules
+    ]
     result = run()
     for handle in handles:
         handle.remove()
@@ -72,7 +81,9 @@ def check(recipe: str) -> None:
     train = capture(loss_of, model, tokens, grad=True)
     assert (train.count, len(train.graphs), train.breaks) == (1, 2, 0) and faults(train) == []
     for name, p in model.named_parameters():
-        none = ".indexer." in name or not p.requires_grad  # a choice is discrete; any other parameter without a gradient is dead
+        none = (
+            ".indexer." in name or not p.requires_grad
+        )  # a choice is discrete; any other parameter without a gradient is dead
         assert (p.grad is None) == none and (none or p.grad.isfinite().all() and p.grad.any()), name
 
     with torch.no_grad():
@@ -90,7 +101,9 @@ def new_compression_ratio(model, decode, train):
     assert attn.indexer.compressor.ratio == attn.compressor.ratio == 8
     x = torch.randn(2, LENGTH, model.args.dim).requires_grad_()
     entries = attn.compressor(x, model.prepare(tokens_of(), {8}, None, None, None)[1])
-    assert reach(entries[0, 0], x) == list(range(8)) and reach(entries[0, 3], x) == list(range(16, 32))
+    assert reach(entries[0, 0], x) == list(range(8)) and reach(entries[0, 3], x) == list(
+        range(16, 32)
+    )
 
 
 def another_router(model, decode, train):
@@ -99,28 +112,48 @@ def another_router(model, decode, train):
     for block in (*model.layers, *model.mtp):
         gate, K = block.ffn.gate, model.args.n_activated_experts
         score = (x @ gate.weight.T).softmax(-1)
-        best = gate.tid2eid[tokens] if hasattr(gate, "tid2eid") else (score + gate.bias).topk(K).indices
+        best = (
+            gate.tid2eid[tokens]
+            if hasattr(gate, "tid2eid")
+            else (score + gate.bias).topk(K).indices
+        )
         chosen, weight, _ = gate(x, tokens)
         assert torch.equal(chosen.sort().values, best.sort().values)
         expected = score.gather(1, chosen)
-        assert torch.allclose(weight, expected / expected.sum(1, keepdim=True) * model.args.route_scale)
+        assert torch.allclose(
+            weight, expected / expected.sum(1, keepdim=True) * model.args.route_scale
+        )
 
 
 def plain_residuals(model, decode, train):
     """What leaves the layers is the sum of what entered them and of every sublayer's output."""
     assert not [name for name, _ in model.named_parameters() if "hc_" in name]
     assert not [name for name in calls(decode) + calls(train) if name.startswith("hc_")]
-    tokens, sublayers = tokens_of(), [part for layer in model.layers for part in (layer.attn, layer.ffn)]
-    (_, hidden), parts = outputs([model.embed, *sublayers], lambda: model(tokens, return_hidden=True))
-    assert len(parts) == 9 and hidden.shape == (2, LENGTH, model.args.dim) and rms(hidden, sum(parts)) <= 1e-6
+    tokens, sublayers = (
+        tokens_of(),
+        [part for layer in model.layers for part in (layer.attn, layer.ffn)],
+    )
+    (_, hidden), parts = outputs(
+        [model.embed, *sublayers], lambda: model(tokens, return_hidden=True)
+    )
+    assert (
+        len(parts) == 9
+        and hidden.shape == (2, LENGTH, model.args.dim)
+        and rms(hidden, sum(parts)) <= 1e-6
+    )
     block = model.mtp[0]
-    (_, ahead), parts = outputs([block.e_proj, block.h_proj, block.attn, block.ffn], lambda: model.mtp(hidden, tokens))
+    (_, ahead), parts = outputs(
+        [block.e_proj, block.h_proj, block.attn, block.ffn], lambda: model.mtp(hidden, tokens)
+    )
     assert len(parts) == 4 and rms(ahead, sum(parts)) <= 1e-6
 
 
 def new_op(model, decode, train):
     """Every shared expert calls the op as one node; its backward op computes the gradients of the traced reference."""
-    assert calls(decode)["swiglu"] == 4 and calls(train)["swiglu"] == calls(train)["swiglu_backward"] == 5  # with MTP
+    assert (
+        calls(decode)["swiglu"] == 4
+        and calls(train)["swiglu"] == calls(train)["swiglu_backward"] == 5
+    )  # with MTP
     traced = randomize(Transformer(model.args, ops=OPAQUE | {"swiglu": "reference"}), seed=1)
     loss_of(traced, tokens_of()).backward()
     for (name, p), q in zip(model.named_parameters(), traced.parameters()):
@@ -129,8 +162,16 @@ def new_op(model, decode, train):
 
 def sliding_window_only(model, decode, train):
     """No compressor and no indexer is left; attention reaches W tokens back, whatever the configuration asks for."""
-    assert not [name for name, module in model.named_modules() if isinstance(module, (M.Compressor, M.Indexer))]
-    assert not (calls(decode) + calls(train)).keys() & {"compress", "compress_backward", "indexer_topk"}
+    assert not [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (M.Compressor, M.Indexer))
+    ]
+    assert not (calls(decode) + calls(train)).keys() & {
+        "compress",
+        "compress_backward",
+        "indexer_topk",
+    }
     assert not any(ModelArgs.flash().compress_ratios + ModelArgs.pro().compress_ratios)
     W, x = model.args.window_size, torch.randn(2, LENGTH, model.args.dim).requires_grad_()
     plan = model.prepare(tokens_of(), set(), None, None, None)[1]
@@ -138,8 +179,16 @@ def sliding_window_only(model, decode, train):
         assert reach(layer.attn(x, plan, {})[0, -1], x) == list(range(LENGTH - W, LENGTH))
 
 
-EFFECTS = {effect.__name__: effect for effect in (new_compression_ratio, another_router, plain_residuals, new_op,
-                                                  sliding_window_only)}
+EFFECTS = {
+    effect.__name__: effect
+    for effect in (
+        new_compression_ratio,
+        another_router,
+        plain_residuals,
+        new_op,
+        sliding_window_only,
+    )
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,19 +197,23 @@ EFFECTS = {effect.__name__: effect for effect in (new_compression_ratio, another
 
 def copy_repository(target: Path) -> None:
     """What git knows or would add, else everything; without weights and measurements."""
-    listed = shutil.which("git") and subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT,
-                                                    capture_output=True, text=True)
+    listed = shutil.which("git") and subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
     if not listed or listed.returncode:
         shutil.copytree(ROOT, target, ignore=shutil.ignore_patterns(".*", "__pycache__", *LEFT_OUT))
         return
     for name in listed.stdout.splitlines():
-        if not name.startswith(tuple(f"{folder}/" for folder in LEFT_OUT)) and (ROOT / name).is_file():
+        if (
+            not name.startswith(tuple(f"{folder}/" for folder in LEFT_OUT))
+            and (ROOT / name).is_file()
+        ):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, target / name)
 
 
 def changed_lines(patch: str) -> int:
-    lines = patch[patch.index("diff --git"):].splitlines()
+    lines = patch[patch.index("diff --git") :].splitlines()
     return sum(line[:1] in ("+", "-") and not line.startswith(("+++ ", "--- ")) for line in lines)
 
 
@@ -171,9 +224,19 @@ def test_recipe_applies_in_under_30_lines_and_keeps_the_contracts(recipe, tmp_pa
     assert changed_lines(patch.read_text()) < 30
     copy_repository(copy)
     tool = ["git", "apply"] if shutil.which("git") else ["patch", "-p1", "-i"]
-    env = os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path), "PYTHONPATH": os.pathsep.join(map(str, (copy, copy / 'tests', copy / 'tests' / 'model')))}
+    env = os.environ | {
+        "GIT_CEILING_DIRECTORIES": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join(map(str, (copy, copy / "tests", copy / "tests" / "model"))),
+    }
     applied = subprocess.run([*tool, str(patch)], cwd=copy, env=env, capture_output=True, text=True)
     assert applied.returncode == 0, applied.stderr + applied.stdout
     script = f"import test_recipes; test_recipes.check({recipe!r})"
-    run = subprocess.run([sys.executable, "-c", script], cwd=copy, env=env, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=copy,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert run.returncode == 0, run.stderr

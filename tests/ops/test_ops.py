@@ -3,6 +3,7 @@
 Each op has one row in CONTRACTS and several rows in CASES; the generic tests below run over all of them.
 The number formats, which the specifications here build on, have their own tests in test_formats.py.
 """
+
 from __future__ import annotations
 
 import copy
@@ -23,7 +24,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ops
 from ops.cpp import KERNELS
-from ops.formats import dequantize_fp4, dequantize_fp8, fake_quant, quantize_fp4, quantize_fp8, scale_to_float
+from ops.formats import (
+    dequantize_fp4,
+    dequantize_fp8,
+    fake_quant,
+    quantize_fp4,
+    quantize_fp8,
+    scale_to_float,
+)
 from ops.launch import INTERPRETING
 from testing import rms
 
@@ -40,7 +48,9 @@ def spec_act_quant(x, block, fmt):
 
 def spec_rope(x, cos, sin, inverse):
     r = 2 * cos.shape[-1]
-    cos, sin = (t.view(*t.shape[:2], *[1] * (x.dim() - 3), -1) for t in (cos, -sin if inverse else sin))
+    cos, sin = (
+        t.view(*t.shape[:2], *[1] * (x.dim() - 3), -1) for t in (cos, -sin if inverse else sin)
+    )
     real, imaginary = x[..., -r::2], x[..., 1 - r :: 2]
     turned = torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), -1)
     return torch.cat((x[..., :-r], turned.flatten(-2)), -1)
@@ -77,11 +87,16 @@ def pooled(rows, end, index, ratio, D):
     lanes, out = rows.shape[2] // (2 * D), []
     for b, e in itertools.product(range(end.shape[0]), range(end.shape[1])):
         last = int(end[b, e]) + 1
-        window = rows[b, last - ratio : last]  # the channels: values of each lane, then logits of each lane
+        window = rows[
+            b, last - ratio : last
+        ]  # the channels: values of each lane, then logits of each lane
         values, logits = window[:, (lanes - 1) * D : lanes * D], window[:, -D:]
         if lanes == 2 and index[b, e] > 0:
             before = rows[b, last - 2 * ratio : last - ratio]
-            values, logits = torch.cat((before[:, :D], values)), torch.cat((before[:, 2 * D : 3 * D], logits))
+            values, logits = (
+                torch.cat((before[:, :D], values)),
+                torch.cat((before[:, 2 * D : 3 * D], logits)),
+            )
         out.append((values * logits.softmax(0)).sum(0))
     return torch.stack(out).view(*end.shape, D)
 
@@ -99,7 +114,11 @@ def visible(args, b, t):
 
 
 def entries_of(lo, hi, idx, b, t):
-    return list(range(lo[b, t], hi[b, t])) if idx is None else [i for i in idx[b, t].tolist() if i >= 0]
+    return (
+        list(range(lo[b, t], hi[b, t]))
+        if idx is None
+        else [i for i in idx[b, t].tolist() if i >= 0]
+    )
 
 
 def attention(*args):
@@ -112,7 +131,9 @@ def attention(*args):
         score = torch.cat((q.shape[3] ** -0.5 * q[b, t] @ keys.T, sink[:, None]), 1)
         o.append(score.softmax(1)[:, :-1] @ keys)
         lse.append(score.logsumexp(1))
-    return spec_rope(torch.stack(o).view(q.shape), cos, sin, True), torch.stack(lse).view(q.shape[:3])
+    return spec_rope(torch.stack(o).view(q.shape), cos, sin, True), torch.stack(lse).view(
+        q.shape[:3]
+    )
 
 
 def spec_sparse_attn(*args):
@@ -188,7 +209,9 @@ class Contract(NamedTuple):
     grad: tuple[int, ...]  # arguments that have a gradient
     low: tuple[int, ...]  # arguments that are bf16 in a bf16 model
     out: tuple[bool, ...] = (False,)  # which outputs are fp32 whatever the dtype of the inputs
-    rounding: float = 1.1  # error of a bf16 output, in units of that of rounding the exact result once
+    rounding: float = (
+        1.1  # error of a bf16 output, in units of that of rounding the exact result once
+    )
 
 
 CONTRACTS = {
@@ -197,7 +220,9 @@ CONTRACTS = {
     "hc_pre": Contract(spec_hc_pre, (0, 1, 2, 3), (0,), (False, True, True)),
     "sinkhorn": Contract(spec_sinkhorn, (), (), (True,)),
     "hc_post": Contract(spec_hc_post, (0, 1, 2, 3), (0, 1)),
-    "hc_post_pre": Contract(spec_hc_post_pre, (0, 1, 2, 3, 4, 5, 6), (0, 1), (False, False, True, True), rounding=3),
+    "hc_post_pre": Contract(
+        spec_hc_post_pre, (0, 1, 2, 3, 4, 5, 6), (0, 1), (False, False, True, True), rounding=3
+    ),
     "compress": Contract(spec_compress, (0, 3), (), rounding=2.5),
     "sparse_attn": Contract(spec_sparse_attn, (0, 1, 2, 6), (0, 1, 6), rounding=4),
     "indexer_topk": Contract(spec_indexer_topk, (), (0, 1, 2)),
@@ -228,7 +253,9 @@ def ranges(B, T, E):
 
 def choices(B, T, E, K):
     """idx: none for some tokens."""
-    idx = torch.rand(B, T, E).argsort(-1)[..., :K].masked_fill(torch.rand(B, T, min(K, E)) < 0.4, -1)
+    idx = (
+        torch.rand(B, T, E).argsort(-1)[..., :K].masked_fill(torch.rand(B, T, min(K, E)) < 0.4, -1)
+    )
     return idx.masked_fill(torch.rand(B, T, 1) < 0.2, -1)
 
 
@@ -247,7 +274,15 @@ def rope(B, T, H, D, r, inverse):
 
 def hc_pre(B, T, n, d, iters):
     rows = n * (2 + n)
-    return normal(B, T, n, d), normal(rows, n * d) * (n * d) ** -0.5, normal(rows) / 2, torch.rand(3) + 0.5, 1e-3, 1e-3, iters
+    return (
+        normal(B, T, n, d),
+        normal(rows, n * d) * (n * d) ** -0.5,
+        normal(rows) / 2,
+        torch.rand(3) + 0.5,
+        1e-3,
+        1e-3,
+        iters,
+    )
 
 
 def sinkhorn(*shape):
@@ -267,13 +302,31 @@ def compress(B, T, ratio, D, r):
     lanes = 2 if ratio == 4 else 1
     N, E = lanes * ratio - 1 + T, (T - 1) // ratio + 1
     end, index = integers(lanes * ratio - 1, N, (B, E)), integers(0, 3, (B, E))
-    return normal(B, N, 2 * lanes * D), end, index, normal(D), *angles(B, E, r), ratio, 1e-3, torch.float32
+    return (
+        normal(B, N, 2 * lanes * D),
+        end,
+        index,
+        normal(D),
+        *angles(B, E, r),
+        ratio,
+        1e-3,
+        torch.float32,
+    )
 
 
 def sparse_attn(B, T, W, kind, H=3, D=6, E=9, K=7):
-    q, kv, sink, entries = 2 * normal(B, T, H, D), normal(B, W - 1 + T, D), 2 * normal(H), normal(B, E, D)
+    q, kv, sink, entries = (
+        2 * normal(B, T, H, D),
+        normal(B, W - 1 + T, D),
+        2 * normal(H),
+        normal(B, E, D),
+    )
     seen, (lo, hi), idx = integers(1, W + 1, (B, T)), ranges(B, T, E), choices(B, T, E, K)
-    given = {"window": (None,) * 4, "dense": (entries, lo, hi, None), "idx": (entries, lo, hi, idx)}[kind]
+    given = {
+        "window": (None,) * 4,
+        "dense": (entries, lo, hi, None),
+        "idx": (entries, lo, hi, idx),
+    }[kind]
     return q, kv, sink, seen, *angles(B, T, max(2, D // 4 * 2)), *given, 1e-3
 
 
@@ -285,11 +338,25 @@ def indexer_loss(B, T, E, kind, H=3, D=6, Hi=5, Di=4, K=7):
     q, entries, lse = 2 * normal(B, T, H, D), normal(B, E, D), 2 * normal(B, T, H)
     index = normal(B, T, Hi, Di), normal(B, E, Di), normal(B, T, Hi)
     (lo, hi), idx = ranges(B, T, E), choices(B, T, E, K)
-    return q, *angles(B, T, max(2, D // 4 * 2)), entries, lse, *index, lo, hi, idx if kind == "idx" else None, 1e-3
+    return (
+        q,
+        *angles(B, T, max(2, D // 4 * 2)),
+        entries,
+        lse,
+        *index,
+        lo,
+        hi,
+        idx if kind == "idx" else None,
+        1e-3,
+    )
 
 
 def linear_cross_entropy(N, V, d=6):
-    return 2 * normal(N, d), normal(V, d), integers(0, V, (N,)).masked_fill(torch.rand(N) < 0.3, -100)
+    return (
+        2 * normal(N, d),
+        normal(V, d),
+        integers(0, V, (N,)).masked_fill(torch.rand(N) < 0.3, -100),
+    )
 
 
 def pack(w, fmt):
@@ -306,16 +373,23 @@ def quant_linear(lead, i, o, groups, fmt, quantized):
 
 
 def moe(N, E, K, d, I, fmt, quantized, routing="random"):
-    (w1, s1), (w3, s3), (w2, s2) = (pack(normal(E, o, i) * i**-0.5 * 1.5, fmt) for o, i in ((I, d), (I, d), (d, I)))
-    idx = {"random": torch.rand(N, E).argsort(-1)[:, :K], "one": torch.full((N, K), E - 2),
-           "twice": integers(0, 2, (N, 1)) * (E - 1) + torch.zeros(K, dtype=torch.int64)}[routing]
+    (w1, s1), (w3, s3), (w2, s2) = (
+        pack(normal(E, o, i) * i**-0.5 * 1.5, fmt) for o, i in ((I, d), (I, d), (d, I))
+    )
+    idx = {
+        "random": torch.rand(N, E).argsort(-1)[:, :K],
+        "one": torch.full((N, K), E - 2),
+        "twice": integers(0, 2, (N, 1)) * (E - 1) + torch.zeros(K, dtype=torch.int64),
+    }[routing]
     s13 = None if s1 is None else torch.cat((s1, s3), 1)
     x, w13 = 4 * spread(N, d) if quantized else normal(N, d), torch.cat((w1, w3), 1)
     return x, w13, w2, idx, torch.rand(N, K) + 0.1, s13, s2, 0.8, quantized
 
 
 def moe_few(N, E, K, d, I, quantized, routing="random"):
-    x, w13, w2, idx, weight, _, _, limit, quantized = moe(N, E, K, d, I, "float", quantized, routing)
+    x, w13, w2, idx, weight, _, _, limit, quantized = moe(
+        N, E, K, d, I, "float", quantized, routing
+    )
     return x, w13, w2, idx, weight, limit, quantized
 
 
@@ -345,33 +419,136 @@ def cases(build, *rows):
     return [Case(build.__name__, build, row) for row in rows]
 
 
-LENGTHS = [(3, 5), (1, 1), (3, 1), (2, 2), (2, 63), (1, 64), (2, 65), (1, 130)]  # B, T; the long ones are for blocks of references
+LENGTHS = [
+    (3, 5),
+    (1, 1),
+    (3, 1),
+    (2, 2),
+    (2, 63),
+    (1, 64),
+    (2, 65),
+    (1, 130),
+]  # B, T; the long ones are for blocks of references
 LENGTHS = LENGTHS[:4] if INTERPRETING else LENGTHS
 CASES = [  # the first three of each op use every optional argument
-    *cases(act_quant, (64, "fp8", 2, 5, 70), (32, "fp4", 3, 33), (128, "fp8", 3, 1, 200), (32, "fp4", 1, 2, 2, 64)),
-    *cases(rope, (2, 5, 3, 6, 4, True), (2, 5, 0, 6, 2, False), (3, 65, 0, 4, 4, True), *((*L, 3, 6, 4, False) for L in LENGTHS)),
-    *cases(hc_pre, (2, 5, 4, 7, 20), (1, 2, 3, 5, 1), (3, 2, 2, 1, 2), *((*L, 4, 6, 3) for L in LENGTHS), (1, 3, 4, 16, 3), (1, 2, 4, 20, 3)),
-    *cases(sinkhorn, (2, 5, 4, 4, 20), (1, 7, 3, 3, 1), (3, 1, 2, 2, 5), (70, 5, 5, 3), (1, 1, 4, 4, 20)),
+    *cases(
+        act_quant,
+        (64, "fp8", 2, 5, 70),
+        (32, "fp4", 3, 33),
+        (128, "fp8", 3, 1, 200),
+        (32, "fp4", 1, 2, 2, 64),
+    ),
+    *cases(
+        rope,
+        (2, 5, 3, 6, 4, True),
+        (2, 5, 0, 6, 2, False),
+        (3, 65, 0, 4, 4, True),
+        *((*L, 3, 6, 4, False) for L in LENGTHS),
+    ),
+    *cases(
+        hc_pre,
+        (2, 5, 4, 7, 20),
+        (1, 2, 3, 5, 1),
+        (3, 2, 2, 1, 2),
+        *((*L, 4, 6, 3) for L in LENGTHS),
+        (1, 3, 4, 16, 3),
+        (1, 2, 4, 20, 3),
+    ),
+    *cases(
+        sinkhorn,
+        (2, 5, 4, 4, 20),
+        (1, 7, 3, 3, 1),
+        (3, 1, 2, 2, 5),
+        (70, 5, 5, 3),
+        (1, 1, 4, 4, 20),
+    ),
     *cases(hc_post, *((*L, 4, 6) for L in LENGTHS), (2, 5, 3, 1), (1, 3, 4, 16), (1, 2, 4, 20)),
-    *cases(hc_post_pre, (2, 5, 4, 7, 20), (1, 2, 3, 5, 1), (3, 2, 2, 1, 2), *((*L, 4, 6, 3) for L in LENGTHS), (1, 3, 4, 16, 3), (1, 2, 4, 20, 3)),
-    *cases(compress, (3, 5, 4, 6, 4), (2, 5, 128, 4, 4), (3, 1, 2, 6, 6), *((*L, 4, 5, 2) for L in LENGTHS), (2, 130, 128, 6, 2)),
-    *cases(sparse_attn, *((*L, W, kind) for L in LENGTHS for W, kind in ((8, "window"), (5, "dense"), (8, "idx"))),
-           (2, 5, 1, "idx"), (2, 5, 8, "dense", 1, 4, 1), (2, 3, 8, "idx", 2, 4, 3),
-           *(() if INTERPRETING else ((1, 130, 70, "dense"), (1, 65, 128, "idx", 1, 2)))),
-    *cases(indexer_topk, *((*L, 33, 7) for L in LENGTHS), (2, 5, 4, 9), (2, 5, 4, 4), (1, 1, 1, 1), (3, 2, 70, 1)),
-    *cases(indexer_loss, *((*L, 9, kind) for L in LENGTHS for kind in ("idx", "dense")), (2, 5, 1, "dense", 1, 4, 2, 2),
-           (2, 5, 3, "idx", 2, 4, 7, 8), (1, 65, 33, "dense", 2, 2, 17)),
+    *cases(
+        hc_post_pre,
+        (2, 5, 4, 7, 20),
+        (1, 2, 3, 5, 1),
+        (3, 2, 2, 1, 2),
+        *((*L, 4, 6, 3) for L in LENGTHS),
+        (1, 3, 4, 16, 3),
+        (1, 2, 4, 20, 3),
+    ),
+    *cases(
+        compress,
+        (3, 5, 4, 6, 4),
+        (2, 5, 128, 4, 4),
+        (3, 1, 2, 6, 6),
+        *((*L, 4, 5, 2) for L in LENGTHS),
+        (2, 130, 128, 6, 2),
+    ),
+    *cases(
+        sparse_attn,
+        *((*L, W, kind) for L in LENGTHS for W, kind in ((8, "window"), (5, "dense"), (8, "idx"))),
+        (2, 5, 1, "idx"),
+        (2, 5, 8, "dense", 1, 4, 1),
+        (2, 3, 8, "idx", 2, 4, 3),
+        *(() if INTERPRETING else ((1, 130, 70, "dense"), (1, 65, 128, "idx", 1, 2))),
+    ),
+    *cases(
+        indexer_topk,
+        *((*L, 33, 7) for L in LENGTHS),
+        (2, 5, 4, 9),
+        (2, 5, 4, 4),
+        (1, 1, 1, 1),
+        (3, 2, 70, 1),
+    ),
+    *cases(
+        indexer_loss,
+        *((*L, 9, kind) for L in LENGTHS for kind in ("idx", "dense")),
+        (2, 5, 1, "dense", 1, 4, 2, 2),
+        (2, 5, 3, "idx", 2, 4, 7, 8),
+        (1, 65, 33, "dense", 2, 2, 17),
+    ),
     *cases(linear_cross_entropy, (5, 7), (1, 11), (64, 130), (65, 3), (130, 33)),
-    *cases(quant_linear, ((2, 5), 200, 130, 1, "fp8", False), ((3,), 70, 3, 1, "fp8f", True), ((1, 1), 130, 260, 2, "fp8", True),
-           ((2, 5), 70, 130, 2, "fp8f", False), ((), 128, 128, 1, "fp8", True), ((7,), 5, 9, 3, "fp8", False)),
-    *cases(moe, (5, 4, 2, 10, 6, "float", True), (3, 2, 2, 72, 130, "fp8", False), (1, 3, 2, 34, 70, "fp4", True),
-           (1, 4, 2, 10, 6, "float", False), (2, 4, 2, 10, 6, "float", False), (65, 5, 3, 6, 4, "float", False),
-           (9, 7, 2, 6, 4, "float", False, "one"), (5, 3, 3, 6, 4, "float", False, "twice"),
-           (2, 6, 3, 6, 4, "float", True, "twice"), (3, 9, 1, 6, 4, "float", False), (1, 3, 2, 72, 130, "fp8f", False),
-           (9, 3, 2, 140, 10, "fp8f", False), (5, 3, 2, 70, 34, "fp4", False), (3, 3, 1, 200, 150, "fp8", True)),
-    *cases(moe_few, (5, 4, 2, 150, 131, True), (1, 16, 4, 33, 16, False), (9, 7, 2, 6, 5, False, "one"), (5, 3, 3, 6, 4, True, "twice"),
-           (64, 3, 1, 16, 7, False), (4, 5, 2, 32, 17, False), (2, 3, 2, 15, 2, True)),
-    *cases(moe_kept, (5, 4, 2, 10, 6), (65, 5, 3, 6, 8), (9, 7, 2, 33, 13, "one"), (5, 3, 3, 6, 4, "twice"), (1, 4, 2, 72, 130), (23, 2, 1, 256, 128)),
+    *cases(
+        quant_linear,
+        ((2, 5), 200, 130, 1, "fp8", False),
+        ((3,), 70, 3, 1, "fp8f", True),
+        ((1, 1), 130, 260, 2, "fp8", True),
+        ((2, 5), 70, 130, 2, "fp8f", False),
+        ((), 128, 128, 1, "fp8", True),
+        ((7,), 5, 9, 3, "fp8", False),
+    ),
+    *cases(
+        moe,
+        (5, 4, 2, 10, 6, "float", True),
+        (3, 2, 2, 72, 130, "fp8", False),
+        (1, 3, 2, 34, 70, "fp4", True),
+        (1, 4, 2, 10, 6, "float", False),
+        (2, 4, 2, 10, 6, "float", False),
+        (65, 5, 3, 6, 4, "float", False),
+        (9, 7, 2, 6, 4, "float", False, "one"),
+        (5, 3, 3, 6, 4, "float", False, "twice"),
+        (2, 6, 3, 6, 4, "float", True, "twice"),
+        (3, 9, 1, 6, 4, "float", False),
+        (1, 3, 2, 72, 130, "fp8f", False),
+        (9, 3, 2, 140, 10, "fp8f", False),
+        (5, 3, 2, 70, 34, "fp4", False),
+        (3, 3, 1, 200, 150, "fp8", True),
+    ),
+    *cases(
+        moe_few,
+        (5, 4, 2, 150, 131, True),
+        (1, 16, 4, 33, 16, False),
+        (9, 7, 2, 6, 5, False, "one"),
+        (5, 3, 3, 6, 4, True, "twice"),
+        (64, 3, 1, 16, 7, False),
+        (4, 5, 2, 32, 17, False),
+        (2, 3, 2, 15, 2, True),
+    ),
+    *cases(
+        moe_kept,
+        (5, 4, 2, 10, 6),
+        (65, 5, 3, 6, 8),
+        (9, 7, 2, 33, 13, "one"),
+        (5, 3, 3, 6, 4, "twice"),
+        (1, 4, 2, 72, 130),
+        (23, 2, 1, 256, 128),
+    ),
 ]
 FEW = [case for op in CONTRACTS for case in [case for case in CASES if case.op == op][:3]]
 by_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -411,13 +588,18 @@ def tensors(change: Callable, args: tuple, dtypes=(torch.float32, torch.bfloat16
 
 def differentiable(case: Case, args: tuple) -> list[int]:
     """Positions of the arguments that have a gradient: packed weights have none."""
-    return [i for i in CONTRACTS[case.op].grad if args[i] is not None and args[i].dtype.itemsize > 1]
+    return [
+        i for i in CONTRACTS[case.op].grad if args[i] is not None and args[i].dtype.itemsize > 1
+    ]
 
 
 def low(case: Case) -> tuple:
     """The arguments as in a bf16 model."""
     args = case.args()
-    args = (tensors(torch.Tensor.bfloat16, a) if i in CONTRACTS[case.op].low else a for i, a in enumerate(args))
+    args = (
+        tensors(torch.Tensor.bfloat16, a) if i in CONTRACTS[case.op].low else a
+        for i, a in enumerate(args)
+    )
     return tuple(torch.bfloat16 if a is torch.float32 else a for a in args)
 
 
@@ -444,8 +626,16 @@ class Recorder(TorchDispatchMode):
         out = op(*args, **(kwargs or {}))
         if op.namespace == ops.NAMESPACE:
             self.calls.append((op, args))
-        self.largest = max([self.largest, *(t.untyped_storage().nbytes() // t.itemsize for t in tree_leaves(out)
-                                            if isinstance(t, torch.Tensor))])
+        self.largest = max(
+            [
+                self.largest,
+                *(
+                    t.untyped_storage().nbytes() // t.itemsize
+                    for t in tree_leaves(out)
+                    if isinstance(t, torch.Tensor)
+                ),
+            ]
+        )
         return out
 
     @property
@@ -462,7 +652,11 @@ def record(case: Case, args: tuple | None = None) -> Recorder:
 
 def transposed(t: torch.Tensor) -> torch.Tensor:
     """The same values, with the strides of a transposed tensor."""
-    return t.transpose(0, -1).contiguous().transpose(0, -1) if t.dim() > 1 else t.repeat_interleave(2)[::2]
+    return (
+        t.transpose(0, -1).contiguous().transpose(0, -1)
+        if t.dim() > 1
+        else t.repeat_interleave(2)[::2]
+    )
 
 
 def expanded(t: torch.Tensor) -> torch.Tensor:
@@ -476,9 +670,18 @@ def expanded(t: torch.Tensor) -> torch.Tensor:
 
 def test_every_op_has_a_contract_and_cases():
     """Forward and backward ops alike: the tests below see all that is registered, but rope_ (test_kernel_rope.py) and the optimizer's (test_optim.py)."""
-    registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith(f"{ops.NAMESPACE}::")}
+    registered = {
+        name.split("::")[1]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith(f"{ops.NAMESPACE}::")
+    }
     assert set(CONTRACTS) == set(ops.OPS) == {case.op for case in FEW}
-    assert {name for case in FEW for name in record(case).names} == registered - {"rope_", "muon", "muon_direction", "grad_norm"}
+    assert {name for case in FEW for name in record(case).names} == registered - {
+        "rope_",
+        "muon",
+        "muon_direction",
+        "grad_norm",
+    }
 
 
 @by_case
@@ -492,9 +695,14 @@ def test_reference_matches_the_spec(case):
 @by_case
 def test_opaque_equals_reference(case):
     args = case.args()
-    opaque, reference = run(ops.OPS[case.op].opaque, case, args), run(ops.OPS[case.op].reference, case, args)
+    opaque, reference = (
+        run(ops.OPS[case.op].opaque, case, args),
+        run(ops.OPS[case.op].reference, case, args),
+    )
     same(opaque, reference, 5e-6)
-    assert [t.dtype for t in itertools.chain(*opaque)] == [t.dtype for t in itertools.chain(*reference)]
+    assert [t.dtype for t in itertools.chain(*opaque)] == [
+        t.dtype for t in itertools.chain(*reference)
+    ]
 
 
 @pytest.mark.parametrize("form", ["reference", "opaque"])
@@ -514,12 +722,22 @@ def test_bf16_is_exact_up_to_rounding(case):
     """bf16 in, fp32 inside: fp32 outputs are exact; bf16 outputs and gradients are off by few roundings."""
     contract, args = CONTRACTS[case.op], low(case)
     expected, expected_grads = run(contract.spec, case, tensors(torch.Tensor.double, args))
-    flips = 10 if case.op == "moe" and args[-1] else 1  # a value rounded to bf16, then to fp8, may land on either side of a tie
-    exact = 8e-3 * flips if case.op in ("moe", "hc_post_pre") else 2e-5 if case.op == "hc_pre" else 5e-6  # hc_pre's kernel has 16 bits of fn
+    flips = (
+        10 if case.op == "moe" and args[-1] else 1
+    )  # a value rounded to bf16, then to fp8, may land on either side of a tie
+    exact = (
+        8e-3 * flips if case.op in ("moe", "hc_post_pre") else 2e-5 if case.op == "hc_pre" else 5e-6
+    )  # hc_pre's kernel has 16 bits of fn
     for form in ("reference", "opaque"):
         out, grads = run(getattr(ops.OPS[case.op], form), case, args)
         for a, b, is_fp32 in zip(out, expected, contract.out, strict=True):
-            assert a.dtype == (torch.int64 if case.op == "indexer_topk" else torch.float32 if is_fp32 else torch.bfloat16)
+            assert a.dtype == (
+                torch.int64
+                if case.op == "indexer_topk"
+                else torch.float32
+                if is_fp32
+                else torch.bfloat16
+            )
             close(a, b, contract.rounding * one_rounding(b) if not is_fp32 else exact)
         for i, a, b in zip(differentiable(case, args), grads, expected_grads, strict=True):
             assert a.dtype == args[i].dtype
@@ -528,7 +746,9 @@ def test_bf16_is_exact_up_to_rounding(case):
 
 @pytest.mark.kernels
 def test_bf16_gradients_of_popular_entries_add_up_in_fp32():
-    case = Case("sparse_attn", sparse_attn, (1, 200 if INTERPRETING else 1500, 8, "idx", 2, 4, 3, 2))
+    case = Case(
+        "sparse_attn", sparse_attn, (1, 200 if INTERPRETING else 1500, 8, "idx", 2, 4, 3, 2)
+    )
     args = low(case)
     expected = run(spec_sparse_attn, case, tensors(torch.Tensor.double, args))[1][-1]
     for form in (ops.sparse_attn.reference, ops.sparse_attn.opaque):
@@ -556,14 +776,22 @@ def test_ops_are_pure_and_their_fakes_are_true(case, arguments):
             fakes = tree_leaves(op(*tree_map_only(torch.Tensor, mode.from_tensor, args)))
         inputs = [t for t in args if isinstance(t, torch.Tensor)]
         for real, fake in zip(out, fakes, strict=True):
-            assert (real.shape, real.dtype, real.stride()) == (fake.shape, fake.dtype, fake.stride()) and real.is_contiguous()
-            assert not real.numel() or real.untyped_storage().data_ptr() not in [t.untyped_storage().data_ptr() for t in inputs]
+            assert (real.shape, real.dtype, real.stride()) == (
+                fake.shape,
+                fake.dtype,
+                fake.stride(),
+            ) and real.is_contiguous()
+            assert not real.numel() or real.untyped_storage().data_ptr() not in [
+                t.untyped_storage().data_ptr() for t in inputs
+            ]
         for a, b in zip(inputs, [t for t in before if isinstance(t, torch.Tensor)], strict=True):
             assert a.tolist() == b.tolist()
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("layout", [torch.clone, transposed, expanded], ids=["contiguous", "transposed", "expanded"])
+@pytest.mark.parametrize(
+    "layout", [torch.clone, transposed, expanded], ids=["contiguous", "transposed", "expanded"]
+)
 @by_few
 def test_ops_pass_opcheck(case, layout):
     """Schema, autograd registration, fake and AOT dispatch, of the forward op and of the backward op."""
@@ -572,8 +800,12 @@ def test_ops_pass_opcheck(case, layout):
         args = list(tree_map_only(torch.Tensor, layout, detached(args)))
         if op.name() == f"{ops.NAMESPACE}::{case.op}":
             args = [a.requires_grad_() if i in leaves else a for i, a in enumerate(args)]
-        has_fp8 = any(a.dtype == torch.float8_e4m3fn for a in args if isinstance(a, torch.Tensor))  # the schema test cannot
-        tests = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_static"] + ["test_schema"] * (not has_fp8)
+        has_fp8 = any(
+            a.dtype == torch.float8_e4m3fn for a in args if isinstance(a, torch.Tensor)
+        )  # the schema test cannot
+        tests = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_static"] + [
+            "test_schema"
+        ] * (not has_fp8)
         torch.library.opcheck(op, args, test_utils=tests)
 
 
@@ -590,13 +822,24 @@ def test_opaque_is_one_node_and_the_reference_none(case, form):
     torch._dynamo.reset()
     op = ops.OPS[case.op]
     with ops.use({case.op: "opaque"}):
-        call = (lambda *args: getattr(ops, case.op)(*args)) if form == "called" else getattr(op, form)
-        compiled = torch.compile(call, fullgraph=True, backend=aot_autograd(fw_compiler=compiler, bw_compiler=compiler))
+        call = (
+            (lambda *args: getattr(ops, case.op)(*args)) if form == "called" else getattr(op, form)
+        )
+        compiled = torch.compile(
+            call, fullgraph=True, backend=aot_autograd(fw_compiler=compiler, bw_compiler=compiler)
+        )
         same(run(compiled, case, case.args()), run(op.opaque, case, case.args()), 5e-6)
     ours = [name for graph in nodes for name in graph if name.startswith(ops.NAMESPACE)]
-    assert ours == ([] if form == "reference" else [f"{ops.NAMESPACE}.{name}.default" for name in record(case).names])
+    assert ours == (
+        []
+        if form == "reference"
+        else [f"{ops.NAMESPACE}.{name}.default" for name in record(case).names]
+    )
     if form != "reference":  # nothing else but taking results apart
-        assert {n for n in nodes[0] if not n.startswith(ops.NAMESPACE)} <= {"<built-in function getitem>", "aten.detach.default"}
+        assert {n for n in nodes[0] if not n.startswith(ops.NAMESPACE)} <= {
+            "<built-in function getitem>",
+            "aten.detach.default",
+        }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -612,12 +855,20 @@ def flops(call: Callable, *args) -> int:
 def expected_flops(case: Case, args: tuple) -> tuple[int, int]:
     """Matrix products, forward and backward."""
     size = [getattr(a, "shape", None) for a in args]
-    if case.op == "sparse_attn":  # scores and values; then five products: both again, and the gradients of q, k and v
-        (B, T, H, D), W, (E, K) = size[0], size[1][1] - size[0][1] + 1, (size[6] and size[6][1], size[9] and size[9][2])
+    if (
+        case.op == "sparse_attn"
+    ):  # scores and values; then five products: both again, and the gradients of q, k and v
+        (B, T, H, D), W, (E, K) = (
+            size[0],
+            size[1][1] - size[0][1] + 1,
+            (size[6] and size[6][1], size[9] and size[9][2]),
+        )
         return 4 * B * T * H * D * (W + (K or E or 0)), 10 * B * T * H * D * (W + (K or E or 0))
     if case.op == "indexer_topk":
         return 2 * args[0].numel() * size[1][1] + 2 * args[2].numel() * size[1][1], 0
-    if case.op == "indexer_loss":  # of main heads, index heads and u; then again, and the gradients of qi and ki, and of u
+    if (
+        case.op == "indexer_loss"
+    ):  # of main heads, index heads and u; then again, and the gradients of qi and ki, and of u
         N = size[10][2] if size[10] else size[3][1]
         main, index, weights = (2 * args[i].numel() * N for i in (0, 5, 7))
         return main + index + weights, main + 3 * index + 2 * weights
@@ -631,7 +882,9 @@ def expected_flops(case: Case, args: tuple) -> tuple[int, int]:
         return (2 * args[0].numel() * size[1][0] // args[3],) * 2
     if case.op in ("moe", "moe_few", "moe_kept"):
         product = 2 * args[3].numel() * size[0][1] * (size[1][1] // 2)
-        return 3 * product, {"moe_few": 0, "moe_kept": 6}.get(case.op, 5 if case.op == "moe" and size[5] else 8) * product
+        return 3 * product, {"moe_few": 0, "moe_kept": 6}.get(
+            case.op, 5 if case.op == "moe" and size[5] else 8
+        ) * product
     return 0, 0
 
 
@@ -644,14 +897,32 @@ def test_flops_are_those_of_the_matrix_products(case):
     assert sum(flops(op, *args) for op, args in backward) == counts[1]
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.op in
-                                  ("indexer_topk", "indexer_loss", "linear_cross_entropy", "quant_linear", "moe", "sparse_attn")
-                                  and (case.op != "sparse_attn" or case.options[1] == 1)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        case
+        for case in CASES
+        if case.op
+        in (
+            "indexer_topk",
+            "indexer_loss",
+            "linear_cross_entropy",
+            "quant_linear",
+            "moe",
+            "sparse_attn",
+        )
+        and (case.op != "sparse_attn" or case.options[1] == 1)
+    ],
+    ids=str,
+)
 def test_flops_are_those_of_the_implementation(case):
     """Where no product is wasted: attention of one token per row, all its keys counted; experts grouped."""
     module = case.module
-    impls = {case.op: getattr(module, "grouped", getattr(module, "forward_reference", None)) or module.reference,
-             f"{case.op}_backward": getattr(module, "backward_reference", None)}
+    impls = {
+        case.op: getattr(module, "grouped", getattr(module, "forward_reference", None))
+        or module.reference,
+        f"{case.op}_backward": getattr(module, "backward_reference", None),
+    }
     for (op, args), name in zip(record(case).calls, impls):
         assert flops(op, *args) == flops(impls[name], *args) > 0
 
@@ -663,8 +934,12 @@ def largest(call: Callable, *args) -> int:
 
 
 LONG = [
-    *cases(sparse_attn, *((1, 2048, 128, kind, 2, 16, 512, 64) for kind in ("window", "dense", "idx")),
-           (1, 256, 128, "window", 1, 256), (1, 1024, 8, "idx", 1, 64, 16, 16)),
+    *cases(
+        sparse_attn,
+        *((1, 2048, 128, kind, 2, 16, 512, 64) for kind in ("window", "dense", "idx")),
+        (1, 256, 128, "window", 1, 256),
+        (1, 1024, 8, "idx", 1, 64, 16, 16),
+    ),
     *cases(indexer_topk, (1, 2048, 512, 64, 4, 8)),
     *cases(indexer_loss, *((1, 2048, 512, kind, 2, 16, 4, 8, 64) for kind in ("idx", "dense"))),
     *cases(linear_cross_entropy, (2048, 500, 8)),
@@ -678,8 +953,14 @@ def test_a_long_sequence_is_worked_off_in_chunks(case, monkeypatch):
     calls = record(case).calls
     monkeypatch.setattr(case.module, "CHUNK", 1 << 17)
     for (op, args), name in zip(calls, ("forward_reference", "backward_reference")):
-        allowed = max(1 << 17, *(t.numel() for t in tree_leaves((args, op(*args))) if isinstance(t, torch.Tensor)))
-        assert largest(getattr(case.module, name, None) or case.module.reference, *detached(args)) <= allowed
+        allowed = max(
+            1 << 17,
+            *(t.numel() for t in tree_leaves((args, op(*args))) if isinstance(t, torch.Tensor)),
+        )
+        assert (
+            largest(getattr(case.module, name, None) or case.module.reference, *detached(args))
+            <= allowed
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -706,14 +987,20 @@ def test_linears_round_their_inputs_in_blocks_of_128(form):
     x = normal(3, n) * torch.where(torch.arange(n) % 128 < 64, 1.0, 2.0**-16)
     x[:, 0] = 20.0
     rounded = fake_quant(x, 128, "fp8")
-    assert not torch.equal(rounded, fake_quant(x, 64, "fp8")) and not torch.equal(rounded, fake_quant(x, 256, "fp8"))
+    assert not torch.equal(rounded, fake_quant(x, 64, "fp8")) and not torch.equal(
+        rounded, fake_quant(x, 256, "fp8")
+    )
     weight, scale = quantize_fp8(eye)
     assert torch.equal(getattr(ops.quant_linear, form)(x, weight, scale, 1, True), rounded)
-    gate = torch.zeros(n, n).index_fill(1, torch.tensor([0]), 1.0)  # every gate is the first channel, clamped to 10
+    gate = torch.zeros(n, n).index_fill(
+        1, torch.tensor([0]), 1.0
+    )  # every gate is the first channel, clamped to 10
     w13, idx = torch.cat((gate, eye))[None], torch.zeros(3, 1, dtype=torch.int64)
     y = getattr(ops.moe, form)(x, w13, eye[None], idx, torch.ones(3, 1), None, None, 10.0, True)
     h = torch.nn.functional.silu(torch.tensor(10.0)) * rounded.clamp(-10, 10)
-    assert torch.equal(y, fake_quant(h, 128, "fp8")) and not torch.equal(y, fake_quant(h, 64, "fp8"))
+    assert torch.equal(y, fake_quant(h, 128, "fp8")) and not torch.equal(
+        y, fake_quant(h, 64, "fp8")
+    )
 
 
 @pytest.mark.kernels
@@ -727,22 +1014,42 @@ def test_rope_inverse_undoes_rope():
 @pytest.mark.kernels
 @pytest.mark.parametrize("form", [ops.hc_pre.reference, ops.hc_pre.opaque])
 def test_hc_pre_gives_the_vector_of_the_spec(form):
-    fn = torch.linspace(-1, 1, 24)[:, None].expand(24, 8) / 8  # streams of ones: the mix is the row's sum
+    fn = (
+        torch.linspace(-1, 1, 24)[:, None].expand(24, 8) / 8
+    )  # streams of ones: the mix is the row's sum
     base, scale = 0.3 * torch.arange(24.0).sin(), torch.tensor([0.5, 1, 2])
     y, post, comb = form(torch.ones(1, 1, 4, 2), fn, base, scale, 0.0, 1e-6, 20)
-    torch.testing.assert_close(y, torch.full((1, 1, 2), 0.3775417 + 0.4491572 + 0.4649948 + 0.4189160), atol=3e-7, rtol=0)
-    torch.testing.assert_close(post[0, 0], torch.tensor([0.5866811, 0.5976520, 0.7261301, 0.9031999]), atol=2e-7, rtol=0)
-    torch.testing.assert_close(comb[0, 0], torch.tensor([
-        [0.3090397, 0.2714342, 0.2200407, 0.1994844], [0.1709750, 0.2379257, 0.3049122, 0.2861861],
-        [0.2396997, 0.2045394, 0.2352896, 0.3204703], [0.2802847, 0.2860997, 0.2397564, 0.1938582]]), atol=1e-7, rtol=0)
+    torch.testing.assert_close(
+        y, torch.full((1, 1, 2), 0.3775417 + 0.4491572 + 0.4649948 + 0.4189160), atol=3e-7, rtol=0
+    )
+    torch.testing.assert_close(
+        post[0, 0], torch.tensor([0.5866811, 0.5976520, 0.7261301, 0.9031999]), atol=2e-7, rtol=0
+    )
+    torch.testing.assert_close(
+        comb[0, 0],
+        torch.tensor(
+            [
+                [0.3090397, 0.2714342, 0.2200407, 0.1994844],
+                [0.1709750, 0.2379257, 0.3049122, 0.2861861],
+                [0.2396997, 0.2045394, 0.2352896, 0.3204703],
+                [0.2802847, 0.2860997, 0.2397564, 0.1938582],
+            ]
+        ),
+        atol=1e-7,
+        rtol=0,
+    )
     for axis in (-1, -2):
-        torch.testing.assert_close(comb.sum(axis), torch.full((1, 1, 4), 0.9999990), atol=2e-7, rtol=0)
+        torch.testing.assert_close(
+            comb.sum(axis), torch.full((1, 1, 4), 0.9999990), atol=2e-7, rtol=0
+        )
 
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("form", [ops.compress.reference, ops.compress.opaque])
 def test_entries_are_rounded_before_and_after_the_norm(form):
-    rows, end, index, weight, cos, sin, *constants = low(Case("compress", compress, (3, 65, 4, 6, 4)))
+    rows, end, index, weight, cos, sin, *constants = low(
+        Case("compress", compress, (3, 65, 4, 6, 4))
+    )
     e = pooled(rows.double(), end, index, 4, 6).bfloat16().double()
     e = e / (e.square().mean(-1, keepdim=True) + constants[1]).sqrt() * weight.double()
     out = form(rows, end, index, weight, torch.ones_like(cos), torch.zeros_like(sin), *constants)
@@ -761,7 +1068,9 @@ def test_a_window_that_ends_outside_is_finite_and_disturbs_nothing(form, ratio):
     inside, weights = ~outside[..., None], normal(2, 3, 6)
 
     def masked(end, *rest):
-        return run(lambda rows, _, *rest: (form(rows, end, *rest) * weights).where(inside, 0.0), case, args)
+        return run(
+            lambda rows, _, *rest: (form(rows, end, *rest) * weights).where(inside, 0.0), case, args
+        )
 
     assert form(args[0], end, *args[2:]).isfinite().all()
     same(masked(end), masked(args[1]), 1e-6)
@@ -769,13 +1078,18 @@ def test_a_window_that_ends_outside_is_finite_and_disturbs_nothing(form, ratio):
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("form", ["reference", "opaque"])
-@pytest.mark.parametrize("case", cases(sparse_attn, *((2, 5, 16, kind, 2, 6, 70) for kind in ("window", "dense", "idx"))),
-                         ids=str)
+@pytest.mark.parametrize(
+    "case",
+    cases(sparse_attn, *((2, 5, 16, kind, 2, 6, 70) for kind in ("window", "dense", "idx"))),
+    ids=str,
+)
 def test_hidden_keys_have_no_influence_and_zero_gradient(case, form):
     args, op = list(case.args()), getattr(ops.sparse_attn, form)
     out, grads = run(op, case, tuple(args))
     # keys that no token sees, among kv and entries
-    hidden = {i: torch.ones(args[i].shape[:2], dtype=torch.bool) for i in (1, 6) if args[i] is not None}
+    hidden = {
+        i: torch.ones(args[i].shape[:2], dtype=torch.bool) for i in (1, 6) if args[i] is not None
+    }
     for b, t in itertools.product(range(2), range(5)):
         for mask, rows in zip(hidden.values(), visible(args, b, t)):
             mask[b, rows] = False
@@ -789,7 +1103,9 @@ def test_hidden_keys_have_no_influence_and_zero_gradient(case, form):
 @pytest.mark.parametrize("form", [ops.sparse_attn.reference, ops.sparse_attn.opaque])
 def test_a_sink_takes_its_share(form):
     """With one visible key o = k e^s / (e^s + e^sink): all of k for a low sink, nothing, and no overflow, for a high one."""
-    q, kv, _, seen, cos, sin, *rest = Case("sparse_attn", sparse_attn, (1, 2, 4, "window", 3)).args()
+    q, kv, _, seen, cos, sin, *rest = Case(
+        "sparse_attn", sparse_attn, (1, 2, 4, "window", 3)
+    ).args()
     seen = torch.ones_like(seen)
     own = kv[:, -2:, None].expand_as(q)
     unit = spec_rope(q / (q.square().mean(-1, keepdim=True) + rest[-1]).sqrt(), cos, sin, False)
@@ -811,18 +1127,30 @@ def test_probabilities_are_rounded_before_the_values_but_not_in_the_denominator(
     keys = torch.cat((kv[:, :, None], entries[:, None].expand(-1, 65, -1, -1)), 2)  # [B, T, 21, D]
     s = 6**-0.5 * q @ keys.transpose(2, 3)
     m = torch.maximum(s.amax(-1), sink)[..., None]
-    o = (s - m).exp().bfloat16().double() @ keys / ((s - m).exp().sum(-1, keepdim=True) + (sink[:, None] - m).exp())
+    o = (
+        (s - m).exp().bfloat16().double()
+        @ keys
+        / ((s - m).exp().sum(-1, keepdim=True) + (sink[:, None] - m).exp())
+    )
     assert (ops.sparse_attn.reference(*args) == o.bfloat16()).double().mean() > 0.99
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("case", [case for case in FEW if case.op in ("sparse_attn", "linear_cross_entropy")], ids=str)
+@pytest.mark.parametrize(
+    "case", [case for case in FEW if case.op in ("sparse_attn", "linear_cross_entropy")], ids=str
+)
 def test_the_second_output_is_the_log_of_the_denominator(case):
     args = case.args()
     exact = tensors(torch.Tensor.double, args)
-    lse = record(case).calls[0][0](*(a.requires_grad_() if i in differentiable(case, args) else a for i, a in enumerate(args)))[1]
+    lse = record(case).calls[0][0](
+        *(a.requires_grad_() if i in differentiable(case, args) else a for i, a in enumerate(args))
+    )[1]
     assert lse.dtype == torch.float32 and not lse.requires_grad
-    close(lse, attention(*exact)[1] if case.op == "sparse_attn" else (exact[0] @ exact[1].T).logsumexp(1), 1e-6)
+    close(
+        lse,
+        attention(*exact)[1] if case.op == "sparse_attn" else (exact[0] @ exact[1].T).logsumexp(1),
+        1e-6,
+    )
 
 
 @pytest.mark.kernels
@@ -833,14 +1161,19 @@ def test_attention_hands_over_its_lse_when_asked(form):
     o, lse = op(*args, True)
     assert torch.equal(o, op(*args)) and torch.equal(o, op(*args, False))
     close(lse, attention(*tensors(torch.Tensor.double, args))[1], 1e-6)
-    o, lse = op(*(a.requires_grad_() if i in differentiable(case, args) else a for i, a in enumerate(args)), True)
+    o, lse = op(
+        *(a.requires_grad_() if i in differentiable(case, args) else a for i, a in enumerate(args)),
+        True,
+    )
     assert o.requires_grad and not lse.requires_grad
 
 
 # The loss of the indexer
 
 
-by_form = pytest.mark.parametrize("form", [ops.indexer_loss.reference, ops.indexer_loss.opaque], ids=["reference", "opaque"])
+by_form = pytest.mark.parametrize(
+    "form", [ops.indexer_loss.reference, ops.indexer_loss.opaque], ids=["reference", "opaque"]
+)
 by_kind = pytest.mark.parametrize("kind", ["dense", "idx"])
 
 
@@ -862,10 +1195,14 @@ def test_an_index_that_tells_the_attention_s_choice_costs_nothing(form, kind):
     for b, t in itertools.product(range(B), range(T)):
         window, chosen = visible(args, b, t)
         score = turned[b, t] @ torch.cat((kv[b, window], entries[b, chosen])).T * q.shape[3] ** -0.5
-        share[b, t, chosen] = torch.cat((score, sink[:, None]), 1).softmax(1)[:, len(window) : -1].mean(0)
+        share[b, t, chosen] = (
+            torch.cat((score, sink[:, None]), 1).softmax(1)[:, len(window) : -1].mean(0)
+        )
     some = share.sum(-1) > 0
     assert some.any() and not some.all() and (share.sum(-1) < 0.99).all()
-    told = (share.clamp(min=1e-9).log() + 30).requires_grad_()  # positive, as relu wants it; softmax does not mind
+    told = (
+        share.clamp(min=1e-9).log() + 30
+    ).requires_grad_()  # positive, as relu wants it; softmax does not mind
     index = told[:, :, None], torch.eye(E).expand(B, -1, -1), torch.ones(B, T, 1)
     loss = form(q, cos, sin, entries, lse, *index, lo, hi, idx, eps)
     assert loss.abs().max() < 1e-5 and torch.autograd.grad(loss.sum(), told)[0].abs().max() < 1e-5
@@ -885,7 +1222,9 @@ def test_tokens_without_entries_cost_nothing(form, kind):
     (loss,), grads = run(form, case, tuple(args))
     assert not loss[:, 1::2].any() and not loss[:, 0].any() and (loss[:, 2::2] > 0).any()
     for g in (grads[0], grads[2]):
-        assert g.isfinite().all() and not g[:, 1::2].any() and not g[:, 0].any() and g[:, 2::2].any()
+        assert (
+            g.isfinite().all() and not g[:, 1::2].any() and not g[:, 0].any() and g[:, 2::2].any()
+        )
     args[9], args[10] = args[8], args[10] if kind == "dense" else torch.full_like(args[10], -1)
     (loss,), grads = run(form, case, tuple(args))
     assert not loss.any() and not any(g.any() for g in grads)
@@ -895,7 +1234,11 @@ def test_tokens_without_entries_cost_nothing(form, kind):
 @by_kind
 def test_entries_that_are_hidden_teach_nothing(form, kind):
     case, args = losses(kind)
-    args[8], args[9], before = args[8].clamp(min=2), args[9].clamp(max=7), None  # nobody sees 0, 1, 7 and 8
+    args[8], args[9], before = (
+        args[8].clamp(min=2),
+        args[9].clamp(max=7),
+        None,
+    )  # nobody sees 0, 1, 7 and 8
     if kind == "idx":
         args[10] = torch.where((args[10] < 2) | (args[10] > 6), -1, args[10])
     for value in (0.0, 1e4):
@@ -912,7 +1255,9 @@ def test_all_entries_chosen_is_the_dense_loss(form):
     case, args = losses("dense")
     e = torch.arange(9).expand(2, 7, 9)
     chosen = torch.where((e >= args[8][..., None]) & (e < args[9][..., None]), e, -1)
-    same(run(form, case, (*args[:10], chosen.flip(-1), args[11])), run(form, case, tuple(args)), 1e-6)
+    same(
+        run(form, case, (*args[:10], chosen.flip(-1), args[11])), run(form, case, tuple(args)), 1e-6
+    )
 
 
 @by_form
@@ -921,7 +1266,9 @@ def test_only_the_indexer_learns(form, kind):
     case, args = losses(kind)
     leaves = [a.requires_grad_() if i in (0, 3, 4, 5, 6, 7) else a for i, a in enumerate(args)]
     form(*leaves).sum().backward()
-    assert [a.grad is not None for a in leaves if isinstance(a, torch.Tensor) and a.requires_grad] == [False] * 3 + [True] * 3
+    assert [
+        a.grad is not None for a in leaves if isinstance(a, torch.Tensor) and a.requires_grad
+    ] == [False] * 3 + [True] * 3
 
 
 @by_form
@@ -943,15 +1290,31 @@ def test_the_loss_at_production_size_reads_nothing_back_and_holds_a_chunk(kind):
     T, H, D, E, Hi, Di, K = 1024, 64, 512, 2048, 64, 128, 512
     module = importlib.import_module("ops.indexer_loss")
     with FakeTensorMode(), Recorder() as recorder:
-        empty = lambda *shape, dtype=torch.bfloat16: torch.empty(1, *shape, dtype=dtype, device="cpu")
+        empty = lambda *shape, dtype=torch.bfloat16: torch.empty(
+            1, *shape, dtype=dtype, device="cpu"
+        )
         angle, span = empty(T, 32, dtype=torch.float32), empty(T, dtype=torch.int64)
-        args = (empty(T, H, D), angle, angle, empty(E, D), empty(T, H, dtype=torch.float32), empty(T, Hi, Di), empty(E, Di),
-                empty(T, Hi), span, span, empty(T, K, dtype=torch.int64) if kind == "idx" else None, 1e-6)
+        args = (
+            empty(T, H, D),
+            angle,
+            angle,
+            empty(E, D),
+            empty(T, H, dtype=torch.float32),
+            empty(T, Hi, Di),
+            empty(E, Di),
+            empty(T, Hi),
+            span,
+            span,
+            empty(T, K, dtype=torch.int64) if kind == "idx" else None,
+            1e-6,
+        )
         loss = module.forward_reference(*args)
         module.backward_reference(loss, *args)
         if kind == "dense":
             module.indexer_recall(*args[:10], K, 1e-6)
-    assert loss.shape == (1, T) and recorder.largest == T * H * D < T * H * E  # the queries, an argument
+    assert (
+        loss.shape == (1, T) and recorder.largest == T * H * D < T * H * E
+    )  # the queries, an argument
 
 
 def test_recall_counts_what_the_indexer_finds():
@@ -962,11 +1325,21 @@ def test_recall_counts_what_the_indexer_finds():
         seen = entries_of(lo, hi, None, b, t)
         q = spec_rope(q / (q.square().mean(-1, keepdim=True) + eps).sqrt(), cos, sin, False)
         P = (q.shape[3] ** -0.5 * q[b, t] @ entries[b, seen].T - lse[b, t, :, None]).exp().sum(0)
-        best, chosen = (set(x.topk(min(topk, len(seen))).indices.tolist()) for x in (P, u[b, t] @ (qi[b, t] @ ki[b, seen].T).relu()))
+        best, chosen = (
+            set(x.topk(min(topk, len(seen))).indices.tolist())
+            for x in (P, u[b, t] @ (qi[b, t] @ ki[b, seen].T).relu())
+        )
         assert found[b, t] == pytest.approx(len(best & chosen) / len(best) if best else 1)
-        assert mass[b, t] == pytest.approx(float(P[list(chosen)].sum() / P.sum()) if chosen else 1, abs=1e-5)
+        assert mass[b, t] == pytest.approx(
+            float(P[list(chosen)].sum() / P.sum()) if chosen else 1, abs=1e-5
+        )
     few = args[9] - args[8] <= topk
-    assert few.any() and (found[few] == 1).all() and (mass[few] > 0.9999).all() and 0 < found[~few].mean() < 1
+    assert (
+        few.any()
+        and (found[few] == 1).all()
+        and (mass[few] > 0.9999).all()
+        and 0 < found[~few].mean() < 1
+    )
     for everything in (9, 100):
         assert all((x > 0.9999).all() for x in ops.indexer_recall(*args[:10], everything, args[11]))
 
@@ -993,8 +1366,19 @@ def test_an_indexer_learns_what_the_attention_looks_at(kind):
     def batch():
         x, c = torch.cat((normal(B, T, d - 1), torch.ones(B, T, 1)), -1), normal(B, E, d)
         q, entries = (x @ w_q).unflatten(-1, (H, D)), c @ w_k
-        _, lse = ops.sparse_attn(q, normal(B, 3 + T, D), torch.zeros(H), nothing + 4, *straight, entries, nothing, everything, None,
-                                 1e-6, True)
+        _, lse = ops.sparse_attn(
+            q,
+            normal(B, 3 + T, D),
+            torch.zeros(H),
+            nothing + 4,
+            *straight,
+            entries,
+            nothing,
+            everything,
+            None,
+            1e-6,
+            True,
+        )
         qi, ki, u = x @ maps[0], c @ maps[1], x @ maps[2]
         return q, *straight, entries, lse, qi.unflatten(-1, (Hi, Di)), ki, u, nothing, everything
 
@@ -1010,11 +1394,18 @@ def test_an_indexer_learns_what_the_attention_looks_at(kind):
         loss.backward()
         optimizer.step()
     (found, mass), (found_then, mass_then) = recalls
-    assert 0.05 < found < 0.25 and found_then > 0.55 and mass_then > mass + 0.25 and costs[-1] < costs[0] / 5
+    assert (
+        0.05 < found < 0.25
+        and found_then > 0.55
+        and mass_then > mass + 0.25
+        and costs[-1] < costs[0] / 5
+    )
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("form", [ops.linear_cross_entropy.reference, ops.linear_cross_entropy.opaque])
+@pytest.mark.parametrize(
+    "form", [ops.linear_cross_entropy.reference, ops.linear_cross_entropy.opaque]
+)
 def test_ignored_targets_cost_nothing(form):
     case = Case("linear_cross_entropy", linear_cross_entropy, (65, 9))
     args = case.args()
@@ -1031,7 +1422,10 @@ def test_moe_paths_agree(case, monkeypatch):
     """Gathered weights, all experts with zero weights, and tokens grouped by expert are one function."""
     args = case.args()
     if args[-1] and case.options[-1] == "twice":
-        args = (*args[:-1], False)  # rounding once or twice differs for an expert that a token chose twice
+        args = (
+            *args[:-1],
+            False,
+        )  # rounding once or twice differs for an expert that a token chose twice
     expected = run(ops.moe.opaque, case, args)
     for few in (True, False):
         monkeypatch.setattr(case.module, "_few", lambda *args: few)
@@ -1048,8 +1442,16 @@ def test_experts_that_nobody_chose_have_zero_gradient(form):
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("options", [(9, 7, 2, 6, 4, "float", False), (3, 64, 2, 6, 4, "float", False), (300, 3, 2, 6, 4, "float", False),
-                                     (5, 3, 2, 128, 128, "fp4", True)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        (9, 7, 2, 6, 4, "float", False),
+        (3, 64, 2, 6, 4, "float", False),
+        (300, 3, 2, 6, 4, "float", False),
+        (5, 3, 2, 128, 128, "fp4", True),
+    ],
+    ids=str,
+)
 def test_pairs_without_an_expert_add_nothing(options):
     """The opaque form leaves out pairs of expert E, whatever their weight: as valid ones of weight zero. Some tokens have no other."""
     case = Case("moe", moe, options)
@@ -1070,8 +1472,12 @@ def leave_out(form, case, x, w13, w2, idx, weight, *rest):
     (y,), grads = run(form, case, (x, w13, w2, idx.masked_fill(none, E), weight, *rest))
     (expected,), wanted = run(form, case, (x, w13, w2, idx, weight.masked_fill(none, 0), *rest))
     assert (y - expected).norm() <= 2e-6 * expected.norm() and not y[0].any()
-    for leaf, g, e in zip(differentiable(case, (x, w13, w2, idx, weight, *rest)), grads, wanted, strict=True):
-        g, e = (g.masked_fill(none, 0), e.masked_fill(none, 0)) if leaf == 4 else (g, e)  # its gradient is not defined there
+    for leaf, g, e in zip(
+        differentiable(case, (x, w13, w2, idx, weight, *rest)), grads, wanted, strict=True
+    ):
+        g, e = (
+            (g.masked_fill(none, 0), e.masked_fill(none, 0)) if leaf == 4 else (g, e)
+        )  # its gradient is not defined there
         assert (g - e).float().norm() <= 2e-6 * e.float().norm()
 
 
@@ -1092,10 +1498,15 @@ def test_each_gradient_alone_is_the_same(case):
     _, grads = run(ops.OPS[case.op].opaque, case, args)
     for form in ("reference", "opaque"):
         for i, expected in zip(leaves, grads):
-            inputs = [a.detach().requires_grad_(i == j) if j in leaves else a for j, a in enumerate(args)]
+            inputs = [
+                a.detach().requires_grad_(i == j) if j in leaves else a for j, a in enumerate(args)
+            ]
             torch.manual_seed(1)
             out = getattr(ops.OPS[case.op], form)(*inputs)
-            sum((o * normal(o.shape).bfloat16()).sum() for o in ([out] if isinstance(out, torch.Tensor) else out)).backward()
+            sum(
+                (o * normal(o.shape).bfloat16()).sum()
+                for o in ([out] if isinstance(out, torch.Tensor) else out)
+            ).backward()
             close(inputs[i].grad, expected, 5e-6)
 
 
@@ -1124,15 +1535,19 @@ def test_use_chooses_the_form_within_its_block(case):
     assert called(op, *args) == default
 
 
-@pytest.mark.parametrize("options, grad, expected", [
-    ((2, 4, 2, 10, 6, "float", False), True, []),  # the weights are gathered
-    ((32, 5, 2, 10, 6, "float", False), True, []),  # all experts, for few tokens
-    ((33, 5, 2, 10, 6, "float", False), False, ["moe"]),
-    ((17, 33, 2, 10, 6, "float", False), False, ["moe"]),  # too many experts for that
-    ((33, 5, 2, 10, 6, "float", False), True, ["moe_kept"]),
-    ((33, 5, 2, 10, 6, "float", True), True, ["moe"]),
-    ((33, 3, 2, 72, 130, "fp8", False), True, ["moe"]),
-], ids=str)
+@pytest.mark.parametrize(
+    "options, grad, expected",
+    [
+        ((2, 4, 2, 10, 6, "float", False), True, []),  # the weights are gathered
+        ((32, 5, 2, 10, 6, "float", False), True, []),  # all experts, for few tokens
+        ((33, 5, 2, 10, 6, "float", False), False, ["moe"]),
+        ((17, 33, 2, 10, 6, "float", False), False, ["moe"]),  # too many experts for that
+        ((33, 5, 2, 10, 6, "float", False), True, ["moe_kept"]),
+        ((33, 5, 2, 10, 6, "float", True), True, ["moe"]),
+        ((33, 3, 2, 72, 130, "fp8", False), True, ["moe"]),
+    ],
+    ids=str,
+)
 def test_moe_is_opaque_on_cpu_by_default_for_many_tokens_only(options, grad, expected):
     with torch.set_grad_enabled(grad):
         assert called(ops.moe, *moe(*options)) == expected
@@ -1155,7 +1570,11 @@ def compiled(form: Callable, args: tuple, grad: bool) -> tuple[list[str], object
 def test_sinkhorn_is_one_node_of_hc_pre_when_compiled_for_cpu():
     """By default, without gradients; with them all of hc_pre is a node. Eager calls build no C++ kernel."""
     args = Case("hc_pre", hc_pre, (2, 3, 4, 5, 20)).args()
-    for form, grad, expected in ((ops.hc_pre, False, ["sinkhorn"]), (ops.hc_pre, True, ["hc_pre"]), (ops.hc_pre.reference, False, [])):
+    for form, grad, expected in (
+        (ops.hc_pre, False, ["sinkhorn"]),
+        (ops.hc_pre, True, ["hc_pre"]),
+        (ops.hc_pre.reference, False, []),
+    ):
         names, got = compiled(form, args, grad)
         assert names == expected
         for a, b in zip(got, ops.hc_pre.reference(*args)):
@@ -1163,17 +1582,30 @@ def test_sinkhorn_is_one_node_of_hc_pre_when_compiled_for_cpu():
     assert called(ops.hc_pre, *args) == []
 
 
-@pytest.mark.parametrize("options, dtype, grad, node", [
-    ((5, 4, 2, 10, 6, "float", True), torch.float32, False, "moe_few"),
-    ((64, 8, 4, 10, 6, "float", False), torch.float32, False, "moe_few"),
-    ((65, 8, 4, 10, 6, "float", False), torch.float32, False, "moe"),  # many tokens: matrix products
-    ((5, 4, 2, 10, 6, "float", True), torch.float32, True, None),
-    ((5, 4, 2, 10, 6, "float", True), torch.bfloat16, False, None),
-    ((3, 2, 2, 72, 130, "fp8", False), torch.float32, False, None),
-], ids=str)
+@pytest.mark.parametrize(
+    "options, dtype, grad, node",
+    [
+        ((5, 4, 2, 10, 6, "float", True), torch.float32, False, "moe_few"),
+        ((64, 8, 4, 10, 6, "float", False), torch.float32, False, "moe_few"),
+        (
+            (65, 8, 4, 10, 6, "float", False),
+            torch.float32,
+            False,
+            "moe",
+        ),  # many tokens: matrix products
+        ((5, 4, 2, 10, 6, "float", True), torch.float32, True, None),
+        ((5, 4, 2, 10, 6, "float", True), torch.bfloat16, False, None),
+        ((3, 2, 2, 72, 130, "fp8", False), torch.float32, False, None),
+    ],
+    ids=str,
+)
 def test_moe_decodes_by_moe_few_when_compiled_for_cpu(options, dtype, grad, node):
     x, w13, w2, *rest = Case("moe", moe, options).args()
-    args = (x.to(dtype), *((w.to(dtype) if w.dtype == torch.float32 else w) for w in (w13, w2)), *rest)
+    args = (
+        x.to(dtype),
+        *((w.to(dtype) if w.dtype == torch.float32 else w) for w in (w13, w2)),
+        *rest,
+    )
     names, got = compiled(ops.moe, args, grad)
     assert names == [node] * (node is not None)
     close(got, ops.moe.reference(*args), 5e-6)
@@ -1183,7 +1615,11 @@ def test_moe_decodes_by_moe_few_when_compiled_for_cpu(options, dtype, grad, node
 def test_cpp_kernels_equal_their_references(case):
     """Outputs and gradients, on one thread and on three."""
     args, op, before = case.args(), ops.OPS[case.op], torch.get_num_threads()
-    assert all(kernel.build() for name, kernel in KERNELS.items() if name in (case.op, f"{case.op}_backward"))
+    assert all(
+        kernel.build()
+        for name, kernel in KERNELS.items()
+        if name in (case.op, f"{case.op}_backward")
+    )
     expected = run(op.reference, case, args)
     try:
         for threads in (1, 3):
@@ -1193,7 +1629,9 @@ def test_cpp_kernels_equal_their_references(case):
     finally:
         torch.set_num_threads(before)
     if args[0].numel() > 1:
-        strided = tuple(a.mT.contiguous().mT if isinstance(a, torch.Tensor) and a.dim() > 1 else a for a in args)
+        strided = tuple(
+            a.mT.contiguous().mT if isinstance(a, torch.Tensor) and a.dim() > 1 else a for a in args
+        )
         same(run(op.opaque, case, strided), got, 1e-6)
 
 
@@ -1212,7 +1650,15 @@ def test_cpp_kernels_round_small_values_to_the_scale_of_their_block():
     n, size = 20, torch.exp2(-torch.arange(20.0))
     x = (1.37 * size)[None]
     gate, up = torch.zeros(n, n).index_fill_(1, torch.tensor(0), 1.0), torch.diag(1 / size)
-    args = (x, torch.cat((gate, up))[None], torch.eye(n)[None], torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1), 1e9, True)
+    args = (
+        x,
+        torch.cat((gate, up))[None],
+        torch.eye(n)[None],
+        torch.zeros(1, 1, dtype=torch.int64),
+        torch.ones(1, 1),
+        1e9,
+        True,
+    )
     assert KERNELS["moe_few"].build()
     close(ops.moe_few.opaque(*args), ops.moe_few.reference(*args), 1e-6)
 
@@ -1220,7 +1666,10 @@ def test_cpp_kernels_round_small_values_to_the_scale_of_their_block():
 def test_cpp_kernels_refuse_other_dtypes_in_one_line():
     x, *rest = Case("moe_few", moe_few, (5, 4, 2, 10, 6, False)).args()
     assert KERNELS["moe_few"].build() and KERNELS["sinkhorn"].build()
-    for call in (lambda: torch.ops.dsv4.moe_few(x.double(), *rest), lambda: torch.ops.dsv4.sinkhorn(x[:4, :4].double(), 1e-6, 2)):
+    for call in (
+        lambda: torch.ops.dsv4.moe_few(x.double(), *rest),
+        lambda: torch.ops.dsv4.sinkhorn(x[:4, :4].double(), 1e-6, 2),
+    ):
         with pytest.raises(RuntimeError, match="takes float32 values and int64 indices"):
             call()
 
@@ -1230,11 +1679,16 @@ def test_an_expert_that_does_not_exist_is_refused():
     assert KERNELS["moe_few"].build()
     for wrong in (-1, 4):
         with pytest.raises(RuntimeError, match=f"no expert {wrong}"):
-            ops.moe_few.opaque(x, w13, w2, idx.clone().index_fill_(0, torch.tensor(3), wrong), *rest)
+            ops.moe_few.opaque(
+                x, w13, w2, idx.clone().index_fill_(0, torch.tensor(3), wrong), *rest
+            )
 
 
 def test_cpp_kernels_use_every_thread_they_are_given():
-    args, before = Case("moe_few", moe_few, (3, 2, 2, 1030, 514, False)).args(), torch.get_num_threads()
+    args, before = (
+        Case("moe_few", moe_few, (3, 2, 2, 1030, 514, False)).args(),
+        torch.get_num_threads(),
+    )
     assert KERNELS["moe_few"].build()
     one = ops.moe_few.opaque(*args)
     torch.set_num_threads(2)
@@ -1246,7 +1700,12 @@ def test_cpp_kernels_use_every_thread_they_are_given():
 
 def test_an_op_whose_cpp_does_not_compile_keeps_its_python():
     registry = sys.modules["ops.registry"]
-    double = registry.register("test_double(Tensor x) -> Tensor", impl=lambda x: 2 * x, fake=torch.empty_like, cpp="no such language")
+    double = registry.register(
+        "test_double(Tensor x) -> Tensor",
+        impl=lambda x: 2 * x,
+        fake=torch.empty_like,
+        cpp="no such language",
+    )
     for built in (None, False):
         assert KERNELS["test_double"].built is built and double(torch.ones(1)) == 2
         with FakeTensorMode() as mode:
@@ -1276,11 +1735,15 @@ def test_a_table_is_immutable():
     assert copy.deepcopy(table) is table and pickle.loads(pickle.dumps(table)).modes == table.modes
 
 
-@pytest.mark.parametrize("choose", [ops.Table, lambda modes: ops.use(modes).__enter__()], ids=["Table", "use"])
+@pytest.mark.parametrize(
+    "choose", [ops.Table, lambda modes: ops.use(modes).__enter__()], ids=["Table", "use"]
+)
 def test_unknown_ops_and_modes_are_named(choose):
     with pytest.raises(ValueError, match="unknown op 'attention': choose from .*sparse_attn"):
         choose({"attention": "opaque"})
-    with pytest.raises(ValueError, match="op 'moe': mode 'fast' is neither 'reference' nor 'opaque'"):
+    with pytest.raises(
+        ValueError, match="op 'moe': mode 'fast' is neither 'reference' nor 'opaque'"
+    ):
         choose({"moe": "fast"})
     assert ops.Table().modes == {}
 
@@ -1288,7 +1751,10 @@ def test_unknown_ops_and_modes_are_named(choose):
 def test_every_op_runs_on_both_devices():
     for case in FEW[::3]:
         for name in set(record(case).names):
-            assert all(torch._C._dispatch_has_kernel_for_dispatch_key(f"{ops.NAMESPACE}::{name}", key) for key in ("CPU", "CUDA"))
+            assert all(
+                torch._C._dispatch_has_kernel_for_dispatch_key(f"{ops.NAMESPACE}::{name}", key)
+                for key in ("CPU", "CUDA")
+            )
 
 
 def shorter(dim: int) -> Callable:
@@ -1302,37 +1768,152 @@ def becomes(value) -> Callable:
 first, flat = (lambda t: t[0]), torch.Tensor.flatten
 MISFITS = {  # which of the op's cases in FEW, which argument, and what is wrong with it
     "act_quant": [(0, 1, becomes(0)), (0, 1, becomes(-64)), (0, 2, becomes("int8"))],
-    "rope": [(0, 0, shorter(1)), (0, 0, flat), (0, 0, lambda x: x[..., :3]), (0, 0, lambda x: x[:, :, None]), (0, 1, shorter(0)),
-             (0, 2, shorter(1))],
-    "hc_pre": [(0, 0, shorter(2)), (0, 0, shorter(3)), (0, 0, first), *((0, i, shorter(0)) for i in (1, 2, 3))],
-    "sinkhorn": [(0, 0, shorter(2)), (0, 0, torch.Tensor.flatten), (0, 0, lambda t: t[..., :0, :0]), (0, 2, becomes(0)),
-                 (0, 0, lambda t: torch.zeros(17, 17))],
-    "hc_post": [(0, 0, shorter(1)), (0, 1, shorter(2)), (0, 1, first), (0, 2, shorter(2)), (0, 3, shorter(3))],
-    "hc_post_pre": [(0, 1, shorter(2)), (0, 1, shorter(3)), (0, 1, first), *((0, i, shorter(0)) for i in (0, 2, 3, 4, 5, 6))],
-    "compress": [(0, 0, shorter(2)), (0, 0, shorter(0)), (0, 0, lambda rows: rows[..., None]), (0, 0, first), (0, 1, shorter(1)),
-                 (0, 2, shorter(0)), (0, 3, shorter(0)), (0, 4, shorter(1)), (0, 5, shorter(1))],
-    "sparse_attn": [(0, 0, shorter(0)), (0, 0, shorter(2)), (0, 0, first), (0, 1, shorter(2)), (0, 1, shorter(0)),
-                    (0, 1, lambda kv: kv[:, :4]), (0, 2, shorter(0)), (0, 3, shorter(1)), (0, 4, shorter(1)), (0, 5, shorter(0)),
-                    (0, 4, lambda cos: cos.repeat(1, 1, 4)), (0, 9, becomes(torch.zeros(3, 5, 1))), (1, 6, shorter(0)),
-                    (1, 6, shorter(2)), (1, 7, shorter(1)), (1, 7, becomes(None)), (1, 8, shorter(0)), (2, 9, shorter(1))],
-    "indexer_topk": [(0, 0, shorter(3)), (0, 0, first), (0, 1, shorter(0)), (0, 2, shorter(2)), (0, 3, shorter(1)),
-                     (0, 4, shorter(1)), (0, 5, becomes(0))],
-    "indexer_loss": [(0, 0, shorter(0)), (0, 0, shorter(3)), (0, 0, first), (0, 1, shorter(1)), (0, 1, lambda cos: cos.repeat(1, 1, 4)),
-                     (0, 2, shorter(0)), (0, 3, shorter(1)), (0, 3, shorter(2)), (0, 3, first), (0, 4, shorter(2)),
-                     (0, 5, shorter(1)), (0, 5, first), (0, 6, shorter(2)), (0, 7, shorter(2)), (0, 8, shorter(1)),
-                     (0, 9, shorter(0)), (0, 10, shorter(1)), (0, 10, first)],
+    "rope": [
+        (0, 0, shorter(1)),
+        (0, 0, flat),
+        (0, 0, lambda x: x[..., :3]),
+        (0, 0, lambda x: x[:, :, None]),
+        (0, 1, shorter(0)),
+        (0, 2, shorter(1)),
+    ],
+    "hc_pre": [
+        (0, 0, shorter(2)),
+        (0, 0, shorter(3)),
+        (0, 0, first),
+        *((0, i, shorter(0)) for i in (1, 2, 3)),
+    ],
+    "sinkhorn": [
+        (0, 0, shorter(2)),
+        (0, 0, torch.Tensor.flatten),
+        (0, 0, lambda t: t[..., :0, :0]),
+        (0, 2, becomes(0)),
+        (0, 0, lambda t: torch.zeros(17, 17)),
+    ],
+    "hc_post": [
+        (0, 0, shorter(1)),
+        (0, 1, shorter(2)),
+        (0, 1, first),
+        (0, 2, shorter(2)),
+        (0, 3, shorter(3)),
+    ],
+    "hc_post_pre": [
+        (0, 1, shorter(2)),
+        (0, 1, shorter(3)),
+        (0, 1, first),
+        *((0, i, shorter(0)) for i in (0, 2, 3, 4, 5, 6)),
+    ],
+    "compress": [
+        (0, 0, shorter(2)),
+        (0, 0, shorter(0)),
+        (0, 0, lambda rows: rows[..., None]),
+        (0, 0, first),
+        (0, 1, shorter(1)),
+        (0, 2, shorter(0)),
+        (0, 3, shorter(0)),
+        (0, 4, shorter(1)),
+        (0, 5, shorter(1)),
+    ],
+    "sparse_attn": [
+        (0, 0, shorter(0)),
+        (0, 0, shorter(2)),
+        (0, 0, first),
+        (0, 1, shorter(2)),
+        (0, 1, shorter(0)),
+        (0, 1, lambda kv: kv[:, :4]),
+        (0, 2, shorter(0)),
+        (0, 3, shorter(1)),
+        (0, 4, shorter(1)),
+        (0, 5, shorter(0)),
+        (0, 4, lambda cos: cos.repeat(1, 1, 4)),
+        (0, 9, becomes(torch.zeros(3, 5, 1))),
+        (1, 6, shorter(0)),
+        (1, 6, shorter(2)),
+        (1, 7, shorter(1)),
+        (1, 7, becomes(None)),
+        (1, 8, shorter(0)),
+        (2, 9, shorter(1)),
+    ],
+    "indexer_topk": [
+        (0, 0, shorter(3)),
+        (0, 0, first),
+        (0, 1, shorter(0)),
+        (0, 2, shorter(2)),
+        (0, 3, shorter(1)),
+        (0, 4, shorter(1)),
+        (0, 5, becomes(0)),
+    ],
+    "indexer_loss": [
+        (0, 0, shorter(0)),
+        (0, 0, shorter(3)),
+        (0, 0, first),
+        (0, 1, shorter(1)),
+        (0, 1, lambda cos: cos.repeat(1, 1, 4)),
+        (0, 2, shorter(0)),
+        (0, 3, shorter(1)),
+        (0, 3, shorter(2)),
+        (0, 3, first),
+        (0, 4, shorter(2)),
+        (0, 5, shorter(1)),
+        (0, 5, first),
+        (0, 6, shorter(2)),
+        (0, 7, shorter(2)),
+        (0, 8, shorter(1)),
+        (0, 9, shorter(0)),
+        (0, 10, shorter(1)),
+        (0, 10, first),
+    ],
     "linear_cross_entropy": [(0, 0, shorter(1)), (0, 0, first), (0, 1, flat), (0, 2, shorter(0))],
-    "quant_linear": [(0, 0, shorter(2)), (0, 1, torch.Tensor.float), (0, 1, flat), (0, 2, shorter(0)), (0, 2, shorter(1)),
-                     (0, 2, torch.Tensor.long), (0, 3, becomes(7)), (2, 3, becomes(4)), (2, 1, shorter(0)),
-                     (2, 0, lambda x: x[0, 0, 0])],
-    "moe": [(0, 0, shorter(1)), (0, 0, first), (0, 1, shorter(0)), (0, 1, shorter(1)), (0, 1, first), (0, 2, shorter(2)),
-            (0, 3, shorter(0)), (0, 3, flat), (0, 4, shorter(1)), (0, 5, becomes(torch.ones(4, 2, 1))), (1, 5, becomes(None)),
-            (1, 6, becomes(None)), (1, 5, shorter(1)), (1, 6, shorter(2)), (2, 5, shorter(2)), (2, 6, shorter(1)),
-            (2, 0, shorter(1))],
-    "moe_few": [(0, 0, shorter(1)), (0, 0, first), (0, 1, shorter(1)), (0, 2, shorter(2)), (0, 3, shorter(0)), (0, 4, shorter(1)),
-                (0, 0, torch.Tensor.double), (0, 4, torch.Tensor.double)],
-    "moe_kept": [(0, 0, shorter(1)), (0, 0, first), (0, 1, shorter(1)), (0, 2, shorter(2)), (0, 3, shorter(0)), (0, 4, shorter(1)),
-                 (0, 0, torch.Tensor.bfloat16), (0, 1, torch.Tensor.double)],
+    "quant_linear": [
+        (0, 0, shorter(2)),
+        (0, 1, torch.Tensor.float),
+        (0, 1, flat),
+        (0, 2, shorter(0)),
+        (0, 2, shorter(1)),
+        (0, 2, torch.Tensor.long),
+        (0, 3, becomes(7)),
+        (2, 3, becomes(4)),
+        (2, 1, shorter(0)),
+        (2, 0, lambda x: x[0, 0, 0]),
+    ],
+    "moe": [
+        (0, 0, shorter(1)),
+        (0, 0, first),
+        (0, 1, shorter(0)),
+        (0, 1, shorter(1)),
+        (0, 1, first),
+        (0, 2, shorter(2)),
+        (0, 3, shorter(0)),
+        (0, 3, flat),
+        (0, 4, shorter(1)),
+        (0, 5, becomes(torch.ones(4, 2, 1))),
+        (1, 5, becomes(None)),
+        (1, 6, becomes(None)),
+        (1, 5, shorter(1)),
+        (1, 6, shorter(2)),
+        (2, 5, shorter(2)),
+        (2, 6, shorter(1)),
+        (2, 0, shorter(1)),
+    ],
+    "moe_few": [
+        (0, 0, shorter(1)),
+        (0, 0, first),
+        (0, 1, shorter(1)),
+        (0, 2, shorter(2)),
+        (0, 3, shorter(0)),
+        (0, 4, shorter(1)),
+        (0, 0, torch.Tensor.double),
+        (0, 4, torch.Tensor.double),
+    ],
+    "moe_kept": [
+        (0, 0, shorter(1)),
+        (0, 0, first),
+        (0, 1, shorter(1)),
+        (0, 2, shorter(2)),
+        (0, 3, shorter(0)),
+        (0, 4, shorter(1)),
+        (0, 0, torch.Tensor.bfloat16),
+        (0, 1, torch.Tensor.double),
+    ],
 }
 
 
