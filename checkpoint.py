@@ -1,6 +1,6 @@
-"""Checkpoints in the released layout, in and out: FP4, FP8 and BF16, streamed tensor by tensor (spec 11).
+"""Checkpoints in the released layout, in and out: FP4, FP8 and BF16, streamed tensor by tensor (docs/v4.md#checkpoint).
 
-A checkpoint is a folder: `config.json` (spec 11.1), `model.safetensors` or shards `model-00001-of-000NN.safetensors` with
+A checkpoint is a folder: `config.json` (docs/v4.md#checkpoint), `model.safetensors` or shards `model-00001-of-000NN.safetensors` with
 `model.safetensors.index.json`, and the tokenizer's files. Formats are mixed, and told apart by dtype on disk alone:
 
     routed experts     fp4    two e2m1 codes a byte, I8 [o, i / 2]    scale F8_E8M0 [o, ceil(i / 32)]
@@ -203,7 +203,7 @@ def make_plan(
 def layout(
     args: ModelArgs, experts: str = "fp4", linears: str = "fp8", dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, Info]:
-    """name -> (dtype, shape) of every tensor in a release of this architecture (spec 11); dtype is that of plain tensors."""
+    """name -> (dtype, shape) of every tensor in a release of this architecture (docs/v4.md#checkpoint); dtype is that of plain tensors."""
     slots = released(empty_model(args))
     return make_plan(slots, infos(slots), experts, linears, dtype)[0]
 
@@ -271,7 +271,7 @@ class Folder:
 def open_folder(path, layers: int | None = None, mtp: bool = True) -> tuple[Folder, ModelArgs]:
     """A folder and its architecture, both cut to the first `layers` layers and to the MTP block, if it is one.
 
-    The -0731 release keeps its drafter under `mtp.*`, a block of another kind (spec 14), and some folders hold no `mtp.*`
+    The -0731 release keeps its drafter under `mtp.*`, a block of another kind (docs/v4.md#later-variants), and some folders hold no `mtp.*`
     at all: then MTP is off, and the folder's note says so. CheckpointError if the folder or its config cannot be used.
     """
     if not os.path.isdir(path):
@@ -458,11 +458,11 @@ def load(
     layers: int | None = None,
     ops: dict[str, str] | None = None,
 ) -> Transformer:
-    """The model of a folder in the released layout, whatever mix of FP4, FP8 and plain tensors it holds (spec 11).
+    """The model of a folder in the released layout, whatever mix of FP4, FP8 and plain tensors it holds (docs/v4.md#checkpoint).
 
     dtype      of the parameters, fp32 islands excepted
     weights    "dequant": value times scale, in `dtype`; "native": FP4 and FP8 stay packed beside their scales, frozen
-    act_quant  activation fake-quantisation (spec 8); None: on when the config carries quantization_config
+    act_quant  activation fake-quantisation (docs/v4.md#quantised-points); None: on when the config carries quantization_config
     layers     only the first so many layers; the MTP block stays
     ops        as in Transformer
 
@@ -511,7 +511,7 @@ def _recode(
     name: str, weight: torch.Tensor, scale: torch.Tensor | None, fmt: str, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """A stored matrix as another format stores it. FP4 -> FP8 loses nothing unless scales in a 128 x 128 block differ 2^14-fold:
-    the scale that fits the largest value is no coarser than the official max(scale) / 2^6 (spec 11)."""
+    the scale that fits the largest value is no coarser than the official max(scale) / 2^6 (docs/v4.md#checkpoint)."""
     if fmt == "bf16":
         return {name: torch.cat([values.to(dtype) for _, values in _rows(weight, scale)])}
     quantize = quantize_fp4 if fmt == "fp4" else quantize_fp8
@@ -669,7 +669,7 @@ def save(
     tokenizer=None,
     get: Callable[[str], torch.Tensor] | None = None,
 ) -> None:
-    """Write a model as a folder in the released layout (spec 11), which other engines read too.
+    """Write a model as a folder in the released layout (docs/v4.md#checkpoint), which other engines read too.
 
     experts      "fp4", "fp8" or "bf16" (not quantised); None: as in the model, packed ones unchanged
     linears      "fp8", "bf16" or None, likewise, for the linears that the release stores in FP8

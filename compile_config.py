@@ -37,7 +37,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from model import Transformer, Weights, aim, sum_up, training_loss
+from model import LossWeights, Transformer, combine_losses, make_targets, training_loss
 from tools import cli
 
 ROOT = Path(__file__).parent
@@ -276,7 +276,7 @@ def compile_train_step(
     cfg: CompileConfig,
     loss: Callable | None = None,
     *,
-    weights: Weights = Weights(),
+    weights: LossWeights = LossWeights(),
     watch: str = "routers",
     micro_batch: int | None = None,
     recompute: str = "none",
@@ -305,16 +305,16 @@ def compile_train_step(
         )
         if layerwise or recompute != "none":
             patches[block, "forward"] = functools.partial(layer, block)
-    finish = sum_up
+    finish = combine_losses
     if layerwise and loss is None:
         for part in (model, model.mtp):
             start = compiled(lambda part, *args: type(part).start(part, *args), "train_start")
             patches[part, "start"] = functools.partial(start, part)
-        finish = compiled(sum_up, "train_finish")
+        finish = compiled(combine_losses, "train_finish")
     loss = loss or (lambda *args: training_loss(*args, weights, watch, finish))
     if not layerwise:
         loss = compiled(loss, "train")
-    prepare = compiled(aim, "train_aim")
+    prepare = compiled(make_targets, "train_aim")
     if hasattr(optimizer, "compile"):
         optimizer.compile(compiled)
 

@@ -2,7 +2,7 @@
 
 One forward serves training, prefill, verify and decode. They differ only in T, the number of new tokens, and in where
 older keys come from: zeros (training) or rings and entry buffers (generation). Positions are tensors, shapes are
-static, nothing on the forward path reads a value back to the host. "spec 5" and the like number the topics of the V4
+static, nothing on the forward path reads a value back to the host. "docs/v4.md#attention" and the like number the topics of the V4
 specification (README.md has the key), which the docstrings restate from DeepSeek's paper (arXiv 2606.19348) and code.
 
     B batch   T new tokens   S = T in training   d model dim   H heads   D head dim   n = 4 residual streams
@@ -31,12 +31,12 @@ from ops.registry import Table, require
 
 @dataclasses.dataclass
 class ModelArgs:
-    """The architecture (spec 1). Names follow the official inference config; defaults are Flash.
+    """The architecture (docs/v4.md#dimensions). Names follow the official inference config; defaults are Flash.
 
     compress_ratios has one entry per layer, then one per MTP block: 0 is sliding window only, 4 is overlapping
     windows chosen by an indexer (CSA), any other ratio is plain windows, all of them visible (HCA: 128).
-    act_quant switches the activation fake-quantisation of spec 8, expert_qat ("fp4", "fp8") lets training see the routed
-    experts as that format will store them (spec 12); set them before tracing.
+    act_quant switches the activation fake-quantisation of docs/v4.md#quantised-points, expert_qat ("fp4", "fp8") lets training see the routed
+    experts as that format will store them (docs/v4.md#training); set them before tracing.
     """
 
     vocab_size: int = 129280
@@ -377,7 +377,7 @@ def _translate(config: dict) -> dict:
     )
     ratios, n_layers = args["compress_ratios"], args["n_layers"]
     if isinstance(ratios, list) and isinstance(n_layers, int):
-        if dspark:  # the -0731 drafter is another block (spec 14): the backbone loads, MTP is off
+        if dspark:  # the -0731 drafter is another block (docs/v4.md#later-variants): the backbone loads, MTP is off
             args |= dict(n_mtp_layers=0, compress_ratios=ratios[:n_layers])
         args.setdefault("n_mtp_layers", len(ratios) - n_layers)
     return args
@@ -388,7 +388,7 @@ def _translate(config: dict) -> dict:
 
 
 class Windows(NamedTuple):
-    """The compression windows of one ratio R that end in this call, and which entries each token sees (spec 5, 6).
+    """The compression windows of one ratio R that end in this call, and which entries each token sees (docs/v4.md#attention, #compressor).
 
     end    [B, E]  row of the window's last token among this call's tokens (may lie outside for a window not ending here)
     index  [B, E]  number of the window in its document, w; its position is w * R
@@ -437,7 +437,7 @@ Notes = dict[str, torch.Tensor]  # what a layer notes down: see Transformer.forw
 
 
 def rope_frequencies(args: ModelArgs, compressed: bool) -> torch.Tensor:
-    """Angular frequency of each rotated pair, [r/2] fp32 (spec 4): plain for sliding layers, YaRN for compressed ones."""
+    """Angular frequency of each rotated pair, [r/2] fp32 (docs/v4.md#rope): plain for sliding layers, YaRN for compressed ones."""
     dim, base = args.rope_head_dim, args.compress_rope_theta if compressed else args.rope_theta
     freqs = 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim))
     if compressed and args.original_seq_len:
@@ -523,7 +523,7 @@ def make_plan(
 
 
 class RMSNorm(nn.Module):
-    """x * rsqrt(mean(x^2) + eps) * weight over the last dim, in fp32, one cast back (spec 2)."""
+    """x * rsqrt(mean(x^2) + eps) * weight over the last dim, in fp32, one cast back (docs/v4.md#whole-model)."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -538,7 +538,7 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """y = x W^T without bias. `fp8` marks the linears whose weight the released checkpoint stores in FP8 (spec 8, 11).
+    """y = x W^T without bias. `fp8` marks the linears whose weight the released checkpoint stores in FP8 (docs/v4.md#quantised-points, #checkpoint).
 
     Those see fake-quantised inputs under act_quant. When a checkpoint is loaded natively, weight stays float8_e4m3fn and
     scale holds its 128 x 128 block scales. groups > 1 is block-diagonal: x [..., g, in] -> [..., g, out / g].
@@ -566,12 +566,12 @@ class Linear(nn.Module):
 
 
 def linear_fp32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x W^T with fp32 arithmetic and result, whatever the dtypes: router, compressor, head (spec 8)."""
+    """x W^T with fp32 arithmetic and result, whatever the dtypes: router, compressor, head (docs/v4.md#quantised-points)."""
     return F.linear(x.float(), weight.float())
 
 
-def rounded(w: torch.Tensor, fmt: str) -> torch.Tensor:
-    """Weights [..., o, i] as "fp4" or "fp8" stores them (spec 11); the gradient passes straight through."""
+def fake_quant_ste(w: torch.Tensor, fmt: str) -> torch.Tensor:
+    """Weights [..., o, i] as "fp4" or "fp8" stores them (docs/v4.md#checkpoint); the gradient passes straight through."""
     quantize, dequantize = (
         (quantize_fp4, dequantize_fp4) if fmt == "fp4" else (quantize_fp8, dequantize_fp8)
     )
@@ -579,7 +579,7 @@ def rounded(w: torch.Tensor, fmt: str) -> torch.Tensor:
 
 
 def hadamard(x: torch.Tensor) -> torch.Tensor:
-    """Orthonormal Walsh-Hadamard transform of the last dim (a power of two), natural order (spec 7)."""
+    """Orthonormal Walsh-Hadamard transform of the last dim (a power of two), natural order (docs/v4.md#indexer)."""
     n = x.shape[-1]
     require(
         n & (n - 1) == 0,
@@ -635,7 +635,7 @@ class Ring(nn.Module):
 
 
 class Compressor(nn.Module):
-    """Pools windows of R tokens into entries, by a softmax per channel (spec 6).
+    """Pools windows of R tokens into entries, by a softmax per channel (docs/v4.md#compressor).
 
     With overlap (R = 4) an entry also pools the previous window, in the first half of the channels ("lookback lane").
     The indexer's own compressor has rotate=True: Hadamard and fp4 under act_quant, instead of fp8.
@@ -698,15 +698,15 @@ class Compressor(nn.Module):
 
 
 def quantize_kv(module: nn.Module, kv: torch.Tensor) -> torch.Tensor:
-    """Fake fp8 on all but the rotated dims of keys, in blocks of 64 (spec 5, 8)."""
+    """Fake fp8 on all but the rotated dims of keys, in blocks of 64 (docs/v4.md#attention, #quantised-points)."""
     nope, rope = kv.tensor_split([kv.shape[-1] - module.args.rope_head_dim], -1)
     return torch.cat([module.ops.act_quant(nope, 64, "fp8"), rope], -1)
 
 
 class Indexer(nn.Module):
-    """Scores entries by sum_h u_h relu(q_h . k); a token attends to the index_topk best (spec 7).
+    """Scores entries by sum_h u_h relu(q_h . k); a token attends to the index_topk best (docs/v4.md#indexer).
 
-    It learns from an objective of its own alone (spec 12): see judge.
+    It learns from an objective of its own alone (docs/v4.md#training): see judge.
     """
 
     def __init__(self, model: Transformer, ratio: int):
@@ -759,7 +759,7 @@ INDEXERS_LEARN = ("chosen", "dense", "recall")  # watch
 
 
 class Attention(nn.Module):
-    """Multi-query attention over the sliding window and the compressed entries, one softmax with a sink (spec 5).
+    """Multi-query attention over the sliding window and the compressed entries, one softmax with a sink (docs/v4.md#attention).
 
     Keys and values are the same latent, shared by all heads. Queries come from a low-rank projection and are normalised
     per head (in the op); outputs are rotated back (there too) and go through a grouped low-rank projection.
@@ -835,7 +835,7 @@ class Attention(nn.Module):
 
 
 class Gate(nn.Module):
-    """Chooses K experts per token and their weights (spec 9): by token id in hash layers, else by score plus bias."""
+    """Chooses K experts per token and their weights (docs/v4.md#experts): by token id in hash layers, else by score plus bias."""
 
     def __init__(self, model: Transformer, hashed: bool):
         super().__init__()
@@ -867,7 +867,7 @@ class Gate(nn.Module):
 
 
 class Expert(nn.Module):
-    """w2(silu(w1 x) * w3 x) with clamped pre-activations, fp32 inside (spec 9): the shared expert."""
+    """w2(silu(w1 x) * w3 x) with clamped pre-activations, fp32 inside (docs/v4.md#experts): the shared expert."""
 
     def __init__(self, model: Transformer):
         super().__init__()
@@ -903,10 +903,10 @@ class Experts(nn.Module):
     ) -> torch.Tensor:  # -> [N, d] fp32
         w13, w2 = self.w13, self.w2
         if self.args.expert_qat:
-            w13 = rounded(w13.unflatten(1, (2, -1)), self.args.expert_qat).flatten(
+            w13 = fake_quant_ste(w13.unflatten(1, (2, -1)), self.args.expert_qat).flatten(
                 1, 2
             )  # W1 and W3 have scales of their own
-            w2 = rounded(w2, self.args.expert_qat)
+            w2 = fake_quant_ste(w2, self.args.expert_qat)
         return self.ops.moe(
             x,
             w13,
@@ -921,7 +921,7 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """Routed experts plus one shared expert (spec 9)."""
+    """Routed experts plus one shared expert (docs/v4.md#experts)."""
 
     def __init__(self, model: Transformer, hashed: bool):
         super().__init__()
@@ -943,7 +943,7 @@ class MoE(nn.Module):
 
 
 def balance(chosen: torch.Tensor, score: torch.Tensor, valid: torch.Tensor | None) -> Notes:
-    """How evenly a router spreads the tokens of a row (spec 12). chosen [B, T, K], score [B, T, E], valid [B, T].
+    """How evenly a router spreads the tokens of a row (docs/v4.md#training). chosen [B, T, K], score [B, T, E], valid [B, T].
 
     load     [E]  tokens that chose each expert
     balance  ()   sum over rows of sum_e f_e P_e, f_e = E / (K T) tokens that chose e, P_e the mean share of e in the scores
@@ -970,7 +970,7 @@ def balance(chosen: torch.Tensor, score: torch.Tensor, valid: torch.Tensor | Non
 def hc_params(
     args: ModelArgs, rows: int, scales: int
 ) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
-    """fn [rows, n d], base [rows], scale [scales] of one hyper-connection site, fp32 (spec 3)."""
+    """fn [rows, n d], base [rows], scale [scales] of one hyper-connection site, fp32 (docs/v4.md#hyper-connections)."""
     shapes = (rows, args.hc_mult * args.dim), rows, scales
     return tuple(nn.Parameter(torch.empty(shape, dtype=torch.float32)) for shape in shapes)
 
@@ -978,7 +978,7 @@ def hc_params(
 def hc_head(
     X: torch.Tensor, fn: torch.Tensor, base: torch.Tensor, scale: torch.Tensor, args: ModelArgs
 ) -> torch.Tensor:
-    """Collapse the streams at the end of the model (spec 3.3): [B, T, n, d] -> [B, T, d]."""
+    """Collapse the streams at the end of the model (docs/v4.md#hyper-connections): [B, T, n, d] -> [B, T, d]."""
     v = X.flatten(2).float()
     mix = F.linear(v, fn.float()) * torch.rsqrt(v.square().mean(-1, keepdim=True) + args.norm_eps)
     pre = torch.sigmoid(mix * scale.float() + base.float()) + args.hc_eps  # [B, T, n]
@@ -986,7 +986,7 @@ def hc_head(
 
 
 class Block(nn.Module):
-    """Attention, then mixture of experts, each reading and writing the n residual streams through mHC (spec 2, 3)."""
+    """Attention, then mixture of experts, each reading and writing the n residual streams through mHC (docs/v4.md#whole-model, #hyper-connections)."""
 
     def __init__(self, model: Transformer, layer: int):
         super().__init__()
@@ -1018,7 +1018,7 @@ class Block(nn.Module):
 
 
 class MTPBlock(Block):
-    """Predicts the token after next from the last residual streams and the next token (spec 10)."""
+    """Predicts the token after next from the last residual streams and the next token (docs/v4.md#mtp)."""
 
     def __init__(self, model: Transformer, layer: int):
         super().__init__(model, layer)
@@ -1280,8 +1280,8 @@ class Transformer(nn.Module):
 # Training
 
 
-class Weights(NamedTuple):
-    """What the parts of the training loss weigh beside next-token cross-entropy (spec 12)."""
+class LossWeights(NamedTuple):
+    """What the parts of the training loss weigh beside next-token cross-entropy (docs/v4.md#training)."""
 
     mtp: float = 0.3
     balance: float = 1e-4
@@ -1303,7 +1303,9 @@ class Targets(NamedTuple):
     counts: torch.Tensor
 
 
-def aim(tokens: torch.Tensor, targets: torch.Tensor, doc_ids: torch.Tensor | None) -> Targets:
+def make_targets(
+    tokens: torch.Tensor, targets: torch.Tensor, doc_ids: torch.Tensor | None
+) -> Targets:
     """tokens, targets [B, S] int64, targets[:, i] follows tokens[:, i], negative is ignored; doc_ids as in forward."""
     after = F.pad(targets[:, 1:], (0, 1), value=-1)
     if doc_ids is not None:
@@ -1320,7 +1322,7 @@ def training_loss(
     tokens: torch.Tensor,
     targets: Targets | torch.Tensor,
     doc_ids: torch.Tensor | None = None,
-    weights: Weights = Weights(),
+    weights: LossWeights = LossWeights(),
     watch: str = "routers",
     finish: Callable | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -1331,7 +1333,7 @@ def training_loss(
        load [layers whose router has a bias, E].
     """
     if not isinstance(targets, Targets):
-        targets = aim(tokens, targets, doc_ids)
+        targets = make_targets(tokens, targets, doc_ids)
     _, hidden, notes = model(tokens, doc_ids=doc_ids, logits=None, watch=watch)
     ahead = None
     if len(model.mtp):
@@ -1339,16 +1341,16 @@ def training_loss(
             hidden, targets.following, doc_ids=doc_ids, logits=None, watch=watch
         )
         notes = notes + more
-    return (finish or sum_up)(model, hidden, ahead, notes, targets, weights)
+    return (finish or combine_losses)(model, hidden, ahead, notes, targets, weights)
 
 
-def sum_up(
+def combine_losses(
     model: Transformer,
     hidden: torch.Tensor,
     ahead: torch.Tensor | None,
     notes: list[Notes],
     targets: Targets,
-    weights: Weights,
+    weights: LossWeights,
 ):
     """What comes after the layers in training: see training_loss. ahead: the MTP block's residual streams."""
 

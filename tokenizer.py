@@ -11,7 +11,7 @@ Three parts, each usable alone:
   (-0731: three effort levels; Vision and V4.1: images, other tags) are different formats and are refused by name.
 
 A rendered prompt starts with the BOS token already, so it is tokenised without adding another one. The facts are those
-of spec 11.2, 11.3 and 16 (README.md has the key).
+of docs/v4.md#tokenizer, #prompt-format, #tokenizer-ids (README.md has the key).
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Tokenizer:
 
 
 class ByteLevelTokenizer(Tokenizer):
-    """`tokenizer.json`: byte-level BPE, the released checkpoints' format (spec 11.2)."""
+    """`tokenizer.json`: byte-level BPE, the released checkpoints' format (docs/v4.md#tokenizer)."""
 
     def __init__(self, path: Path):
         super().__init__()
@@ -320,7 +320,7 @@ def encode_messages(
     drop_thinking: bool = True,
     bos: bool = True,
 ) -> str:
-    """The prompt text of a conversation in the OpenAI format, ready for `Tokenizer.encode` (spec 11.3).
+    """The prompt text of a conversation in the OpenAI format, ready for `Tokenizer.encode` (docs/v4.md#prompt-format).
 
     Message fields: role, content; on system and developer also tools and response_format; on assistant also
     reasoning_content, tool_calls and wo_eos (an answer to be continued); on tool also tool_call_id; task (see TASKS)

@@ -5,7 +5,7 @@
 Without --init a model begins with random weights and a vocabulary fitted to the text; with it, a folder in the released
 layout is trained on. The loss is next-token cross-entropy plus 0.3 times that of the MTP block (throughout: V4's weight
 falls to 0.1 with the rate), and 1e-4 times the routers' balance; router biases follow the load. --index-loss trains the
-lightning indexers too, by the recipe of DeepSeek-V3.2: V4's own is not published. (Spec 12.)
+lightning indexers too, by the recipe of DeepSeek-V3.2: V4's own is not published. (docs/v4.md#training.)
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from compile_config import (
     peak_memory,
     usable_preset,
 )
-from model import ModelArgs, Transformer, Weights, aim, training_loss
+from model import LossWeights, ModelArgs, Transformer, make_targets, training_loss
 from tools import cli
 from training import dataset
 from training.optim import Optimizer
@@ -122,7 +122,8 @@ def held_out_loss(
         tokens, target, doc_ids = dataset.packed(part, bos)
         number = int((target >= 0).sum())
         total += (
-            float(loss(model, tokens, aim(tokens, target, doc_ids), doc_ids)[1]["loss"]) * number
+            float(loss(model, tokens, make_targets(tokens, target, doc_ids), doc_ids)[1]["loss"])
+            * number
         )
         targets += number
     model.train(training)
@@ -828,7 +829,7 @@ def work(flags: argparse.Namespace, ranks) -> None:
                 model,
                 optimizer,
                 ranks.preset(PRESETS[flags.compile]),
-                weights=Weights(index=flags.index_loss or 1.0),
+                weights=LossWeights(index=flags.index_loss or 1.0),
                 watch=stage.watch,
                 micro_batch=flags.micro_batch,
                 recompute=flags.recompute,

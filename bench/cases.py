@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 import ops
 from model import Linear, Transformer
-from ops.launch import Launch, choose, record
+from ops.launch import Launch, override_config, record
 from ops.registry import LAUNCHERS
 from tools import report
 
@@ -78,7 +78,7 @@ class Call(NamedTuple):
 
     def launches(self, arch: str) -> list[Launch]:
         """What the op launches on an architecture."""
-        with self.mode, torch.no_grad(), choose(self.tiles), record(arch) as launched:
+        with self.mode, torch.no_grad(), override_config(self.tiles), record(arch) as launched:
             LAUNCHERS[self.op](*self.args)
         return launched
 

@@ -33,7 +33,7 @@ from bench.record import RESULTS, record
 from checkpoint import load
 from compile_config import PRESETS, compile_decode, compile_prefill, compile_train_step
 from generate import ROOT
-from model import ModelArgs, Transformer, Weights
+from model import LossWeights, ModelArgs, Transformer
 from tests.testing import hf_model, rms
 from training.optim import Optimizer
 
@@ -238,7 +238,7 @@ def train_sides(ours, hf, batch: int, length: int) -> dict:
         ours, "adamw", betas=(0.9, 0.999), eps=1e-8, decay=0.01, bias_rate=0.0
     )  # the same
     step = compile_train_step(
-        ours, adam, PRESETS["regional"], weights=Weights(balance=0.0, index=0.0)
+        ours, adam, PRESETS["regional"], weights=LossWeights(balance=0.0, index=0.0)
     )
 
     def mine(i):
@@ -377,7 +377,7 @@ print(status("VmHWM") - before)
 
 
 def cache(result: dict, length: int = 131072) -> None:
-    """Bytes of cache per token at 128k (spec 1; the embedded model's own sizes), from the buffers allocated."""
+    """Bytes of cache per token at 128k (docs/v4.md#dimensions; the embedded model's own sizes), from the buffers allocated."""
     with torch.device("meta"):
         model = Transformer(ModelArgs.flash()).to(torch.bfloat16)
     model.setup_caches(1, length)

@@ -273,11 +273,11 @@ SCOREBOARD = (
             f"experts B={B}, fp4 times {form}",
             "-",
             1.0,
-            aim,
+            make_targets,
             times("G1.9", f"fp4, {B} tokens", f"{form}, {B} tokens"),
         )
         for B in (1, 8)
-        for form, aim in (("fp8", 1.5), ("bf16", 3))
+        for form, make_targets in (("fp8", 1.5), ("bf16", 3))
     ),
     Headline(
         "clamped SwiGLU forward, times eager",

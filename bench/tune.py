@@ -22,7 +22,7 @@ import torch
 from bench import cases, gpu_cases, gpu_measure
 from bench.offline import SHARED, TARGETS, all_calls, check_archs, compile_quietly
 from bench.record import replace
-from ops.launch import PROCESSORS, TUNED, Launch, arch, asked, choose
+from ops.launch import PROCESSORS, TUNED, Launch, arch, override_config, record_configs
 from ops.registry import require
 from tools import cli
 
@@ -72,7 +72,7 @@ def by_resources(where: str, calls: list[cases.Call], known: dict | None = None)
         return total
 
     def open_questions(call: cases.Call) -> dict:
-        with choose(table), asked() as questions:
+        with override_config(table), record_configs() as questions:
             call.launches(where)
         return {
             question: candidates
@@ -85,7 +85,7 @@ def by_resources(where: str, calls: list[cases.Call], known: dict | None = None)
             question, candidates = next(iter(questions.items()))
             scores = []
             for tile in candidates:
-                with choose({**table, question: tile}):
+                with override_config({**table, question: tile}):
                     scores.append(worst(call, tile))
                 if not scores[-1]:
                     break
@@ -119,7 +119,7 @@ class Tuning(gpu_measure.Bench):
 
         def seconds(tile) -> float:
             try:
-                with choose({**self.table, question: tile}):
+                with override_config({**self.table, question: tile}):
                     call()
                     return min(self.shot(call) for _ in range(10))
             except Exception as error:  # too large for this GPU
@@ -127,7 +127,7 @@ class Tuning(gpu_measure.Bench):
                 return float("inf")
 
         while True:
-            with choose(self.table), asked() as questions:
+            with override_config(self.table), record_configs() as questions:
                 call()
             left = [question for question in questions if question not in self.table]
             if not left:

@@ -1,4 +1,4 @@
-"""act_quant: round activations to a low-precision format and back (spec 8).
+"""act_quant: round activations to a low-precision format and back (docs/v4.md#quantised-points).
 
     s = 2^ceil(log2(amax / max)) per block of the last dim;  y = round(x / s) * s
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 
 from .formats import fake_quant, scale_e2m1, scale_e4m3
-from .launch import cdiv, jit, launch, power_of_two, tiles, tl
+from .launch import cdiv, get_config, jit, launch, power_of_two, tl
 from .registry import Op, register, require
 
 CANDIDATES = [dict(SIZE=size, num_warps=warps) for size, warps in ((8192, 8), (4096, 4), (2048, 4))]
@@ -92,7 +92,7 @@ def act_quant_kernel(
 def _launch(x, y, scales, block, fmt):
     """x [rows, n]"""
     (rows, n), size = x.shape, power_of_two(block)
-    cfg = dict(tiles("act_quant", f"{fmt} {block} n{n} {str(x.dtype)[6:]}", CANDIDATES, x))
+    cfg = dict(get_config("act_quant", f"{fmt} {block} n{n} {str(x.dtype)[6:]}", CANDIDATES, x))
     total = max(cfg.pop("SIZE"), size)
     blocks = min(power_of_two(cdiv(n, block)), max(1024, size) // size, total // size)
     tile = min(total // (size * blocks), power_of_two(rows))

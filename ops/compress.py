@@ -1,4 +1,4 @@
-"""compress: pool windows of R tokens into entries, normalise and rotate them (spec 6).
+"""compress: pool windows of R tokens into entries, normalise and rotate them (docs/v4.md#compressor).
 
 A row holds a token's values and its pooling logits, [K | Z], each with one lane of D channels (R != 4) or two (R = 4):
 with two lanes, the first is read by the next window ("lookback"), the second by the token's own.
@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import torch
 
-from .launch import cdiv, jit, launch, power_of_two, tiles, tl
+from .launch import cdiv, get_config, jit, launch, power_of_two, tl
 from .registry import Op, register, require
 from .rope import reference as rotate
 from .rope import turn_pairs
@@ -292,7 +292,7 @@ def _tiles(name, rows, D, r, ratio, dtype):
             {"BE": 1, "G": 16, "U": U, "num_warps": warps}
             for U, warps in ((2, 16), (2, 8), (1, 16), (1, 8))
         ]
-    cfg = tiles(name, f"R{ratio} D{D} {str(dtype)[6:]}", candidates, rows)
+    cfg = get_config(name, f"R{ratio} D{D} {str(dtype)[6:]}", candidates, rows)
     return {"D": D, "r": r, "R": ratio, "LANES": _lanes(ratio), "BD": BD, **cfg}
 
 

@@ -1,4 +1,4 @@
-"""hc_post: write an output back into the n residual streams (mHC, spec 3.2).
+"""hc_post: write an output back into the n residual streams (mHC, docs/v4.md#hyper-connections).
 
     x'_k = post_k y + sum_j comb[j, k] x_j        (combT x: the contraction is over the first index)
 
@@ -19,7 +19,7 @@ import torch
 
 from .cpp import plain
 from .hc_cpp import SOURCE
-from .launch import cdiv, jit, launch, power_of_two, tiles, tl
+from .launch import cdiv, get_config, jit, launch, power_of_two, tl
 from .registry import Op, register, require
 from .sinkhorn import IN_REGISTERS, as_columns
 
@@ -159,7 +159,10 @@ def kernel(
     if n > IN_REGISTERS:
         return reference(y, x, post, comb)
     y, x, post, comb = (t.contiguous() for t in (y, x, post, comb))
-    out, cfg = torch.empty_like(x), tiles("hc_post_forward", f"n{n} d{d} {x.dtype}", FORWARD, x)
+    out, cfg = (
+        torch.empty_like(x),
+        get_config("hc_post_forward", f"n{n} d{d} {x.dtype}", FORWARD, x),
+    )
     launch(hc_post_forward, (B * T * cdiv(d, cfg["BD"]),), y, x, post, comb, out, d, n=n, **cfg)
     return out
 
@@ -173,7 +176,7 @@ def backward_kernel(
     g, *inputs = (t.contiguous() for t in (g, y, x, post, comb))
     out, cfg = (
         [torch.empty_like(t) for t in inputs],
-        tiles("hc_post_backward", f"n{n} d{d} {x.dtype}", BACKWARD, x),
+        get_config("hc_post_backward", f"n{n} d{d} {x.dtype}", BACKWARD, x),
     )
     launch(hc_post_backward, (B * T,), g, *inputs, *out, d, n=n, P=power_of_two(n + n * n), **cfg)
     return tuple(out)

@@ -1,4 +1,4 @@
-"""hc_post_pre: hc_post, then hc_pre of what it wrote: all that lies between two sub-layers (mHC, spec 3.1 and 3.2).
+"""hc_post_pre: hc_post, then hc_pre of what it wrote: all that lies between two sub-layers (mHC, docs/v4.md#hyper-connections).
 
     x'                = hc_post(y, x, post, comb)
     y', post', comb'  = hc_pre(x', fn, base, scale, norm_eps, hc_eps, iters)
@@ -29,7 +29,7 @@ from .hc_pre import _on_cpu as pre_on_cpu
 from .hc_pre import backward_kernel as pre_backward_kernel
 from .hc_pre import backward_reference as pre_backward
 from .hc_pre import reference as pre_reference
-from .launch import cdiv, jit, launch, power_of_two, tiles, tl
+from .launch import cdiv, get_config, jit, launch, power_of_two, tl
 from .registry import Op, register, require
 from .sinkhorn import IN_REGISTERS
 
@@ -156,7 +156,7 @@ def kernel(
         t.contiguous() for t in (y, x, post, comb, fn, base.float(), scale.float())
     )
     N, R, out = B * T, n * (2 + n), torch.empty_like(x)
-    cfg = tiles("hc_post_pre_mix", key(x), MIX_FEW if N <= FEW else MIX, x)
+    cfg = get_config("hc_post_pre_mix", key(x), MIX_FEW if N <= FEW else MIX, x)
     width, splits = split(x, cdiv(N, cfg["BT"]), d, cfg["BD"])
     partial = x.new_empty(R + 1, N, splits, dtype=torch.float32)
     launch(

@@ -1,4 +1,4 @@
-"""hc_pre: read one input from the n residual streams, and say how its output is written back (mHC, spec 3.1).
+"""hc_pre: read one input from the n residual streams, and say how its output is written back (mHC, docs/v4.md#hyper-connections).
 
     v    = flatten(x)                                     fp32, n d long
     m    = (fn v) * rsqrt(mean(v^2) + norm_eps)           n + n + n n mixing values
@@ -35,7 +35,7 @@ import torch.nn.functional as F
 
 from .cpp import plain
 from .hc_cpp import SOURCE
-from .launch import cdiv, jit, launch, power_of_two, processors, tiles, tl
+from .launch import cdiv, get_config, jit, launch, power_of_two, processors, tl
 from .registry import Op, register, require
 from .sinkhorn import (
     IN_REGISTERS,
@@ -568,7 +568,7 @@ def launch_mix(x, fn, g_y):
         n * (2 + n),
         MIX_GRAD if g_y is not None else MIX_FEW if B * T <= FEW else MIX,
     )
-    cfg = tiles("hc_pre_mix", key(x) + " grad" * (g_y is not None), candidates, x)
+    cfg = get_config("hc_pre_mix", key(x) + " grad" * (g_y is not None), candidates, x)
     streams, d = (1, n * d) if g_y is None else (n, d)  # the mix alone sees one long row
     width, splits = split(x, cdiv(N, cfg["BT"]), d, cfg["BD"])
     partial = x.new_empty(R + 1 + n * (g_y is not None), N, splits, dtype=torch.float32)
@@ -594,7 +594,7 @@ def launch_mix(x, fn, g_y):
 
 def launch_finish(x, partial, base, scale, norm_eps, hc_eps, iters):
     B, T, n, d = x.shape
-    N, splits, cfg = B * T, partial.shape[2], tiles("hc_pre_finish", key(x), FINISH, x)
+    N, splits, cfg = B * T, partial.shape[2], get_config("hc_pre_finish", key(x), FINISH, x)
     y, post, comb = _fake(x, None, None, None, norm_eps, hc_eps, iters)
     C, BT = width_of(n), min(cfg["BT"], power_of_two(N))
     launch(
@@ -664,7 +664,7 @@ def backward_kernel(
     g_post, g_comb, base, scale = (t.float().contiguous() for t in (g_post, g_comb, base, scale))
     partial = launch_mix(x, fn, g_y)
 
-    cfg, splits = tiles("hc_pre_backward_tokens", f"n{n}", TOKENS, x), partial.shape[2]
+    cfg, splits = get_config("hc_pre_backward_tokens", f"n{n}", TOKENS, x), partial.shape[2]
     count, u, factors, aside = (
         cdiv(N, cfg["BT"]),
         new(N, C),
@@ -698,7 +698,7 @@ def backward_kernel(
         **cfg,
     )
 
-    cfg = tiles("hc_pre_backward_streams", key(x) + " in" * (g_in is not None), STREAMS, x)
+    cfg = get_config("hc_pre_backward_streams", key(x) + " in" * (g_in is not None), STREAMS, x)
     cfg = {**cfg, "J": math.gcd(cfg["J"], n)}
     blocks = cdiv(d, cfg["BD"]) * n // cfg["J"]
     width, splits = split(x, blocks, max(N, 1), cfg["BT"])

@@ -1,4 +1,4 @@
-"""indexer_loss: what the lightning indexer learns from, the main attention's choice of entries (spec 7, 12).
+"""indexer_loss: what the lightning indexer learns from, the main attention's choice of entries (docs/v4.md#indexer, #training).
 
     p[t]    = how the main attention of token t shares itself out among entries, summed over heads:
               p[t, w] = P[t, w] / sum_w P[t, w],     P[t, w] = sum_h exp(q'[t, h] . k[w] / sqrt(D) - lse[t, h])

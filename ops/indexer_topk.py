@@ -1,4 +1,4 @@
-"""indexer_topk: which compressed entries each token attends to (lightning indexer, spec 7).
+"""indexer_topk: which compressed entries each token attends to (lightning indexer, docs/v4.md#indexer).
 
     I[t, e] = sum_h u[t, h] relu(q[t, h] . k[e])     for lo[t] <= e < hi[t]
     idx[t]  = the entries with the K largest I; -1 where fewer than K are visible. Their order means nothing.
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import torch
 
-from .launch import TYPES, cdiv, jit, launch, power_of_two, processors, tiles, tl
+from .launch import TYPES, cdiv, get_config, jit, launch, power_of_two, processors, tl
 from .registry import Op, register, require
 
 CHUNK = 1 << 24  # scores per head, or values of k, held at a time
@@ -448,7 +448,7 @@ def kernels(
     q, u, lo, hi = q.to(dtype).contiguous(), u.contiguous(), lo.contiguous(), hi.contiguous()
     k = k if k.stride(2) == 1 else k.contiguous()  # a cache is read where it lies
     cfg = dict(
-        tiles(
+        get_config(
             "indexer_topk_forward",
             f"H{H} D{D} T{min(power_of_two(T), 8)} {TYPES[dtype]}",
             CANDIDATES,

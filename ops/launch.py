@@ -183,7 +183,7 @@ def _tuned(name: str, where: str, key: str) -> dict | None:
 
 
 @contextlib.contextmanager
-def asked():
+def record_configs():
     """Yields a dict of what `tiles` is asked for within the block: candidates by (name, key), in order."""
     global _asked
     before, _asked = _asked, {}
@@ -194,7 +194,7 @@ def asked():
 
 
 @contextlib.contextmanager
-def choose(tiles_by_kernel: dict[str | tuple[str, str], dict]):
+def override_config(tiles_by_kernel: dict[str | tuple[str, str], dict]):
     """Within the block these kernels, or (name, key), take these tiles, whatever the table says: to test and compare them."""
     before = dict(_chosen)
     _chosen.update(tiles_by_kernel)
@@ -205,7 +205,7 @@ def choose(tiles_by_kernel: dict[str | tuple[str, str], dict]):
         _chosen.update(before)
 
 
-def tiles(name: str, key: str, candidates: list[dict], x: torch.Tensor) -> dict:
+def get_config(name: str, key: str, candidates: list[dict], x: torch.Tensor) -> dict:
     """Tile sizes and launch options of a kernel.
 
     name        of the kernel

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import torch
 
-from .launch import cdiv, jit, launch, tiles, tl
+from .launch import cdiv, get_config, jit, launch, tl
 from .registry import Op, register, require
 
 CHUNK = 1 << 24  # logits held at a time by the reference
@@ -186,7 +186,7 @@ def forward(
     x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     N, V = x.shape[0], weight.shape[0]
-    cfg = tiles("linear_cross_entropy_forward", f"V{V}", CANDIDATES, x)
+    cfg = get_config("linear_cross_entropy_forward", f"V{V}", CANDIDATES, x)
     loss, lse, total = (x.new_empty(N, dtype=torch.float32) for _ in range(3))
     x, weight, target, columns, room = _prepared(x, weight, target)
     for first in range(0, V, columns):
@@ -217,7 +217,7 @@ def backward(
         x.new_empty(x.shape),
         weight.new_empty(weight.shape),
     )
-    cfg = tiles("linear_cross_entropy_backward", f"V{V}", CANDIDATES, x)
+    cfg = get_config("linear_cross_entropy_backward", f"V{V}", CANDIDATES, x)
     g, lse = g.contiguous(), lse.contiguous()
     x, weight, target, columns, room = _prepared(x, weight, target)
     ps, total = x.new_empty(room.shape), x.new_empty(x.shape, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""moe: the routed experts, each token through its K chosen ones (spec 9).
+"""moe: the routed experts, each token through its K chosen ones (docs/v4.md#experts).
 
     gate, up = x W1^T, x W3^T          clamped: gate <= limit, |up| <= limit
     h        = silu(gate) up weight_k  fp32, rounded to the dtype of x

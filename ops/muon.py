@@ -1,4 +1,4 @@
-"""muon: one update of a stack of matrices in place, muon_direction: its main part, and grad_norm: the norm of many gradients (spec 12).
+"""muon: one update of a stack of matrices in place, muon_direction: its main part, and grad_norm: the norm of many gradients (docs/v4.md#training).
 
     M = momentum M + scale G;   X = (momentum M + scale G) / its Frobenius norm
     X = a X + (b S + c S S) X,  S = X X^T      ten times: eight with (3.4445, -4.7750, 2.0315), two with (2, -1.5, 0.5)

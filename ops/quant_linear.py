@@ -1,4 +1,4 @@
-"""quant_linear: y = x W^T with FP8 weights and 128 x 128 block scales (spec 8, 11).
+"""quant_linear: y = x W^T with FP8 weights and 128 x 128 block scales (docs/v4.md#quantised-points, #checkpoint).
 
     W = e4m3 * scale of its block;   x is rounded to fp8 in blocks of 128 first if act_quant
 
@@ -28,7 +28,7 @@ from .act_quant import flattened, inverse, quantize, quantized
 from .act_quant import forward as act_quant_forward
 from .act_quant import reference as fake_quant
 from .formats import decode_e4m3, decode_scale, dequantize_fp8, scale_e4m3
-from .launch import arch, cdiv, jit, launch, power_of_two, processors, tiles, tl
+from .launch import arch, cdiv, get_config, jit, launch, power_of_two, processors, tl
 from .registry import Op, register, require
 
 FEW, SOME = 16, 128
@@ -322,7 +322,9 @@ def _key(rows, weight, groups, act_quant):
 
 def _few(x, weight, scale, y, M, groups, act_quant):
     (o, i), rows = weight.shape, power_of_two(M)
-    cfg = tiles("quant_linear_decode", _key(max(rows, 8), weight, groups, act_quant), DECODE, x)
+    cfg = get_config(
+        "quant_linear_decode", _key(max(rows, 8), weight, groups, act_quant), DECODE, x
+    )
     each, S = _tiles_per_group(o, groups, cfg["BN"]), cfg["S"]
     splits = max(
         1, min(cdiv(i, 128) // (4 * S), processors(x) // (4 * each * groups))
@@ -364,7 +366,7 @@ def _few(x, weight, scale, y, M, groups, act_quant):
 
 def _some(x, sx, weight, scale, y, M, groups):
     (o, i), rows = weight.shape, SOME if M <= SOME else 8192
-    cfg = tiles("quant_linear_product", _key(rows, weight, groups, sx is not None), PRODUCT, x)
+    cfg = get_config("quant_linear_product", _key(rows, weight, groups, sx is not None), PRODUCT, x)
     each = _tiles_per_group(o, groups, cfg["BN"])
     launch(
         quant_linear_product_kernel,

@@ -1,4 +1,4 @@
-"""rope: rotate consecutive pairs of the last r dims (spec 4).
+"""rope: rotate consecutive pairs of the last r dims (docs/v4.md#rope).
 
     (a + ib) * e^{i angle}, or its conjugate for inverse; the other dims pass through
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import torch
 
-from .launch import cdiv, jit, launch, power_of_two, tiles, tl
+from .launch import cdiv, get_config, jit, launch, power_of_two, tl
 from .registry import Op, register, require
 
 
@@ -111,7 +111,7 @@ def _launch(x, y, cos, sin, inverse):
     BR, BD = power_of_two(r, 2), min(power_of_two(D - r), 512)
     width = max(BR, BD) if copy else BR  # of what is loaded at once
     candidates = [{"BN": max(1, size // width), "num_warps": 4} for size in (16384, 8192, 4096)]
-    cfg = tiles(
+    cfg = get_config(
         "rope_turn", f"{'copy' if copy else 'in place'} D{D} r{r} {str(x.dtype)[6:]}", candidates, x
     )
     if r or copy:

@@ -1,4 +1,4 @@
-"""sinkhorn: turn logits into nearly doubly stochastic matrices (mHC, spec 3.1); the inner part of hc_pre.
+"""sinkhorn: turn logits into nearly doubly stochastic matrices (mHC, docs/v4.md#hyper-connections); the inner part of hc_pre.
 
     c = softmax rows(logits) + eps; then columns, and iters - 1 times rows and columns, each divided by (sum + eps)
 
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import torch
 
-from .launch import cdiv, jit, launch, power_of_two, tiles, tl
+from .launch import cdiv, get_config, jit, launch, power_of_two, tl
 from .registry import LAUNCHERS, Op, register, require
 
 MOST = 16  # streams
@@ -286,7 +286,7 @@ def kernel(logits: torch.Tensor, eps: float, iters: int) -> torch.Tensor:
     if n > IN_REGISTERS:
         return reference(logits, eps, iters).contiguous()
     logits, N = logits.contiguous(), logits.numel() // (n * n)
-    out, cfg = torch.empty_like(logits), tiles("sinkhorn_forward", f"n{n}", CANDIDATES, logits)
+    out, cfg = torch.empty_like(logits), get_config("sinkhorn_forward", f"n{n}", CANDIDATES, logits)
     launch(
         sinkhorn_forward,
         (cdiv(N, cfg["BT"]),),
@@ -312,7 +312,7 @@ def backward_kernel(g: torch.Tensor, logits: torch.Tensor, eps: float, iters: in
         torch.empty_like(logits),
         logits.new_empty(2 * iters - 1, n, N, dtype=torch.float32),
     )
-    cfg = tiles("sinkhorn_backward", f"n{n}", CANDIDATES, logits)
+    cfg = get_config("sinkhorn_backward", f"n{n}", CANDIDATES, logits)
     launch(
         sinkhorn_backward,
         (cdiv(N, cfg["BT"]),),

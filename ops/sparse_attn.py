@@ -1,4 +1,4 @@
-"""sparse_attn: multi-query attention over a sliding window and compressed entries, one softmax with a sink (spec 5).
+"""sparse_attn: multi-query attention over a sliding window and compressed entries, one softmax with a sink (docs/v4.md#attention).
 
 Token t of a row sees, with K = V shared by all heads:
     window    kv[t + W - seen[t]] .. kv[t + W - 1]              (the last one is its own)
@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from .cpp import plain
-from .launch import arch, cdiv, jit, launch, power_of_two, processors, tiles, tl
+from .launch import arch, cdiv, get_config, jit, launch, power_of_two, processors, tl
 from .registry import Op, register, require
 from .rope import reference as rotate
 from .sparse_attn_cpp import SOURCE
@@ -703,7 +703,7 @@ def _sizes(q, kv, cos, idx):
 
 def _tile(name, candidates, candidates_fp32, q, note=""):
     (H, D), amd = q.shape[2:], arch(q).startswith("gfx")
-    tile = tiles(
+    tile = get_config(
         name,
         f"H{H} D{D} {str(q.dtype)[6:]}{note}",
         candidates_fp32 if q.dtype.itemsize == 4 and not amd else candidates,

@@ -42,7 +42,7 @@ RENAMES = [
 
 
 def hf_name(name: str) -> str:
-    """Our parameter name -> Transformers' (spec 11)."""
+    """Our parameter name -> Transformers' (docs/v4.md#checkpoint)."""
     if name == "head.weight":
         return "lm_head.weight"
     for old, new in RENAMES:

@@ -1,4 +1,4 @@
-"""The optimizer: Muon for matrices, AdamW for the rest, router biases by load (spec 12); a step is one graph.
+"""The optimizer: Muon for matrices, AdamW for the rest, router biases by load (docs/v4.md#training); a step is one graph.
 
     Muon   ops/muon.py; all matrices but the embedding, the head and `ape`; experts one by one, W1 and W3 apart, groups of
            wo_a apart

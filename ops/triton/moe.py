@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 
 from ..formats import decode_e2m1, decode_e4m3, decode_scale, scale_e4m3
-from ..launch import arch, cdiv, jit, launch, power_of_two, tiles, tl
+from ..launch import arch, cdiv, get_config, jit, launch, power_of_two, tl
 
 PLACED = 256  # pairs that one program of the route places
 
@@ -913,7 +913,7 @@ def _up_tile(w: _Weights, d: int, I: int, key: str, rows: int, x, quant: bool = 
     whole = [
         tile for tile in found if tile["BN"] % 128 == 0
     ]  # others round h by way of fp32 sums, gigabytes for long prompts
-    return tiles(
+    return get_config(
         "moe_up",
         f"{w.name} d{d} I{I} {key}" + " quant" * quant,
         quant and rows > 16 and whole or found,
@@ -922,7 +922,7 @@ def _up_tile(w: _Weights, d: int, I: int, key: str, rows: int, x, quant: bool = 
 
 
 def _down_tile(w: _Weights, I: int, O: int, BM: int, key: str, x, transposed: bool = False) -> dict:
-    return tiles(
+    return get_config(
         "moe_down",
         f"{w.name} {I}x{O} BM{BM} {key}" + " transposed" * transposed,
         _tiles(DOWN, w, BM, I),
@@ -1094,7 +1094,7 @@ def _outer(a, b, route: _Route, E: int, n: int, key: str):
             dict(BA=128, BB=128, BK=32, num_warps=8, num_stages=3),
         ]
     )
-    cfg = tiles(
+    cfg = get_config(
         "moe_outer", f"{A}x{B} {key} {'fp32' if dtype == torch.float32 else 'bf16'}", candidates, a
     )
     out = a.new_empty(E, A, B)

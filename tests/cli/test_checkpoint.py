@@ -1,4 +1,4 @@
-"""The released layout in and out (spec 11): exact formats, every error in one line, memory, interrupts, other engines."""
+"""The released layout in and out (docs/v4.md#checkpoint): exact formats, every error in one line, memory, interrupts, other engines."""
 
 from __future__ import annotations
 
@@ -812,7 +812,7 @@ def test_convert_changes_the_format_and_keeps_the_rest(source, flags, same_as, f
 
 
 def test_fp4_to_fp8_is_exact_while_scales_of_a_block_are_near(tmp_path):
-    """Spec 11: 2^14 between the scales of a 128 x 128 block still fits the range of e4m3."""
+    """docs/v4.md#checkpoint: 2^14 between the scales of a 128 x 128 block still fits the range of e4m3."""
     save(make(PARTIAL), tmp_path / "a", experts="fp4", linears="fp8")
     generator = torch.Generator().manual_seed(0)
 

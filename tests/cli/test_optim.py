@@ -85,7 +85,7 @@ def test_muon_moves_matrices_and_adam_the_rest():
 
 
 def test_muon_follows_its_formula_over_three_steps():
-    """Momentum in Nesterov's form, and decay, against the formula of spec 12 written out."""
+    """Momentum in Nesterov's form, and decay, against the formula of docs/v4.md#training written out."""
     model = Transformer(small(n_layers=1, n_hash_layers=0, n_mtp_layers=0, compress_ratios=(0,)))
     optimizer, p = Optimizer(model), model.layers[0].attn.wkv.weight
     w, first = p.detach().double().clone(), torch.zeros_like(p, dtype=torch.float64)

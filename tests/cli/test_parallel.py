@@ -18,7 +18,7 @@ import torch
 import train_step as S
 from checkpoint import empty_model, load, released, save
 from compile_config import CompileConfig, CompileCount, compile_train_step
-from model import Transformer, Weights
+from model import LossWeights, Transformer
 from parallel import WHOLE, Ranks
 from testing import randomize, small
 from training import dataset as D
@@ -94,7 +94,7 @@ def trained(
         model,
         optimizer,
         ranks.preset(CompileConfig(backend=case.backend)),
-        weights=Weights(balance=0.1),
+        weights=LossWeights(balance=0.1),
         micro_batch=case.micro_batch,
         add_up=ranks.total,
     )

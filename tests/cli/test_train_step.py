@@ -20,7 +20,7 @@ import train_step as S
 from bench.dense import Dense, active_parameters, dense_loss
 from checkpoint import load, open_folder, save
 from compile_config import PRESETS, CompileConfig, CompileCount, compile_train_step
-from model import ModelArgs, Transformer, Weights
+from model import LossWeights, ModelArgs, Transformer
 from testing import randomize, small
 from training import dataset as D
 from training.optim import Optimizer
@@ -545,7 +545,7 @@ def test_flags_reach_what_they_are_about(folder, monkeypatch):
         assert (
             qat == "fp8"
             and cfg == PRESETS["eager"]
-            and options["weights"] == Weights(mtp=0.3, balance=1e-4, index=0.5)
+            and options["weights"] == LossWeights(mtp=0.3, balance=1e-4, index=0.5)
         )
         assert (options["watch"], options["micro_batch"], options["recompute"]) == (
             watch,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import compile_config as C
-from model import Transformer, Weights, training_loss
+from model import LossWeights, Transformer, training_loss
 from testing import randomize, rms, small
 
 QUICK = "aot_eager"  # traces and partitions like Inductor, but generates no code
@@ -184,7 +184,7 @@ def test_training_loss_is_the_mean_over_valid_targets():
     targets = torch.cat([tokens[:, 1:], tokens_of(2, 1)], 1)
     targets[0, 10:14] = -1
     docs = (torch.arange(50) >= torch.tensor([[20], [33]])).long()
-    total, parts = training_loss(model, tokens, targets, docs, Weights(mtp=0.5))
+    total, parts = training_loss(model, tokens, targets, docs, LossWeights(mtp=0.5))
     main, mtp = parts["loss"], parts["mtp_loss"]
     logits, hidden = model(tokens, doc_ids=docs, return_hidden=True)
     nll = torch.nn.functional.cross_entropy
@@ -201,7 +201,7 @@ def test_training_loss_is_the_mean_over_valid_targets():
         build(n_mtp_layers=0, compress_ratios=(0, 4, 128, 4)),
         tokens,
         targets,
-        weights=Weights(balance=0),
+        weights=LossWeights(balance=0),
     )
     assert "mtp_loss" not in parts and float(alone) == float(parts["loss"])
 

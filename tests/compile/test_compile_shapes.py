@@ -14,7 +14,7 @@ from tools.report import MODEL_OPS, NAMED, Shape, capture_fake, flops_of, report
 pytestmark = pytest.mark.compile
 MODELS, PHASES = ("flash", "pro"), ("prefill", "decode", "train")
 CASES = [(model, phase) for model in MODELS for phase in PHASES]
-GFLOP_PER_TOKEN = {  # by hand, from the shapes of spec 1: no MTP block, nothing recomputed, causal averages
+GFLOP_PER_TOKEN = {  # by hand, from the shapes of docs/v4.md#dimensions: no MTP block, nothing recomputed, causal averages
     ("flash", "prefill"): 27.9,
     ("flash", "decode"): 141.4,
     ("flash", "train"): 86.8,

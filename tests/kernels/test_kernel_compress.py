@@ -7,7 +7,7 @@ import torch
 
 import ops
 from model import ModelArgs, make_plan, rope_frequencies
-from ops.launch import choose
+from ops.launch import override_config
 from testing import rms
 
 EPS = 1e-3
@@ -116,7 +116,7 @@ def test_kernels_agree_with_the_formula(B, T, ratio, D, r, dtype):
 )
 def test_tiles_change_nothing(ratio, BE, G, U):
     tile = {"BE": BE, "G": G, "U": U, "num_warps": 4}
-    with choose({"compress_forward": tile, "compress_backward": tile}):
+    with override_config({"compress_forward": tile, "compress_backward": tile}):
         agree(arguments(2, 2 * ratio + 1, ratio, 10, 4), ratio)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ops
-from ops.launch import choose, record
+from ops.launch import override_config, record
 from test_ops import spec_hc_post, spec_hc_post_pre, spec_hc_pre, spec_sinkhorn
 
 sinkhorn, hc_pre, hc_post, hc_post_pre = (
@@ -102,7 +102,7 @@ def test_sinkhorn_and_its_gradient(n, iters, count, BT):
     logits, g = 3 * torch.randn(count, n, n), torch.randn(count, n, n)
     exact = logits.double().requires_grad_()
     expected = spec_sinkhorn(exact, 1e-4, iters)
-    with choose(
+    with override_config(
         {name: {"BT": BT, "num_warps": 1} for name in ("sinkhorn_forward", "sinkhorn_backward")}
     ):
         assert error(ops.sinkhorn.opaque(logits, 1e-4, iters), expected) <= 2e-6
@@ -158,7 +158,7 @@ tiled = pytest.mark.parametrize("tiles", [SMALL, LARGE], ids=["small", "large"])
     ],
 )
 def test_hc_post(B, T, n, d, tiles, dtype):
-    with choose(tiles):
+    with override_config(tiles):
         agree(ops.hc_post, spec_hc_post, streams(B, T, n, d, dtype))
 
 
@@ -184,7 +184,7 @@ by_grid = pytest.mark.parametrize(
 @by_grid
 def test_hc_pre(tiles, count, B, T, n, d, iters, dtype, monkeypatch):
     processors(monkeypatch, count)
-    with choose(tiles):
+    with override_config(tiles):
         agree(
             ops.hc_pre,
             spec_hc_pre,
@@ -247,7 +247,7 @@ def test_hc_post_pre(tiles, count, B, T, n, d, iters, dtype, monkeypatch):
     """The streams are those of hc_post, to the bit; all else is exact for these streams, which are rounded."""
     processors(monkeypatch, count)
     args, constants = (*streams(B, T, n, d, dtype), *mixer(n, d)), (1e-3, 1e-3, iters)
-    with choose(tiles):
+    with override_config(tiles):
         x, *out = agree(ops.hc_post_pre, spec_hc_post_pre, args, constants, rounded_between=True)
         assert torch.equal(x, ops.hc_post.opaque(*args[:4]))
     for a, b in zip(

@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ops
-from ops.launch import choose, record
+from ops.launch import override_config, record
 
 module = importlib.import_module("ops.indexer_topk")
 SMALL = dict(N=32, BC=16, CAP=16, C=16, PER=1, num_warps=4, num_stages=2)
@@ -23,7 +23,7 @@ def tight(monkeypatch):
 
 
 def run(*args, **tiles) -> torch.Tensor:
-    with choose({"indexer_topk_forward": {**SMALL, **tiles}}):
+    with override_config({"indexer_topk_forward": {**SMALL, **tiles}}):
         return ops.indexer_topk.opaque(*args)
 
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import ops
-from ops.launch import choose, record
+from ops.launch import override_config, record
 
 module = sys.modules["ops.linear_cross_entropy"]
 op = ops.linear_cross_entropy.opaque
@@ -74,7 +74,9 @@ def test_chunks_of_the_vocabulary_add_up(tiny_chunks, N, V, d, dtype):
     "tile", [*module.CANDIDATES[::2], TINY], ids=lambda c: f"{c['ROWS']}x{c['BLOCK']}"
 )
 def test_every_tile_gives_the_same(tiny_chunks, tile):
-    with choose({"linear_cross_entropy_forward": tile, "linear_cross_entropy_backward": tile}):
+    with override_config(
+        {"linear_cross_entropy_forward": tile, "linear_cross_entropy_backward": tile}
+    ):
         compare(*inputs(5, 210, 6), torch.randn(5))
 
 
@@ -94,7 +96,7 @@ def test_huge_logits_do_not_overflow(tiny_chunks, sharp, dtype):
     """The softmax is then 0 or 1 almost everywhere; a row whose target has all of it costs nothing."""
     x, weight, target = inputs(8, 300, 6, dtype, sharp)
     target[5] = (x[5].double() @ weight.double().T).argmax()
-    with choose({"linear_cross_entropy_forward": TINY}):
+    with override_config({"linear_cross_entropy_forward": TINY}):
         compare(x, weight, target)
         assert module.forward(x, weight, target)[0][5] == 0
 

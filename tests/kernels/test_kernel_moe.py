@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ops
 import ops.triton.moe as kernels
-from ops.launch import choose, record
+from ops.launch import override_config, record
 from test_ops import CONTRACTS, Case, close, low, moe, run, tensors
 from testing import rms
 
@@ -30,7 +30,7 @@ def check(options, dtype, up=None, down=None, change=lambda *args: args, backwar
         "moe_down": down
         and {key: down[key] for key in ("BN", "BK", "SWAP", "num_warps", "num_stages")},
     }
-    with choose({kernel: tile for kernel, tile in chosen.items() if tile}):
+    with override_config({kernel: tile for kernel, tile in chosen.items() if tile}):
         got = results(ops.moe.opaque, args)
     expected = results(CONTRACTS["moe"].spec, tensors(torch.Tensor.double, args))
     if dtype == torch.bfloat16:
@@ -252,7 +252,7 @@ def test_whatever_the_experts(options, dtype):
 def test_where_barriers_do_not_order_stores_other_kernels_finish(N, fmt, up, monkeypatch):
     options = (N, 2, 2, 128, 128, fmt, True)
     args = low(Case("moe", moe, options))
-    with choose({"moe_up": up}):
+    with override_config({"moe_up": up}):
         counted = ops.moe.opaque(*args)
         monkeypatch.setattr(kernels, "arch", lambda x: "gfx942")
         assert torch.equal(ops.moe.opaque(*args), counted)

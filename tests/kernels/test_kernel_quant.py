@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ops
 from ops.formats import dequantize_fp8, fake_quant, quantize_fp8, scale_to_float
-from ops.launch import choose, record
+from ops.launch import override_config, record
 
 act, module = sys.modules["ops.act_quant"], sys.modules["ops.quant_linear"]
 SUMS, FP8_SUMS = (
@@ -92,7 +92,7 @@ def test_act_quant_is_exact(shape, block, fmt, dtype):
 @pytest.mark.parametrize("block, fmt", [(128, "fp8"), (32, "fp4")])
 def test_act_quant_is_the_same_by_any_tile(size, block, fmt):
     x = spread(5, 300)
-    with choose({"act_quant": dict(SIZE=size, num_warps=4)}):
+    with override_config({"act_quant": dict(SIZE=size, num_warps=4)}):
         assert torch.equal(act.forward(x, block, fmt), fake_quant(x, block, fmt))
 
 
@@ -177,7 +177,7 @@ def test_all_paths_agree(take, path, dtype, scales, M, i, o, groups, act_quant):
 @pytest.mark.parametrize("rows", [1, 16])
 def test_decode_is_the_same_by_any_tile(tile, rows):
     x, weight, scale = linear(rows, 1300 if rows == 1 else 300, 18, 1)
-    with choose({"quant_linear_decode": tile}):
+    with override_config({"quant_linear_decode": tile}):
         assert (
             rms(module.forward(x, weight, scale, 1, True), exact(x, weight, scale, 1, True)) < SUMS
         )
@@ -187,7 +187,7 @@ def test_decode_is_the_same_by_any_tile(tile, rows):
 @pytest.mark.parametrize("rows, o, groups", [(17, 130, 1), (130, 40, 2)])
 def test_products_are_the_same_by_any_tile(tile, rows, o, groups):
     x, weight, scale = linear(rows, 140, o, groups)
-    with choose({"quant_linear_product": tile}):
+    with override_config({"quant_linear_product": tile}):
         for dtype, act_quant in ((torch.float32, True), (torch.bfloat16, False)):
             expected = exact(x.to(dtype), weight, scale, groups, act_quant)
             got = module.forward(x.to(dtype), weight, scale, groups, act_quant)
@@ -201,7 +201,7 @@ def test_the_last_tile_of_a_group_may_be_empty(take, path):
     """It begins past the last row of scales: the interpreter stops what reads there, though nothing would be made of it."""
     take(path)
     x, weight, scale = linear(3, 20, 384, 4)
-    with choose(
+    with override_config(
         {"quant_linear_decode": module.DECODE[0], "quant_linear_product": module.PRODUCT[0]}
     ):
         assert (
@@ -213,7 +213,7 @@ def test_the_last_tile_of_a_group_may_be_empty(take, path):
 def test_many_tiles_are_each_computed_once():
     """More than eight tiles high, and a last few that are fewer."""
     x, weight, scale = linear(147, 20, 70)
-    with choose({"quant_linear_product": dict(BM=16, BN=32, num_warps=1, num_stages=1)}):
+    with override_config({"quant_linear_product": dict(BM=16, BN=32, num_warps=1, num_stages=1)}):
         assert (
             rms(module.forward(x, weight, scale, 1, True), exact(x, weight, scale, 1, True))
             < FP8_SUMS
@@ -226,7 +226,7 @@ def test_many_tiles_are_each_computed_once():
 def test_splits_merge_in_a_fixed_order(monkeypatch, rows, i, o, groups, splits):
     x, weight, scale = linear(rows, i, o, groups)
     monkeypatch.setattr(module, "processors", lambda x: 1000)
-    with choose({"quant_linear_decode": SMALL}):
+    with override_config({"quant_linear_decode": SMALL}):
         with record("sm_90") as launches:
             module.forward(x, weight, scale, groups, True)
         assert [launch.name for launch in launches] == [
@@ -244,7 +244,7 @@ def test_few_outputs_only_are_split(monkeypatch):
     x, weight, scale = linear(1, 4300, 48)
     for processors, splits in ((8, 1), (23, 1), (24, 2), (47, 3), (1000, 4)):
         monkeypatch.setattr(module, "processors", lambda x: processors)
-        with choose({"quant_linear_decode": SMALL}), record("sm_90") as launches:
+        with override_config({"quant_linear_decode": SMALL}), record("sm_90") as launches:
             module.forward(x, weight, scale, 1, True)
         assert launches[0].grid == (3, splits if processors > 23 else 1)
 
@@ -273,7 +273,7 @@ def test_weights_of_every_value_are_decoded():
     for fp8, few, act_quant in itertools.product((module.FP8, set()), (16, 0), (False, True)):
         with (
             pytest.MonkeyPatch.context() as patch,
-            choose({"quant_linear_decode": module.DECODE[0]}),
+            override_config({"quant_linear_decode": module.DECODE[0]}),
         ):
             patch.setattr(module, "FP8", fp8), patch.setattr(module, "FEW", few)
             assert torch.equal(module.forward(eye, values, scale, 1, act_quant), expected)

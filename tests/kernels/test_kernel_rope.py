@@ -10,7 +10,7 @@ from torch._inductor.utils import run_and_get_code
 
 import ops
 from bench.tune import by_time
-from ops.launch import INTERPRETING, TUNED, choose
+from ops.launch import INTERPRETING, TUNED, override_config
 from ops.rope import rotate_
 from testing import rms
 
@@ -99,7 +99,7 @@ def test_expanded_inputs():
 @pytest.mark.parametrize("BN", (1, 2, 16, 64))
 def test_tiles_change_nothing(BN):
     x, (cos, sin) = torch.randn(2, 5, 3, 24), angles(2, 5, 12)
-    with choose({"rope_turn": {"BN": BN, "num_warps": 4}}):
+    with override_config({"rope_turn": {"BN": BN, "num_warps": 4}}):
         y = ops.rope.opaque(x, cos, sin, False)
         agree(y, x, cos, sin, False)
         in_place(x, cos, sin, False)

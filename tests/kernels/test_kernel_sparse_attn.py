@@ -7,7 +7,7 @@ import importlib
 import pytest
 import torch
 
-from ops.launch import choose, launch
+from ops.launch import launch, override_config
 from testing import rms
 
 module = importlib.import_module(
@@ -118,7 +118,7 @@ def test_splits_change_nothing(kind, splits, monkeypatch):
         module, "processors", lambda x: splits * 4
     )  # one block of heads, four tokens
     launched = noted(monkeypatch, "SPLITS")
-    with choose({"sparse_attn_forward": SMALL}):
+    with override_config({"sparse_attn_forward": SMALL}):
         o, lse = forward_kernel(*args)
     expected, expected_lse = forward_reference(*args)
     assert rms(o, expected) <= 2e-6 and (lse - expected_lse).abs().max() <= 2e-5
@@ -131,7 +131,7 @@ def test_more_splits_than_are_merged_at_once(monkeypatch):
     args[7], args[8] = args[7] * 0, args[8] * 0 + 400
     monkeypatch.setattr(module, "processors", lambda x: 14)
     launched = noted(monkeypatch, "SPLITS")
-    with choose({"sparse_attn_forward": SMALL}):
+    with override_config({"sparse_attn_forward": SMALL}):
         o, lse = forward_kernel(*args)
     expected, expected_lse = forward_reference(*args)
     assert launched[0] > 8 and rms(o, expected) <= 2e-6 and (lse - expected_lse).abs().max() <= 2e-5
@@ -146,7 +146,9 @@ def test_gradients_at_the_edges_of_blocks(kind):
     if kind == "range":
         t = torch.arange(T)[None]
         args[7], args[8] = torch.where(t % 2 == 0, t, 0), t + 1
-    with choose({"sparse_attn_backward_kv": dict(BH=16, BK=16, num_warps=4, num_stages=1)}):
+    with override_config(
+        {"sparse_attn_backward_kv": dict(BH=16, BK=16, num_warps=4, num_stages=1)}
+    ):
         compare(tuple(args), 5e-6)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import ops
-from ops.launch import choose
+from ops.launch import override_config
 from test_ops import spec_hc_pre, spec_moe, spec_sparse_attn
 
 hc_pre, sparse_attn = (importlib.import_module(f"ops.{op}") for op in ("hc_pre", "sparse_attn"))
@@ -44,7 +44,7 @@ def compare(op, spec, args, wrt, roundings):
         else a
         for i, a in enumerate(args)
     ]
-    with choose({name: {**tile, **SMALL} for name, tile in TILES.items()}):
+    with override_config({name: {**tile, **SMALL} for name, tile in TILES.items()}):
         out = op.opaque(*args)
         g = positive(*out.shape)
         got = [out.detach(), *torch.autograd.grad(out, [args[i] for i in wrt], g.to(out.dtype))]

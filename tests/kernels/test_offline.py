@@ -25,7 +25,17 @@ import ops.launch as launch_module
 from bench import cases, tune
 from bench.offline import SHARED, TARGETS, all_kernels, compile_all, compile_launch
 from bench.record import RESULTS
-from ops.launch import TUNED, Launch, asked, choose, jit, launch, record, tiles, tl
+from ops.launch import (
+    TUNED,
+    Launch,
+    get_config,
+    jit,
+    launch,
+    override_config,
+    record,
+    record_configs,
+    tl,
+)
 
 SLACK = 1.1  # spills may grow by this and a few before somebody must look
 
@@ -163,7 +173,7 @@ def test_every_kernel_is_in_the_record_and_fits_there(version):
 def test_every_tile_is_in_the_table_and_still_a_candidate(model, arch):
     table = json.loads(TUNED.read_text())
     for call in calls(model):
-        with asked() as questions:
+        with record_configs() as questions:
             call.launches(arch)
         for (name, key), candidates in questions.items():
             assert table.get(name, {}).get(arch, {}).get(key) in candidates, (
@@ -181,7 +191,7 @@ def greedy(x, y, N: tl.constexpr):
 def launched(arch: str, programs: int = 1) -> list[Launch]:
     with record(arch) as found:
         x = torch.empty(256, 256, dtype=torch.bfloat16, device="meta")
-        launch(greedy, (programs,), x, x.float(), **tiles("greedy", "a key", CANDIDATES, x))
+        launch(greedy, (programs,), x, x.float(), **get_config("greedy", "a key", CANDIDATES, x))
     return found
 
 
@@ -231,7 +241,7 @@ def test_a_tile_is_worse_the_more_it_spills_or_leaves_idle():
 
 def test_what_is_wrong_is_found():
     """A kernel that needs too much, one that lost its matrix instructions, and one that does not compile."""
-    with choose({"greedy": CANDIDATES[1]}):
+    with override_config({"greedy": CANDIDATES[1]}):
         result = compile_launch(launched("sm_90")[0], "sm_90")._asdict()
     assert result["matrix"] and result["spills"] > 0
     table = {"greedy": {"sm_90": {**result, "spills": 0, "matrix": {"DMMA": 1}}}}

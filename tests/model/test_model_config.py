@@ -10,7 +10,7 @@ import torch
 
 from model import ModelArgs, Transformer
 
-INFERENCE_FLASH = dict(  # the keys of the official inference/config.json (spec 11.1)
+INFERENCE_FLASH = dict(  # the keys of the official inference/config.json (docs/v4.md#checkpoint)
     vocab_size=129280,
     dim=4096,
     moe_inter_dim=2048,
@@ -45,7 +45,7 @@ INFERENCE_FLASH = dict(  # the keys of the official inference/config.json (spec 
     compress_rope_theta=160000,
     compress_ratios=[0, 0] + [4, 128] * 20 + [4, 0],
 )
-RELEASED_FLASH = dict(  # the keys of the released config.json (spec 11.1)
+RELEASED_FLASH = dict(  # the keys of the released config.json (docs/v4.md#checkpoint)
     architectures=["DeepseekV4ForCausalLM"],
     model_type="deepseek_v4",
     attention_bias=False,
@@ -238,7 +238,7 @@ def test_a_missing_config_is_one_line_naming_the_file(tmp_path):
     ],
 )
 def test_released_models_have_the_published_sizes(args, total, active, mtp):
-    """Parameters without MTP, parameters a token uses (without the embedding), and the MTP block (spec 1)."""
+    """Parameters without MTP, parameters a token uses (without the embedding), and the MTP block (docs/v4.md#dimensions)."""
     with torch.device("meta"):
         model = Transformer(args)
     sizes = {name: p.numel() for name, p in model.named_parameters()}

@@ -132,7 +132,7 @@ def test_loss_and_every_gradient_equal_transformers(config, form):
         if ".indexer." in name:
             assert p.grad is None and (grad is None or not grad.any()), (
                 name
-            )  # the choice is discrete (spec 7)
+            )  # the choice is discrete (docs/v4.md#indexer)
         else:
             assert (p.grad - grad).norm() <= 1e-4 * grad.norm() and grad.norm() > 0, name
 

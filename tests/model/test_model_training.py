@@ -19,7 +19,7 @@ from compile_config import (
     compile_train_step,
     recomputed,
 )
-from model import ModelArgs, Transformer, Weights, aim, balance, training_loss
+from model import LossWeights, ModelArgs, Transformer, balance, make_targets, training_loss
 from testing import randomize, rms, small
 from tools.report import MODEL_OPS
 
@@ -65,7 +65,7 @@ def test_every_gradient_equals_that_of_an_fp64_run(watch):
     exact = copy.deepcopy(model).double()
     for p in exact.parameters():
         assert p.dtype == torch.float64
-    weights = Weights(balance=0.5, index=2.0)
+    weights = LossWeights(balance=0.5, index=2.0)
     total, parts = training_loss(model, *batch(), weights, watch)
     got = gradients(model, total)
     with Double():
@@ -132,7 +132,7 @@ def test_the_indexers_objective_moves_the_indexers_alone():
     for watch in ("dense", "chosen"):
         with_it, without = (
             gradients(
-                model, training_loss(model, *batch(), Weights(index=index, **nothing), watch)[0]
+                model, training_loss(model, *batch(), LossWeights(index=index, **nothing), watch)[0]
             )
             for index in (1.0, 0.0)
         )
@@ -268,5 +268,5 @@ def test_unknown_ways_are_refused():
 
 def test_targets_are_counted():
     tokens, targets, docs = batch()
-    goal = aim(tokens, targets, docs)
+    goal = make_targets(tokens, targets, docs)
     assert goal.counts.tolist() == [int((targets >= 0).sum()), int((goal.after >= 0).sum()), 2]

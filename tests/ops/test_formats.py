@@ -1,4 +1,4 @@
-"""Contracts of ops/formats.py: the number formats against brute force over their representable values (spec 8, 11)."""
+"""Contracts of ops/formats.py: the number formats against brute force over their representable values (docs/v4.md#quantised-points, #checkpoint)."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def power_above(amax: float) -> float:
 
 
 def quantize_block(block: torch.Tensor, fmt: str) -> tuple[torch.Tensor, float]:
-    """What a block becomes, and its scale: spec 8, in fp64."""
+    """What a block becomes, and its scale: docs/v4.md#quantised-points, in fp64."""
     scale = power_above(max(float(block.abs().max()), FLOOR[fmt]) / float(GRID[fmt][-1]))
     return nearest(block.double() / scale, fmt) * scale, scale
 

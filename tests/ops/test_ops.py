@@ -1740,11 +1740,11 @@ def test_a_table_is_immutable():
 )
 def test_unknown_ops_and_modes_are_named(choose):
     with pytest.raises(ValueError, match="unknown op 'attention': choose from .*sparse_attn"):
-        choose({"attention": "opaque"})
+        override_config({"attention": "opaque"})
     with pytest.raises(
         ValueError, match="op 'moe': mode 'fast' is neither 'reference' nor 'opaque'"
     ):
-        choose({"moe": "fast"})
+        override_config({"moe": "fast"})
     assert ops.Table().modes == {}
 
 
