@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import ops
 from ops.launch import override_config, record
 
-module = importlib.import_module("ops.indexer_topk")
+op_module = importlib.import_module("ops.indexer_topk")
+module = importlib.import_module("ops.triton.indexer_topk")
 SMALL = dict(N=32, BC=16, CAP=16, C=16, PER=1, num_warps=4, num_stages=2)
 
 
@@ -187,7 +188,7 @@ def test_nothing_to_do():
 
 def test_very_many_are_chosen_by_the_reference(monkeypatch):
     args = (whole(1, 3, 2, 8), whole(1, 50, 8), whole(1, 3, 2), *causal(1, 3, 50), 9)
-    monkeypatch.setattr(module, "LARGEST_K", 8)
+    monkeypatch.setattr(op_module, "LARGEST_K", 8)
     with record("sm_90") as launches:
         idx = run(*args)
     s = scores(*args[:-1])

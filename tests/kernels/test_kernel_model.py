@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 
 import pytest
 import torch
 
 from model import ModelArgs, Transformer, training_loss
 from ops.registry import LAUNCHERS
+from ops.triton.sparse_attn import sparse_attn_forward
 from testing import randomize, rms
 from tools import report
 
-sparse_attn_forward = importlib.import_module("ops.sparse_attn").sparse_attn_forward
 FORWARD = {
     "hc_pre_mix",
     "hc_pre_finish",

@@ -10,15 +10,13 @@ import torch
 from ops.launch import launch, override_config
 from testing import rms
 
-module = importlib.import_module(
-    "ops.sparse_attn"
-)  # the package's attribute of this name is the op
-backward_kernel, backward_reference, forward_kernel, forward_reference = (
-    module.backward_kernel,
-    module.backward_reference,
-    module.forward_kernel,
-    module.forward_reference,
-)
+op = importlib.import_module("ops.sparse_attn")  # the package's attribute of this name is the op
+forward_module = importlib.import_module("ops.triton.sparse_attn")
+backward_module = importlib.import_module("ops.triton.sparse_attn_backward")
+forward_reference = op.forward_reference
+backward_reference = op.backward_reference
+forward_kernel = op.forward_kernel
+backward_kernel = op.backward_kernel
 SMALL = dict(BH=16, BN=16, num_warps=4, num_stages=1)
 
 
@@ -54,11 +52,13 @@ def arguments(B=1, T=9, H=5, D=24, r=8, W=20, kind="window", E=40, K=21, dtype=t
 def noted(monkeypatch, constant):
     """A list that receives the constant's value of every launch from now on."""
     values = []
-    monkeypatch.setattr(
-        module,
-        "launch",
-        lambda *args, **meta: values.append(meta.get(constant)) or launch(*args, **meta),
-    )
+
+    def noting(*args, **meta):
+        values.append(meta.get(constant))
+        launch(*args, **meta)
+
+    for module in (forward_module, backward_module):
+        monkeypatch.setattr(module, "launch", noting)
     return values
 
 
@@ -115,7 +115,7 @@ def test_odd_shapes(kind, shape):
 def test_splits_change_nothing(kind, splits, monkeypatch):
     args = arguments(T=2, B=2, W=33, E=100, K=50, kind=kind)
     monkeypatch.setattr(
-        module, "processors", lambda x: splits * 4
+        forward_module, "processors", lambda x: splits * 4
     )  # one block of heads, four tokens
     launched = noted(monkeypatch, "SPLITS")
     with override_config({"sparse_attn_forward": SMALL}):
@@ -129,7 +129,7 @@ def test_more_splits_than_are_merged_at_once(monkeypatch):
     args = list(arguments(T=1, E=400, kind="range"))
     args[6] = args[6] * torch.linspace(0.1, 3, 400)[:, None]  # maxima grow
     args[7], args[8] = args[7] * 0, args[8] * 0 + 400
-    monkeypatch.setattr(module, "processors", lambda x: 14)
+    monkeypatch.setattr(forward_module, "processors", lambda x: 14)
     launched = noted(monkeypatch, "SPLITS")
     with override_config({"sparse_attn_forward": SMALL}):
         o, lse = forward_kernel(*args)
@@ -154,12 +154,12 @@ def test_gradients_at_the_edges_of_blocks(kind):
 
 @pytest.mark.parametrize("masked", [0, 100], ids=["by atomics", "by entry"])
 def test_gradients_of_chosen_entries_are_complete_either_way(masked, monkeypatch):
-    monkeypatch.setattr(module, "MASKED", masked)
+    monkeypatch.setattr(backward_module, "MASKED", masked)
     compare(arguments(B=2, T=6, kind="chosen"), 5e-6)
 
 
 def test_deterministic_algorithms_avoid_atomics(monkeypatch):
-    monkeypatch.setattr(module, "MASKED", 0)
+    monkeypatch.setattr(backward_module, "MASKED", 0)
     scattered = noted(monkeypatch, "SCATTER")
     args = arguments(T=3, kind="chosen")
     o, lse = forward_kernel(*args)
