@@ -1152,7 +1152,7 @@ def experts(b: Bench) -> None:
                 moved=touched / E * nbytes(w13, w2, s13, s2) + tokens * d * 6,
                 judge=against(few, lambda out: out[:4]),
             )
-        del w13, w2, s13, s2
+        w13 = w2 = s13 = s2 = None
         unpacked = scaled = None
     E, tokens = b.at(32, 4), b.at(8192, 12)
     w13, w2 = (w.requires_grad_() for w in experts_of(b, "bf16", E, I, d)[:2])
