@@ -399,7 +399,7 @@ def prefill(b: Bench) -> None:
                     b.profile(lambda: sides["ours"].call(b.integers(model.args.vocab_size, 1, S)))
                 ),
             }
-        del sides
+        sides = None
 
 
 def trained(b: Bench, model: Transformer, preset: CompileConfig) -> Side:
@@ -465,7 +465,7 @@ def train(b: Bench) -> None:
                 "peak_gb": None if b.toy else torch.cuda.max_memory_allocated() / 1e9,
                 "loss": float(side.call(*inputs[0])),
             }
-        del side, sides, model
+        side = sides = model = None
         b.free()
     if b.wants(next(iter(TRAIN))):
         short(b)

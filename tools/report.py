@@ -434,7 +434,7 @@ def census(captured: Captured, args: ModelArgs) -> dict[str, dict[str, dict[str,
 # Compiled and run
 
 
-def session(model: Transformer, phase: str, cfg: CompileConfig) -> Iterator[Callable]:
+def session(model: Transformer, phase: str, cfg) -> Iterator[Callable]:
     """The phase compiled as cfg says, as calls that between them meet every boundary: yields them one by one."""
     import compile_config as C
     from training.optim import Optimizer

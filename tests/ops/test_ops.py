@@ -1740,11 +1740,11 @@ def test_a_table_is_immutable():
 )
 def test_unknown_ops_and_modes_are_named(choose):
     with pytest.raises(ValueError, match="unknown op 'attention': choose from .*sparse_attn"):
-        override_config({"attention": "opaque"})
+        choose({"attention": "opaque"})
     with pytest.raises(
         ValueError, match="op 'moe': mode 'fast' is neither 'reference' nor 'opaque'"
     ):
-        override_config({"moe": "fast"})
+        choose({"moe": "fast"})
     assert ops.Table().modes == {}
 
 
