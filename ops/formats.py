@@ -1,4 +1,4 @@
-"""The number formats of the checkpoint and of quantised arithmetic: e4m3, e2m1, e8m0 (spec sections 8 and 11).
+"""The number formats of the checkpoint and of quantised arithmetic: e4m3, e2m1, e8m0.
 
     e4m3   float8 with maximum 448, one scale per block of weights (128 x 128) or activations (1 x 64, 1 x 128)
     e2m1   4-bit float with magnitudes 0 .5 1 1.5 2 3 4 6, two per byte (low nibble first), one scale per 1 x 32
@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-
-from .launch import jit, tl
 
 E4M3_MAX, E2M1_MAX = 448.0, 6.0
 
@@ -127,54 +125,3 @@ def dequantize_fp4(
     value = torch.where(mag < 4, mag / 2, torch.where(mag < 6, mag - 2, mag * 2 - 8))
     value = torch.where(code >= 8, -value, value)
     return (value * _expand_scale(scale, value.shape, (1, block))).to(dtype)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Inside kernels. Packed weights arrive as uint8 on every GPU: not all have the types, and the bits are quickly decoded.
-
-
-@jit
-def decode_e4m3(byte):
-    """uint8 bits -> fp32, exact; NaN (0x7f, 0xff) becomes +-480."""
-    bits = byte.to(tl.int32)
-    return (((bits & 0x80) << 24) | ((bits & 0x7F) << 20)).to(
-        tl.float32, bitcast=True
-    ) * 1.329227995784916e36  # 2^120
-
-
-@jit
-def decode_e2m1(code):
-    """The low four bits of an integer -> fp32, exact."""
-    bits = code.to(tl.int32)
-    return (((bits & 8) << 28) | ((bits & 7) << 22)).to(
-        tl.float32, bitcast=True
-    ) * 8.507059173023462e37  # 2^126
-
-
-@jit
-def decode_scale(scale):
-    """A stored scale, e8m0 bits in uint8 or fp32 -> fp32."""
-    if scale.dtype == tl.uint8:
-        bits = scale.to(tl.int32)
-        scale = tl.where(bits == 0, 0x00400000, bits << 23).to(tl.float32, bitcast=True)
-    return scale
-
-
-@jit
-def power_above(x):
-    """pow2_ceil: the least power of two >= x; x > 0 normal fp32."""
-    bits = x.to(tl.int32, bitcast=True)
-    return (((bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.int32)) << 23).to(
-        tl.float32, bitcast=True
-    )
-
-
-@jit
-def scale_e4m3(amax):
-    """The scale of a block of activations with this largest magnitude."""
-    return power_above(tl.maximum(amax, 1e-4) * (1 / 448))
-
-
-@jit
-def scale_e2m1(amax):
-    return power_above(tl.maximum(amax, 7.052966104933725e-38) * (1 / 6))  # 6 * 2^-126

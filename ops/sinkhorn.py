@@ -1,33 +1,29 @@
-"""sinkhorn: turn logits into nearly doubly stochastic matrices (mHC, docs/v4.md#hyper-connections); the inner part of hc_pre.
+"""sinkhorn: turn logits into nearly doubly stochastic matrices; the inner part of hc_pre.
 
-    c = softmax rows(logits) + eps; then columns, and iters - 1 times rows and columns, each divided by (sum + eps)
+    c = softmax over rows (logits) + eps
+    c = c / (column sums + eps)
+    iters - 1 times:  c = c / (row sums + eps);  c = c / (column sums + eps)
 
-    logits [..., n, n] fp32   c likewise
+    logits [..., n, n] fp32   c [..., n, n] fp32
 
-Traced, these are 2 iters small loops, half of what a compiler sees of a whole model. hc_pre therefore makes it one node
-when it is compiled for CPU without gradients, with a C++ kernel (see cpp.py) that keeps a matrix in registers. The node
-has no gradient (looking for one would cost more than the kernel); hc_pre's backward walks the steps in reverse by
-`backward_reference`. Errors: the last two dims differ, or exceed 16.
+Formula: eq. 8 of arXiv 2606.19348, in the order of DeepSeek's code (`hc_split_sinkhorn` in
+inference/kernel.py), which ends with columns: docs/v4.md#hyper-connections, docs/v4.md#disagreements.
+Errors: the last two dims differ or exceed 16; iters < 1.
 
-On a GPU a thread owns a whole matrix, n n registers: no step leaves them, nothing is exchanged between threads, one launch
-does it all. The helpers that hold a block of matrices as n n vectors also serve hc_pre and hc_post_pre. Backward: the
-divisors of each step are put aside (2 iters - 1 times n per matrix, in the cache), the matrices themselves are multiplied
-back. Above n = 8 matrices outgrow the registers, and the reference runs.
+Traced, these are 2 iters small loops, half of all nodes of a whole model. So hc_pre makes it one node when
+compiled for CPU without gradients, with a C++ kernel (see cpp.py) that keeps a matrix in registers. The node
+has no gradient (looking for one would cost more than the kernel); hc_pre's backward walks the steps in
+reverse by `backward_reference`.
 """
 
 from __future__ import annotations
 
 import torch
 
-from .launch import cdiv, get_config, jit, launch, power_of_two, tl
 from .registry import LAUNCHERS, Op, register, require
+from .triton import sinkhorn as kernels
 
-MOST = 16  # streams
-IN_REGISTERS = 8  # streams that kernels can take
-CANDIDATES = [
-    {"BT": 64, "num_warps": 1},
-    {"BT": 32, "num_warps": 1},
-]  # a matrix a thread: a warp has 64 or 32
+MAX_STREAMS = 16
 
 SOURCE = """
 template <int N> void run(const float* in, float* out, int64_t matrices, int64_t iters, float eps, int64_t given) {
@@ -62,19 +58,20 @@ Tensor sinkhorn(const Tensor& logits, double eps, int64_t iters) {
 
 def check(logits, eps, iters):
     require(
-        logits.dim() >= 2 and 0 < logits.shape[-1] == logits.shape[-2] <= MOST,
-        f"sinkhorn: logits {tuple(logits.shape)} are not [..., n, n] with n from 1 to {MOST}",
+        logits.dim() >= 2 and 0 < logits.shape[-1] == logits.shape[-2] <= MAX_STREAMS,
+        f"sinkhorn: logits {tuple(logits.shape)} are not [..., n, n] with n from 1 to {MAX_STREAMS}",
     )
     require(iters > 0, f"sinkhorn: iters must be positive, not {iters}")
 
 
-def _axes(iters):
-    return -2, *(-1, -2) * (iters - 1)
+def summed_axes(iters: int) -> list[int]:
+    """The axis of the sums in each division: columns (-2), then rows and columns by turns."""
+    return [-2] + [-1, -2] * (iters - 1)
 
 
 def reference(logits: torch.Tensor, eps: float, iters: int) -> torch.Tensor:
     c = logits.softmax(-1) + eps
-    for axis in _axes(iters):
+    for axis in summed_axes(iters):
         c = c / (c.sum(axis, keepdim=True) + eps)
     return c
 
@@ -84,251 +81,29 @@ def backward_reference(
 ) -> torch.Tensor:
     """Gradient of logits."""
     soft = logits.softmax(-1)
-    steps, c = [], soft + eps  # the matrix after each division, with the divisor and its axis
-    for axis in _axes(iters):
-        total = c.sum(axis, keepdim=True) + eps
-        c = c / total
-        steps.append((c, total, axis))
-    for c, total, axis in reversed(steps):
-        g = (g - (g * c).sum(axis, keepdim=True)) / total
+    c = soft + eps
+    steps = []  # the matrix after each division, with the divisor and its axis
+    for axis in summed_axes(iters):
+        divisor = c.sum(axis, keepdim=True) + eps
+        c = c / divisor
+        steps.append((c, divisor, axis))
+    for c, divisor, axis in reversed(steps):
+        g = (g - (g * c).sum(axis, keepdim=True)) / divisor
     return soft * (g - (g * soft).sum(-1, keepdim=True))
 
 
-# A block of BT matrices is a tuple c of n n vectors: c[i n + j][t] is element (i, j) of matrix t.
-
-
-@jit
-def join_all(values, P: tl.constexpr):
-    """P tensors, a power of two -> one with more dims of 2 at the end, which count the tensors."""
-    if P == 1:
-        return values[0]
-    else:
-        pairs = ()
-        for k in tl.static_range(P // 2):
-            pairs += (tl.join(values[k], values[k + P // 2]),)
-        return join_all(pairs, P // 2)
-
-
-@jit
-def columns(tile, P: tl.constexpr):
-    """[BT, P], P a power of two -> P vectors [BT]."""
-    if P == 1:
-        return (tl.reshape(tile, [tile.shape[0]]),)
-    else:
-        left, right = tl.split(tl.permute(tl.reshape(tile, [tile.shape[0], 2, P // 2]), (0, 2, 1)))
-        return columns(left, P // 2) + columns(right, P // 2)
-
-
-@jit
-def as_columns(values, count: tl.constexpr, P: tl.constexpr):
-    """`count` vectors [BT] -> [BT, P], with zeros."""
-    padded = ()
-    for k in tl.static_range(P):
-        padded += (values[k] if k < count else tl.zeros_like(values[0]),)
-    return tl.reshape(join_all(padded, P), [values[0].shape[0], P])
-
-
-@jit
-def softmax_rows(c, n: tl.constexpr):
-    out = ()
-    for i in tl.static_range(n):
-        top = c[i * n]
-        for j in tl.static_range(1, n):
-            top = tl.maximum(top, c[i * n + j])
-        row = ()
-        for j in tl.static_range(n):
-            row += (tl.exp(c[i * n + j] - top),)
-        total = row[0]
-        for j in tl.static_range(1, n):
-            total += row[j]
-        for j in tl.static_range(n):
-            out += (row[j] / total,)
-    return out
-
-
-@jit
-def plus(c, eps, n: tl.constexpr):
-    out = ()
-    for k in tl.static_range(n * n):
-        out += (c[k] + eps,)
-    return out
-
-
-@jit
-def divide(c, eps, ROWS: tl.constexpr, n: tl.constexpr):
-    """-> c / (sums + eps) over rows or columns, and the n divisors."""
-    totals, inverses, out = (), (), ()
-    for i in tl.static_range(n):
-        total = c[i * n if ROWS else i]
-        for j in tl.static_range(1, n):
-            total += c[i * n + j if ROWS else j * n + i]
-        total += eps
-        totals += (total,)
-        inverses += (1.0 / total,)
-    for k in tl.static_range(n * n):
-        out += (c[k] * inverses[k // n if ROWS else k % n],)
-    return out, totals
-
-
-@jit
-def undivide(g, c, totals, ROWS: tl.constexpr, n: tl.constexpr):
-    """The gradient and the matrices before a division from those after it."""
-    dots, inverses, before, out = (), (), (), ()
-    for i in tl.static_range(n):
-        dot = g[i * n if ROWS else i] * c[i * n if ROWS else i]
-        for j in tl.static_range(1, n):
-            dot += g[i * n + j if ROWS else j * n + i] * c[i * n + j if ROWS else j * n + i]
-        dots += (dot,)
-        inverses += (1.0 / totals[i],)
-    for k in tl.static_range(n * n):
-        out += ((g[k] - dots[k // n if ROWS else k % n]) * inverses[k // n if ROWS else k % n],)
-        before += (c[k] * totals[k // n if ROWS else k % n],)
-    return out, before
-
-
-@jit
-def doubly_stochastic(c, eps, iters, n: tl.constexpr):
-    """Logits -> what sinkhorn makes of them."""
-    c, _ = divide(plus(softmax_rows(c, n), eps, n), eps, False, n)
-    for _ in range(iters - 1):
-        c, _ = divide(c, eps, True, n)
-        c, _ = divide(c, eps, False, n)
-    return c
-
-
-@jit
-def put_aside(at, totals, N, t, n: tl.constexpr, P: tl.constexpr):
-    k = tl.arange(0, P)[:, None]
-    tl.store(
-        at + k * N + t[None, :], tl.trans(as_columns(totals, n, P)), mask=(k < n) & (t < N)[None, :]
-    )
-
-
-@jit
-def fetch(at, N, t, n: tl.constexpr, P: tl.constexpr):
-    k = tl.arange(0, P)[:, None]
-    return columns(
-        tl.trans(tl.load(at + k * N + t[None, :], mask=(k < n) & (t < N)[None, :], other=1.0)), P
-    )
-
-
-@jit
-def doubly_stochastic_backward(g, c, eps, iters, aside, N, t, n: tl.constexpr, P: tl.constexpr):
-    """Gradient of logits c of matrices t. aside: room for the divisors [2 iters - 1, n, N]; P: a power of two >= n."""
-    soft, g = softmax_rows(c, n), g[: n * n]
-    c, totals = divide(plus(soft, eps, n), eps, False, n)
-    put_aside(aside, totals, N, t, n, P)
-    at = aside
-    for _ in range(iters - 1):
-        c, totals = divide(c, eps, True, n)
-        put_aside(at + n * N, totals, N, t, n, P)
-        c, totals = divide(c, eps, False, n)
-        at += 2 * n * N
-        put_aside(at, totals, N, t, n, P)
-    tl.debug_barrier()
-    for _ in range(iters - 1):
-        g, c = undivide(g, c, fetch(at, N, t, n, P), False, n)
-        g, c = undivide(g, c, fetch(at - n * N, N, t, n, P), True, n)
-        at -= 2 * n * N
-    g, c = undivide(g, c, fetch(at, N, t, n, P), False, n)
-    out = ()
-    for i in tl.static_range(n):
-        dot = g[i * n] * soft[i * n]
-        for j in tl.static_range(1, n):
-            dot += g[i * n + j] * soft[i * n + j]
-        for j in tl.static_range(n):
-            out += (soft[i * n + j] * (g[i * n + j] - dot),)
-    return out
-
-
-@jit
-def sinkhorn_forward(
-    logits, out, N, eps, iters, n: tl.constexpr, P: tl.constexpr, BT: tl.constexpr
-):
-    t, k = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, P)
-    at, mask = (
-        t.to(tl.int64)[:, None] * (n * n) + k[None, :],
-        (t < N)[:, None] & (k < n * n)[None, :],
-    )
-    c = doubly_stochastic(columns(tl.load(logits + at, mask=mask, other=0.0), P), eps, iters, n)
-    tl.store(out + at, as_columns(c, n * n, P), mask=mask)
-
-
-@jit
-def sinkhorn_backward(
-    g,
-    logits,
-    aside,
-    out,
-    N,
-    eps,
-    iters,
-    n: tl.constexpr,
-    P: tl.constexpr,
-    BT: tl.constexpr,
-    PN: tl.constexpr,
-):
-    t, k = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, P)
-    at, mask = (
-        t.to(tl.int64)[:, None] * (n * n) + k[None, :],
-        (t < N)[:, None] & (k < n * n)[None, :],
-    )
-    c, g = (
-        columns(tl.load(logits + at, mask=mask, other=0.0), P),
-        columns(tl.load(g + at, mask=mask, other=0.0), P),
-    )
-    g = doubly_stochastic_backward(g, c, eps, iters, aside, N, t, n, PN)
-    tl.store(out + at, as_columns(g, n * n, P), mask=mask)
-
-
-def kernel(logits: torch.Tensor, eps: float, iters: int) -> torch.Tensor:
-    n = logits.shape[-1]
-    if n > IN_REGISTERS:
+def forward(logits: torch.Tensor, eps: float, iters: int) -> torch.Tensor:
+    """The kernel, for as many streams as it takes; else the reference."""
+    if logits.shape[-1] > kernels.MAX_STREAMS:
         return reference(logits, eps, iters).contiguous()
-    logits, N = logits.contiguous(), logits.numel() // (n * n)
-    out, cfg = torch.empty_like(logits), get_config("sinkhorn_forward", f"n{n}", CANDIDATES, logits)
-    launch(
-        sinkhorn_forward,
-        (cdiv(N, cfg["BT"]),),
-        logits,
-        out,
-        N,
-        eps,
-        iters,
-        n=n,
-        P=power_of_two(n * n),
-        **cfg,
-    )
-    return out
+    return kernels.forward(logits, eps, iters)
 
 
-def backward_kernel(g: torch.Tensor, logits: torch.Tensor, eps: float, iters: int) -> torch.Tensor:
-    """backward_reference, for benchmarks; in a model it happens inside hc_pre_backward."""
-    n = logits.shape[-1]
-    if n > IN_REGISTERS:
+def backward(g: torch.Tensor, logits: torch.Tensor, eps: float, iters: int) -> torch.Tensor:
+    """As `backward_reference`; for benchmarks: in a model it happens inside hc_pre's backward."""
+    if logits.shape[-1] > kernels.MAX_STREAMS:
         return backward_reference(g, logits, eps, iters)
-    g, logits, N = g.contiguous(), logits.contiguous(), logits.numel() // (n * n)
-    out, aside = (
-        torch.empty_like(logits),
-        logits.new_empty(2 * iters - 1, n, N, dtype=torch.float32),
-    )
-    cfg = get_config("sinkhorn_backward", f"n{n}", CANDIDATES, logits)
-    launch(
-        sinkhorn_backward,
-        (cdiv(N, cfg["BT"]),),
-        g,
-        logits,
-        aside,
-        out,
-        N,
-        eps,
-        iters,
-        n=n,
-        P=power_of_two(n * n),
-        PN=power_of_two(n),
-        **cfg,
-    )
-    return out
+    return kernels.backward(g, logits, eps, iters)
 
 
 _opaque = register(
@@ -337,9 +112,9 @@ _opaque = register(
     fake=lambda logits, *args: logits.new_empty(logits.shape),
     flops=lambda *shapes, out_shape=None, **kw: 0,
     cpp=SOURCE,
-    kernel=kernel,
+    kernel=forward,
 )
 
-LAUNCHERS["sinkhorn_backward"] = backward_kernel
+LAUNCHERS["sinkhorn_backward"] = backward
 
 sinkhorn = Op("sinkhorn", reference, _opaque, check)

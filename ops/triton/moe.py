@@ -26,8 +26,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..formats import decode_e2m1, decode_e4m3, decode_scale, scale_e4m3
 from ..launch import arch, cdiv, get_config, jit, launch, power_of_two, tl
+from .formats import decode_e2m1, decode_e4m3, decode_scale, scale_e4m3
 
 PLACED = 256  # pairs that one program of the route places
 

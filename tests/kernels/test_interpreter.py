@@ -11,6 +11,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 import ops.formats as formats
+import ops.triton.formats as kernel_formats
 from ops.launch import jit, launch
 
 TYPES = {
@@ -58,11 +59,11 @@ def decode(byte, out, FORMAT: tl.constexpr):
     i = tl.arange(0, 256)
     value = tl.load(byte + i)
     if FORMAT == "e4m3":
-        value = formats.decode_e4m3(value)
+        value = kernel_formats.decode_e4m3(value)
     elif FORMAT == "e2m1":
-        value = formats.decode_e2m1(value)
+        value = kernel_formats.decode_e2m1(value)
     else:
-        value = formats.decode_scale(value)
+        value = kernel_formats.decode_scale(value)
     tl.store(out + i, value)
 
 
@@ -71,11 +72,11 @@ def rounding(x, out, n, FORMAT: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     v = tl.load(x + i, mask=i < n, other=1.0)
     if FORMAT == "scale_e4m3":
-        v = formats.scale_e4m3(tl.abs(v))
+        v = kernel_formats.scale_e4m3(tl.abs(v))
     elif FORMAT == "scale_e2m1":
-        v = formats.scale_e2m1(tl.abs(v))
+        v = kernel_formats.scale_e2m1(tl.abs(v))
     else:
-        v = formats.power_above(tl.abs(v))
+        v = kernel_formats.pow2_ceil(tl.abs(v))
     tl.store(out + i, v, mask=i < n)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ops
+import ops.triton.hc_pre as hc_pre_kernels
 from ops.launch import override_config, record
 from test_ops import spec_hc_post, spec_hc_post_pre, spec_hc_pre, spec_sinkhorn
 
@@ -25,7 +26,7 @@ def seed():
 
 def processors(monkeypatch, count):
     """As if the GPU had so many: what a launch is split into."""
-    monkeypatch.setattr(hc_pre, "processors", lambda x: count)
+    monkeypatch.setattr(hc_pre_kernels, "processors", lambda x: count)
 
 
 def error(a, b) -> float:
@@ -106,7 +107,7 @@ def test_sinkhorn_and_its_gradient(n, iters, count, BT):
         {name: {"BT": BT, "num_warps": 1} for name in ("sinkhorn_forward", "sinkhorn_backward")}
     ):
         assert error(ops.sinkhorn.opaque(logits, 1e-4, iters), expected) <= 2e-6
-        gradient = sinkhorn.backward_kernel(g, logits, 1e-4, iters)
+        gradient = sinkhorn.backward(g, logits, 1e-4, iters)
     assert n == 1 or error(gradient, torch.autograd.grad(expected, exact, g.double())[0]) <= 5e-6
 
 
@@ -116,7 +117,7 @@ def test_sinkhorn_of_extreme_logits():
     )[None]
     c = ops.sinkhorn.opaque(logits, 1e-6, 3)
     torch.testing.assert_close(c, ops.sinkhorn.reference(logits, 1e-6, 3), rtol=1e-4, atol=1e-6)
-    assert sinkhorn.backward_kernel(torch.ones_like(c), logits, 1e-6, 3).isfinite().all()
+    assert sinkhorn.backward(torch.ones_like(c), logits, 1e-6, 3).isfinite().all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,7 +197,7 @@ def test_hc_pre(tiles, count, B, T, n, d, iters, dtype, monkeypatch):
 def test_many_tokens_are_as_few(monkeypatch):
     """Either side of the boundary between the tiles of decode and those of prefill."""
     processors(monkeypatch, 3)
-    x, mix = streams(1, hc_pre.FEW + 2, 2, 16)[1], (*mixer(2, 16), 1e-3, 1e-3, 1)
+    x, mix = streams(1, hc_pre_kernels.FEW + 2, 2, 16)[1], (*mixer(2, 16), 1e-3, 1e-3, 1)
     for many, few in zip(ops.hc_pre.opaque(x, *mix), ops.hc_pre.opaque(x[:, 2:], *mix)):
         torch.testing.assert_close(many[:, 2:], few)
 
@@ -208,7 +209,7 @@ def test_the_mix_of_bf16_streams_is_that_of_fp32_weights(count, monkeypatch):
     x, fn = streams(1, 3, 4, 600, torch.bfloat16)[1], mixer(4, 600)[0]
     fn *= torch.exp2(torch.randint(-12, 1, fn.shape).float())
     terms = fn.double()[:, None] * x.double().flatten(2)[0]  # [24, 3, 2400]
-    mix = hc_pre.launch_mix(x, fn, None).sum(2)
+    mix = hc_pre_kernels.launch_mix(x, fn, None).sum(2)
     assert ((mix[:24] - terms.sum(2)).abs() <= 2**-16 * terms.norm(dim=2)).all()
     torch.testing.assert_close(
         mix[24].double(), x.double().square().sum((2, 3))[0], rtol=1e-6, atol=0
@@ -225,9 +226,7 @@ def test_gradients_from_elsewhere_join_before_rounding():
         (torch.randn(1, 5, 24).bfloat16(), torch.randn(1, 5, 4), torch.randn(1, 5, 4, 4)),
         (1e-3, 1e-3, 2),
     )
-    alone, joined = (
-        hc_pre.backward_kernel(*grads, x, *mix, *constants, g_in) for g_in in (None, g)
-    )
+    alone, joined = (hc_pre.backward(*grads, x, *mix, *constants, g_in) for g_in in (None, g))
     exact = [a.double().requires_grad_() for a in (x, *mix)]
     expected = (
         torch.autograd.grad(spec_hc_pre(*exact, *constants), exact, [a.double() for a in grads])[0]
@@ -287,11 +286,11 @@ def test_launches(N, d, arch):
     """How many there are, and that every processor has work whatever the number of tokens."""
     with FakeTensorMode(), record(arch) as launches:
         y, x, post, comb, *mix = *streams(1, N, 4, d, torch.bfloat16), *mixer(4, d), 1e-6, 1e-6, 20
-        hc_post.kernel(y, x, post, comb)
-        hc_pre.kernel(x, *mix)
-        hc_post_pre.kernel(y, x, post, comb, *mix)
-        hc_pre.backward_kernel(y, post, comb, x, *mix)
-        hc_post.backward_kernel(x, y, x, post, comb)
+        hc_post.forward(y, x, post, comb)
+        hc_pre.forward(x, *mix)
+        hc_post_pre.forward(y, x, post, comb, *mix)
+        hc_pre.backward(y, post, comb, x, *mix)
+        hc_post.backward(x, y, x, post, comb)
     assert [launch.name for launch in launches] == [
         "hc_post_forward",
         "hc_pre_mix",

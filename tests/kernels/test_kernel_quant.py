@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import sys
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import ops
+import ops.triton.act_quant as act
+import ops.triton.quant_linear as module
 from ops.formats import dequantize_fp8, fake_quant, quantize_fp8, scale_to_float
 from ops.launch import override_config, record
 
-act, module = sys.modules["ops.act_quant"], sys.modules["ops.quant_linear"]
 SUMS, FP8_SUMS = (
     (2e-6, 3e-4) if torch.cuda.is_available() else (5e-7, 5e-7)
 )  # on a GPU e4m3 products are added with fewer bits
