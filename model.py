@@ -920,14 +920,25 @@ class Experts(nn.Module):
         )
 
 
+def dispatch_locally(
+    experts: Experts, x: torch.Tensor, chosen: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    """All routed experts live in this process; parallel.py has the dispatcher for several."""
+    return experts(x, chosen, weight)
+
+
 class MoE(nn.Module):
-    """Routed experts plus one shared expert (docs/v4.md#experts)."""
+    """Routed experts plus one shared expert (docs/v4.md#experts).
+
+    dispatch(experts, x [N, d], chosen [N, K], weight [N, K]) -> [N, d] fp32 brings tokens to their experts and back.
+    """
 
     def __init__(self, model: Transformer, hashed: bool):
         super().__init__()
         self.gate = Gate(model, hashed)
         self.experts = Experts(model)
         self.shared_experts = Expert(model)
+        self.dispatch: Callable[..., torch.Tensor] = dispatch_locally
 
     def forward(
         self, x: torch.Tensor, tokens: torch.Tensor, plan: Plan, notes: Notes
@@ -938,7 +949,7 @@ class MoE(nn.Module):
             notes |= balance(
                 chosen.view(*tokens.shape, -1), score.view(*tokens.shape, -1), plan.valid
             )
-        routed = self.experts(flat, chosen, weight)
+        routed = self.dispatch(self.experts, flat, chosen, weight)
         return (routed + self.shared_experts(flat).float()).to(x.dtype).view_as(x)
 
 

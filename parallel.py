@@ -59,28 +59,33 @@ def exchange(x: torch.Tensor, group: str) -> torch.Tensor:
     return functional.all_to_all_single_autograd(x.contiguous(), None, None, group)
 
 
-class ExchangedExperts(Experts):
-    """The routed experts that this process holds, for the tokens of all `ways` processes of a group."""
+class AllToAllDispatch:
+    """Runs the routed experts of the `ep_size` processes of a group on the tokens of all of them (see MoE.dispatch).
 
-    def forward(
-        self, x: torch.Tensor, chosen: torch.Tensor, weight: torch.Tensor
-    ) -> torch.Tensor:  # -> [N, d] fp32
-        E, K, to = (
-            len(self.w13),
-            chosen.shape[1],
-            torch.arange(self.ways, device=x.device)[:, None, None],
-        )
-        theirs = chosen // E == to  # [ways, N, K]
-        pairs = torch.cat(
-            [torch.where(theirs, chosen - to * E, E), torch.where(theirs, weight, 0.0)], -1
-        )  # expert E: none
-        x, pairs = exchange(x.expand(self.ways, -1, -1), self.group), exchange(pairs, self.group)
-        y = super().forward(
+    Each process holds E / ep_size experts, in the order of the group. It sends all its tokens to each process, so that
+    shapes are static; a process computes the pairs of token and expert that are its own.
+    """
+
+    def __init__(self, group: str, ep_size: int):
+        self.group, self.ep_size = group, ep_size
+
+    def __call__(
+        self, experts: Experts, x: torch.Tensor, chosen: torch.Tensor, weight: torch.Tensor
+    ) -> torch.Tensor:
+        local_experts, K = len(experts.w13), chosen.shape[1]
+        process = torch.arange(self.ep_size, device=x.device)[:, None, None]
+        owned = chosen // local_experts == process  # [ep_size, N, K]
+        # Of a pair that is not the receiver's, the expert is `local_experts`: none.
+        expert = torch.where(owned, chosen - process * local_experts, local_experts)
+        pairs = torch.cat([expert, torch.where(owned, weight, 0.0)], -1)  # [ep_size, N, 2K]
+        x = exchange(x.expand(self.ep_size, -1, -1), self.group)
+        pairs = exchange(pairs, self.group)
+        y = experts(
             x.flatten(0, 1),
             pairs[..., :K].flatten(0, 1).long(),
             pairs[..., K:].flatten(0, 1).contiguous(),
         )
-        return exchange(y.unflatten(0, (self.ways, -1)), self.group).sum(0)
+        return exchange(y.unflatten(0, (self.ep_size, -1)), self.group).sum(0)
 
 
 class Share:
@@ -165,19 +170,16 @@ class Ranks:
         ranks = torch.arange(self.size).view(-1, ep).T.contiguous()  # groups are neighbours
         self.ep, self.grid = ep, DeviceMesh(self.device.type, ranks, mesh_dim_names=("ep", "rest"))
         if ep > 1:
-            mine = self.grid.get_local_rank("ep")
-            for experts in (block.ffn.experts for block in blocks):
+            position = self.grid.get_local_rank("ep")
+            dispatch = AllToAllDispatch(self.grid.get_group("ep").group_name, ep)
+            for ffn in (block.ffn for block in blocks):
                 for name in ("w13", "w2"):
-                    part = getattr(experts, name).detach().chunk(ep)[mine]
-                    setattr(experts, name, torch.nn.Parameter(part.to(self.device, copy=True)))
-                experts.__class__, experts.ways, experts.group = (
-                    ExchangedExperts,
-                    ep,
-                    self.grid.get_group("ep").group_name,
-                )
-                experts.ops = Table(
-                    {**experts.ops.modes, "moe": "opaque"}
-                )  # the form that knows pairs without an expert
+                    part = getattr(ffn.experts, name).detach().chunk(ep)[position]
+                    part = torch.nn.Parameter(part.to(self.device, copy=True))
+                    setattr(ffn.experts, name, part)
+                ffn.dispatch = dispatch
+                # The opaque form is the one that knows pairs without an expert.
+                ffn.experts.ops = Table({**ffn.experts.ops.modes, "moe": "opaque"})
         named = dict(model.named_parameters())
         whole = {
             p
