@@ -1,10 +1,12 @@
-"""What compiling costs by depth, and the compile reports of the embedded model, Flash and Pro.
+"""Compile seconds by depth, and the compile reports of the embedded model, Flash and Pro.
 
-    python -m bench.compile            everything: bench/results/compile.json and report_{tiny,flash,pro}.json (about 20 minutes)
+    python -m bench.compile            everything: bench/results/compile.json and
+                                       report_{tiny,flash,pro}.json (about 20 minutes)
     python -m bench.compile depth      some of: depth tiny flash pro
 
-Depths are those of the embedded width, compiled layer by layer (the regional preset): cold, then warm, each in a process of
-its own with a cache of its own. Flash and Pro are captured at full depth; nothing of them is compiled.
+Depths are those of the embedded width, compiled layer by layer (the regional preset): cold, then
+warm, each in a process of its own with a cache of its own. Flash and Pro are captured at full
+depth; nothing of them is compiled.
 """
 
 from __future__ import annotations
@@ -28,27 +30,29 @@ def depth() -> None:
     result: dict = {"preset": "regional", "width": "tiny"}
     for phase in PHASES:
         for layers in DEPTHS:
-            load = os.getloadavg()[0]
-            result[f"{phase}, {layers} layers"] = measured(
-                f"tiny:{layers}", phase, "regional", say
-            ) | {"kinds": len(kinds(args_of(f"tiny:{layers}"))), "load_average_before": load}
-        result[f"{phase}, 43 to 12 layers"] = (
-            result[f"{phase}, 43 layers"]["compile_cold_s"]
-            / result[f"{phase}, 12 layers"]["compile_cold_s"]
-        )
+            config, load = f"tiny:{layers}", os.getloadavg()[0]
+            case = measured(config, phase, "regional", say)
+            case |= {"kinds": len(kinds(args_of(config))), "load_average_before": load}
+            result[f"{phase}, {layers} layers"] = case
+        shallow, deep = (result[f"{phase}, {layers} layers"] for layers in (12, 43))
+        result[f"{phase}, 43 to 12 layers"] = deep["compile_cold_s"] / shallow["compile_cold_s"]
         result.pop("environment", None)
         record("compile", result)
 
 
+def tiny() -> None:
+    record("report_tiny", report("tiny", say=say))
+
+
+def captured(name: str) -> None:
+    record(f"report_{name}", report(name, full=True, compiled=False, say=say))
+
+
 CASES = {
     "depth": depth,
-    "tiny": lambda: record("report_tiny", report("tiny", say=say)),
-    **{
-        name: lambda name=name: record(
-            f"report_{name}", report(name, full=True, compiled=False, say=say)
-        )
-        for name in ("flash", "pro")
-    },
+    "tiny": tiny,
+    "flash": lambda: captured("flash"),
+    "pro": lambda: captured("pro"),
 }
 
 

@@ -1,14 +1,25 @@
-"""The CPU suite: this model against Transformers' eager deepseek_v4, on the same weights, in one process, alternating.
+"""The CPU suite: this model against Transformers' eager deepseek_v4 on the same weights.
 
-    python -m bench.cpu            everything; records bench/results/cpu.json and cpu.svg (15 to 40 minutes)
-    python -m bench.cpu decode     some of: decode prefill train train_memory experts memory cache start
+    python -m bench.cpu                 everything; records bench/results/cpu.json and cpu.svg
+                                        (15 to 40 minutes)
+    python -m bench.cpu decode          some of: decode prefill train train_memory experts memory
+                                        cache start
+    python -m bench.cpu kernels         every C++ kernel switched off in turn: cpu_kernels.json
+    python -m bench.cpu --against DIR   rows of decode, prefill and train beside those of another
+                                        checkout; records nothing
 
-Both sides run the embedded model, or a larger one where a case says small, in fp32 without activation quantisation, on one
-thread, and are fed varying tokens. Times are the least CPU time of several rounds in which the sides take turns; wall time is
-kept beside it, and a case whose wall time exceeds its CPU time by a third, or more, is marked "contended". Where a case names
-several threads its time is wall time. Neither side has the huge pages that our command lines ask for (see cli.py). Transformers
-runs with the fastest of its expert implementations, case by case. It recompiles at every decoded token, so its compiled decode
-is three tokens, on one line.
+Both sides run in one process, in fp32 without activation quantisation and on one thread, and are
+fed varying tokens. Times are the least CPU time of several rounds in which the sides take turns;
+wall time is kept beside it, and a case whose wall time exceeds its CPU time by a third, or more,
+is marked "contended". Where a case names several threads its time is wall time. The model is the
+embedded one, or a larger one where a case says small. Neither side has the huge pages that our
+command lines ask for (see tools/cli.py). Transformers runs with the fastest of its expert
+implementations, case by case. It recompiles at every decoded token, so its compiled decode is
+three tokens, on one line.
+
+kernels and --against run each side in a process of its own; these take turns round by round (see
+turns.py). A row "LOSES" where it takes over 5 % longer than the other checkout, and longer than
+the spread of its rounds explains.
 """
 
 from __future__ import annotations
@@ -19,6 +30,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -27,84 +40,66 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 import torch.nn.functional as F
 
-import ops
+from bench import turns
+from bench.cpu_worker import CHUNK, CONTEXT, DECODED, PREFILLED, ROWS, TINY, build, tokens_of
+from bench.cpu_worker import train_step as our_train_step
 from bench.plot import bars
 from bench.record import RESULTS, record
 from checkpoint import load
-from compile_config import PRESETS, compile_decode, compile_prefill, compile_train_step
-from generate import ROOT
-from model import LossWeights, ModelArgs, Transformer
+from compile_config import PRESETS, compile_decode, compile_prefill
+from model import ModelArgs, Transformer
+from ops.registry import require
 from tests.testing import hf_model, rms
-from training.optim import Optimizer
+from tools import cli
 
-TINY, ROUNDS = str(ROOT / "assets" / "tiny"), 5
+ROOT = Path(__file__).parent.parent
+ROUNDS = 5
 EXPERTS = ("eager", "batched_mm", "grouped_mm")  # Transformers' implementations
 
+Run = Callable[[int], int | None]  # run(round) -> how many steps it took, or None for one
 
-def side_by_side(sides: dict, rounds: int = ROUNDS) -> dict:
-    """{name: function of the round's number} -> {name: {"ms": CPU, "wall_ms": wall}}, the least of the rounds.
 
-    With several threads ms, too, is wall time: CPU time counts those that wait.
+# --------------------------------------------------------------------------------------------------
+# Timing
+
+
+def side_by_side(sides: dict[str, Run], rounds: int = ROUNDS) -> dict[str, dict]:
+    """{name: run} -> {name: {"ms": CPU, "wall_ms": wall, "contended"}}, per step, the least of the
+    rounds.
+
+    With several threads ms, too, is wall time: CPU time counts threads that wait.
     """
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     best = {name: {"ms": float("inf"), "wall_ms": float("inf")} for name in sides}
-    for name, run in sides.items():
+    for run in sides.values():
         run(0)
     for i in range(rounds):
         for name, run in sides.items():
-            start, wall = clock(), time.perf_counter()
+            begun, wall = clock(), time.perf_counter()
             steps = run(i + 1) or 1
-            now = {
-                "ms": 1e3 * (clock() - start) / steps,
-                "wall_ms": 1e3 * (time.perf_counter() - wall) / steps,
-            }
-            best[name] = {key: min(best[name][key], now[key]) for key in now}
+            ms = 1e3 * (clock() - begun) / steps
+            wall_ms = 1e3 * (time.perf_counter() - wall) / steps
+            least = best[name]
+            least["ms"] = min(least["ms"], ms)
+            least["wall_ms"] = min(least["wall_ms"], wall_ms)
     for case in best.values():
         case["contended"] = case["wall_ms"] > 1.33 * case["ms"]
     return best
 
 
-def versus(result: dict, ours: str = "ours compiled") -> dict:
+def transformers_ms(case: dict) -> float:
+    """Of the fastest of its expert implementations."""
+    return min(side["ms"] for name, side in case.items() if name.startswith("transformers eager"))
+
+
+def versus(case: dict, ours: str = "ours compiled") -> dict:
     """Adds how many times faster ours is than the fastest eager Transformers."""
-    theirs = min(
-        case["ms"] for name, case in result.items() if name.startswith("transformers eager")
-    )
-    return result | {"ratio": theirs / result[ours]["ms"]}
+    return case | {"ratio": transformers_ms(case) / case[ours]["ms"]}
 
 
-def tokens_of(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(2, 1024, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def models(name: str = "tiny"):
-    """Ours and Transformers', fp32: "tiny", the embedded one, or "small", of 56 M parameters, random ones."""
-    if name == "tiny":
-        ours = load(TINY, dtype=torch.float32, act_quant=False).eval()
-    else:
-        torch.manual_seed(0)
-        ours = Transformer(
-            ModelArgs(
-                vocab_size=8192,
-                dim=512,
-                moe_inter_dim=256,
-                n_layers=6,
-                n_hash_layers=2,
-                n_mtp_layers=0,
-                n_heads=8,
-                n_routed_experts=16,
-                n_activated_experts=4,
-                q_lora_rank=192,
-                head_dim=128,
-                rope_head_dim=16,
-                o_groups=2,
-                o_lora_rank=256,
-                index_n_heads=16,
-                index_head_dim=32,
-                index_topk=64,
-                max_seq_len=2048,
-                compress_ratios=(0, 0, 4, 128, 4, 128),
-            )
-        ).eval()
+def models(name: str = "tiny") -> tuple[Transformer, torch.nn.Module]:
+    """Ours and Transformers' with the same weights: "tiny" or "small", see cpu_worker.build."""
+    ours = build(name)
     return ours, hf_model(ours)
 
 
@@ -112,12 +107,12 @@ def suffix(name: str) -> str:
     return "" if name == "tiny" else f", {name}"
 
 
-def transformers_sides(hf, run) -> dict:
-    """run(i), once per implementation of the experts."""
+def transformers_sides(hf: torch.nn.Module, run: Run) -> dict[str, Run]:
+    """One side per implementation of the experts, each of which calls run(i)."""
 
-    def side(name):
-        def go(i):
-            hf.set_experts_implementation(name)
+    def side(implementation: str) -> Run:
+        def go(i: int):
+            hf.set_experts_implementation(implementation)
             return run(i)
 
         return go
@@ -125,136 +120,158 @@ def transformers_sides(hf, run) -> dict:
     return {f"transformers eager, {name}": side(name) for name in EXPERTS}
 
 
+# --------------------------------------------------------------------------------------------------
+# Decode and prefill
+
+
 @torch.no_grad()
-def decode(result: dict, batch: int, steps: int = 24, context: int = 256) -> None:
+def decode(result: dict, batch: int) -> None:
     ours, hf = models()
-    rounds = ROUNDS + 1
-    need = context + steps * rounds * len(EXPERTS) + 1
-    tokens = tokens_of(batch, need)
-    ours.setup_caches(batch, 2048)
-    compiled, prefill = (
-        compile_decode(ours, PRESETS["default"]),
-        compile_prefill(ours, PRESETS["eager"]),
-    )
-    pos = lambda p: torch.full((batch,), p)
-    prefill(tokens[:, :context], pos(0), torch.full((batch,), context))
-    start = time.perf_counter()
-    compiled(tokens[:, context : context + 1], pos(context))
-    seconds = time.perf_counter() - start
-    got = torch.cat(
-        [compiled(tokens[:, p : p + 1], pos(p)) for p in range(context, context + 8)], 1
-    )
-    expected = hf(tokens[:, : context + 8]).logits[:, -8:]
-    cache = hf(tokens[:, :context], use_cache=True).past_key_values
-    at = [context]  # where Transformers is; it cannot go back
+    needed = PREFILLED + DECODED * (ROUNDS + 1) * len(EXPERTS) + 1
+    tokens = tokens_of(batch, needed)
+    prompt = tokens[:, :PREFILLED]
+    ours.setup_caches(batch, CONTEXT)
+    compiled = compile_decode(ours, PRESETS["default"])
+    prefill = compile_prefill(ours, PRESETS["eager"])
 
-    def theirs(i):
-        for _ in range(steps):
-            hf(tokens[:, at[0] : at[0] + 1], past_key_values=cache, use_cache=True)
-            at[0] += 1
-        return steps
+    def positions(p: int) -> torch.Tensor:
+        return torch.full((batch,), p)
 
-    def mine(call):
-        def go(i):
-            for p in range(context + i * steps, context + (i + 1) * steps):
-                call(tokens[:, p : p + 1], pos(p))
-            return steps
+    def decoded(call: Callable, p: int) -> torch.Tensor:
+        return call(tokens[:, p : p + 1], positions(p))
+
+    prefill(prompt, positions(0), positions(PREFILLED))
+    begun = time.perf_counter()
+    decoded(compiled, PREFILLED)
+    compile_s = time.perf_counter() - begun
+    checked = range(PREFILLED, PREFILLED + 8)
+    logits = torch.cat([decoded(compiled, p) for p in checked], 1)
+    expected = hf(tokens[:, : checked.stop]).logits[:, checked.start :]
+    cache = hf(prompt, use_cache=True).past_key_values
+    cached = PREFILLED  # tokens in Transformers' cache, which cannot go back
+
+    def theirs(i: int) -> int:
+        nonlocal cached
+        for _ in range(DECODED):
+            hf(tokens[:, cached : cached + 1], past_key_values=cache, use_cache=True)
+            cached += 1
+        return DECODED
+
+    def mine(call: Callable) -> Run:
+        def go(i: int) -> int:
+            first = PREFILLED + i * DECODED
+            for p in range(first, first + DECODED):
+                decoded(call, p)
+            return DECODED
 
         return go
 
-    case = versus(
-        side_by_side(
-            {
-                **transformers_sides(hf, theirs),
-                "ours eager": mine(ours),
-                "ours compiled": mine(compiled),
-            }
-        )
-    )
-    result[f"decode B={batch}"] = case | {
-        "context": context,
-        "compile_s": seconds,
-        "rms": rms(got, expected),
+    sides = {
+        **transformers_sides(hf, theirs),
+        "ours eager": mine(ours),
+        "ours compiled": mine(compiled),
     }
+    case = versus(side_by_side(sides))
+    case |= {"context": PREFILLED, "compile_s": compile_s, "rms": rms(logits, expected)}
+    result[f"decode B={batch}"] = case
     if batch == 1:
-        slow = torch.compile(lambda ids, past: hf(ids, past_key_values=past, use_cache=True).logits)
-        spent = []
-        for i in range(3):
-            start = time.process_time()
-            with torch._inductor.config.patch(force_disable_caches=True):
-                slow(tokens[:, i : i + 1], cache)
-            spent.append(time.process_time() - start)
-        result["transformers compiled decode, CPU seconds of the first tokens"] = spent
+        seconds = transformers_compiled_decode(hf, tokens, cache)
+        result["transformers compiled decode, CPU seconds of the first tokens"] = seconds
+
+
+def transformers_compiled_decode(hf: torch.nn.Module, tokens: torch.Tensor, cache) -> list[float]:
+    """CPU seconds of three decoded tokens, each of which compiles anew."""
+
+    @torch.compile
+    def step(ids, past):
+        return hf(ids, past_key_values=past, use_cache=True).logits
+
+    seconds = []
+    for i in range(3):
+        begun = time.process_time()
+        with torch._inductor.config.patch(force_disable_caches=True):
+            step(tokens[:, i : i + 1], cache)
+        seconds.append(time.process_time() - begun)
+    return seconds
 
 
 @torch.no_grad()
-def prefill(result: dict, length: int, chunk: int = 256) -> None:
+def prefill(result: dict, length: int) -> None:
     ours, hf = models()
-    ours.setup_caches(1, 2048)
+    ours.setup_caches(1, CONTEXT)
     compiled = compile_prefill(ours, PRESETS["default"])
-    compiled_hf = torch.compile(lambda ids: hf(ids, use_cache=True, logits_to_keep=1).logits)
     prompts = [tokens_of(1, length, seed=i) for i in range(ROUNDS + 1)]
 
-    def mine(call):
-        def go(i):
-            for p in range(0, length, chunk):
-                part = prompts[i][:, p : p + chunk]
-                now.append(
-                    call(
-                        F.pad(part, (0, chunk - part.shape[1])),
-                        torch.tensor([p]),
-                        torch.tensor([part.shape[1]]),
-                    )
-                )
+    @torch.compile
+    def compiled_hf(ids):
+        return hf(ids, use_cache=True, logits_to_keep=1).logits
+
+    def eager(tokens, pos, lengths):
+        return ours(tokens, pos, lengths, logits="last")
+
+    def prefilled(call: Callable, i: int) -> torch.Tensor:
+        """Logits of the last token of a prompt, [1, 1, V]."""
+        for p in range(0, length, CHUNK):
+            part = prompts[i][:, p : p + CHUNK]
+            valid = part.shape[1]
+            logits = call(F.pad(part, (0, CHUNK - valid)), torch.tensor([p]), torch.tensor([valid]))
+        return logits
+
+    def theirs(i: int) -> None:
+        hf(prompts[i], use_cache=True, logits_to_keep=1)
+
+    def theirs_compiled(i: int) -> None:
+        compiled_hf(prompts[i])
+
+    def mine(call: Callable) -> Run:
+        def go(i: int) -> None:
+            prefilled(call, i)
 
         return go
 
-    now: list[torch.Tensor] = []
-    eager = lambda tokens, pos, lengths: ours(tokens, pos, lengths, logits="last")
     sides = {
-        **transformers_sides(
-            hf, lambda i: hf(prompts[i], use_cache=True, logits_to_keep=1) and None
-        ),
+        **transformers_sides(hf, theirs),
         "ours eager": mine(eager),
         "ours compiled": mine(compiled),
     }
     if length <= 512:
-        sides["transformers compiled"] = lambda i: compiled_hf(prompts[i]) is None
+        sides["transformers compiled"] = theirs_compiled
     case = versus(side_by_side(sides))
-    mine(compiled)(0)
-    result[f"prefill {length}"] = case | {
-        "chunk": chunk,
-        "rms": rms(now[-1][:, -1], hf(prompts[0]).logits[:, -1]),
-    }
+    logits, expected = prefilled(compiled, 0), hf(prompts[0]).logits
+    case |= {"chunk": CHUNK, "rms": rms(logits[:, -1], expected[:, -1])}
+    result[f"prefill {length}"] = case
 
 
-def train_sides(ours, hf, batch: int, length: int) -> dict:
-    """One step each: forward, backward, norm of the gradient and AdamW, cross-entropy of the next token alone. Ours is compiled, all of it."""
-    del ours.mtp[:]
-    ours.train().requires_grad_(True), hf.train()
+# --------------------------------------------------------------------------------------------------
+# Training
+
+
+def train_sides(ours: Transformer, hf: torch.nn.Module, batch: int, length: int) -> dict[str, Run]:
+    """One step each: forward, backward, gradient norm and AdamW, next-token cross-entropy. Ours is
+    compiled, all of it.
+    """
+    step, rate = our_train_step(ours), torch.tensor(1e-4)
+    hf.train()
+    optimizer = torch.optim.AdamW(hf.parameters(), lr=1e-4)
     batches = [tokens_of(batch, length + 1, seed=i) for i in range(ROUNDS + 1)]
-    rate, optimizer = torch.tensor(1e-4), torch.optim.AdamW(hf.parameters(), lr=1e-4)
-    adam = Optimizer(
-        ours, "adamw", betas=(0.9, 0.999), eps=1e-8, decay=0.01, bias_rate=0.0
-    )  # the same
-    step = compile_train_step(
-        ours, adam, PRESETS["regional"], weights=LossWeights(balance=0.0, index=0.0)
-    )
 
-    def mine(i):
-        step(batches[i][:, :-1].contiguous(), batches[i][:, 1:].contiguous(), None, rate)
+    def inputs(i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return batches[i][:, :-1].contiguous(), batches[i][:, 1:].contiguous()
 
-    def theirs(i):
-        logits = hf(batches[i][:, :-1], use_cache=False).logits
-        F.cross_entropy(logits.flatten(0, 1).float(), batches[i][:, 1:].flatten()).backward()
+    def mine(i: int) -> None:
+        step(*inputs(i), None, rate)
+
+    def theirs(i: int) -> None:
+        tokens, labels = inputs(i)
+        logits = hf(tokens, use_cache=False).logits
+        F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten()).backward()
         torch.nn.utils.get_total_norm([p.grad for p in hf.parameters() if p.grad is not None])
         optimizer.step()
         optimizer.zero_grad()
 
     sides = transformers_sides(hf, theirs)
-    del sides[
-        "transformers eager, batched_mm"
-    ]  # gathers the weights of every token: ten times slower
+    # gathers the weights of every token: ten times slower
+    del sides["transformers eager, batched_mm"]
     return sides | {"ours compiled": mine}
 
 
@@ -263,77 +280,89 @@ def train(result: dict, batch: int, length: int, name: str = "tiny", threads: in
     torch._dynamo.reset()
     case = versus(side_by_side(train_sides(*models(name), batch, length)))
     torch.set_num_threads(1)
-    key = f"train step {batch} x {length}{suffix(name)}" + (
-        f", {threads} threads" if threads > 1 else ""
-    )
+    key = f"train step {batch} x {length}{suffix(name)}"
+    if threads > 1:
+        key += f", {threads} threads"
     result[key] = case | {"tok_per_s": batch * length / case["ours compiled"]["ms"] * 1e3}
 
 
-def train_memory(result: dict, batch: int, length: int, name: str = "tiny") -> None:
-    """What a training step adds to what is held between steps, and that with the optimizer's state, per side and process.
+PEAK = """
+import ctypes, gc, re
 
-    Each side has trained one step before (it compiles, and makes the state). Freed memory is handed back to the system
-    before the peak is measured: gradients, activations and temporaries count, and nothing else.
-    """
-    script = """
-import ctypes, gc, re, sys, torch
-from bench.cpu import models, train_sides
-torch.set_num_threads(1)
-ours, hf = models("{name}")
-step = train_sides(ours, hf, {batch}, {length})[sys.argv[1]]
-step(0)
-gc.collect(), ctypes.CDLL(None).malloc_trim(0)
 def status(key):
     return 1024 * int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
-open("/proc/self/clear_refs", "w").write("5")  # the peak so far is forgotten
-before = status("VmRSS")
+
+def forget_the_peak():  # freed memory is handed back before
+    gc.collect(), ctypes.CDLL(None).malloc_trim(0)
+    open("/proc/self/clear_refs", "w").write("5")
+    return status("VmRSS")
+"""
+
+
+def printed_by(script: str, side: str) -> int:
+    """The integer that a script prints last, in a process of its own, given the side."""
+    command = [sys.executable, "-c", PEAK + script, side]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    return int(done.stdout.split()[-1])
+
+
+TRAIN_MEMORY = """
+import sys, torch
+from bench.cpu import models, train_sides
+torch.set_num_threads(1)
+step = train_sides(*models("{name}"), {batch}, {length})[sys.argv[1]]
+step(0)
+before = forget_the_peak()
 step(1), step(2)
 print(status("VmHWM") - before)
-""".format(batch=batch, length=length, name=name)
-    sides = {
-        side: int(
-            subprocess.run(
-                [sys.executable, "-c", script, side],
-                capture_output=True,
-                text=True,
-                check=True,
-                cwd=ROOT,
-            ).stdout.split()[-1]
-        )
-        for side in ("ours compiled", "transformers eager, grouped_mm")
-    }
-    mine, theirs = sides.values()
+"""
+
+
+def train_memory(result: dict, batch: int, length: int, name: str = "tiny") -> None:
+    """Peak memory of a training step above that held between steps, with and without the
+    optimizer's state.
+
+    Each side runs in a process of its own and has trained one step before (it compiles, and makes
+    the state), so gradients, activations and temporaries count, and nothing else.
+    """
+    script = TRAIN_MEMORY.format(batch=batch, length=length, name=name)
+    sides = ("ours compiled", "transformers eager, grouped_mm")
+    mine, theirs = (printed_by(script, side) for side in sides)
     state = 2 * sum(p.nbytes for p in models(name)[1].parameters())
     result[f"memory of a train step {batch} x {length}{suffix(name)}"] = {
-        f"{side}_bytes": used for side, used in sides.items()
-    } | {
+        f"{sides[0]}_bytes": mine,
+        f"{sides[1]}_bytes": theirs,
         "optimizer_state_bytes": state,
         "ratio": theirs / mine,
         "ratio_with_optimizer_state": (theirs + state) / (mine + state),
     }
 
 
+# --------------------------------------------------------------------------------------------------
+# Experts, memory, start
+
+
 @torch.no_grad()
 def experts(result: dict) -> None:
-    """Whole compiled steps with the experts in the form that is the default on CPU, beside the traced reference."""
+    """Whole compiled steps with the experts in the form that is the default on CPU, beside the
+    traced reference.
+    """
     for key, compiled, batch, length in (
         ("decode B=1", compile_decode, 1, 1),
         ("decode B=8", compile_decode, 8, 1),
         ("prefill 512", compile_prefill, 1, 512),
     ):
         sides = {}
-        for name, forms in (("opaque", None), ("traced", {"moe": "reference"})):
-            model = load(TINY, dtype=torch.float32, act_quant=False, ops=forms).eval()
-            model.setup_caches(batch, 2048)
-            call, steps = compiled(model, PRESETS["default"]), 24 if length == 1 else 1
+        for name, modes in (("opaque", None), ("traced", {"moe": "reference"})):
+            model = load(TINY, dtype=torch.float32, act_quant=False, ops=modes).eval()
+            model.setup_caches(batch, CONTEXT)
+            call = compiled(model, PRESETS["default"])
+            steps = DECODED if length == 1 else 1
 
-            def run(i, call=call, steps=steps):
+            def run(i: int, call=call, steps=steps, batch=batch, length=length) -> int:
+                lengths = torch.full((batch,), length)
                 for p in range(i * steps, (i + 1) * steps):
-                    call(
-                        tokens_of(batch, length, seed=p),
-                        torch.full((batch,), p),
-                        torch.full((batch,), length),
-                    )
+                    call(tokens_of(batch, length, seed=p), torch.full((batch,), p), lengths)
                 return steps
 
             sides[name] = run
@@ -341,115 +370,124 @@ def experts(result: dict) -> None:
         result[f"experts in {key}"] = case | {"times": case["traced"]["ms"] / case["opaque"]["ms"]}
 
 
-def memory(result: dict, length: int = 2048) -> None:
-    """What one forward adds to the peak of a process that has loaded the model, each side in a process of its own."""
-    script = """
-import re, sys, torch
+FORWARD_MEMORY = """
+import sys, torch
 from bench.cpu import models, tokens_of
 ours, hf = models()
 tokens = tokens_of(1, {length})
-def status(key):
-    return 1024 * int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
 with torch.no_grad():
-    warm = tokens[:, :64]
-    (ours(warm, logits="last"), hf(warm, use_cache=False, logits_to_keep=1))
-    open("/proc/self/clear_refs", "w").write("5")  # the peak so far is forgotten
-    before = status("VmRSS")
-    ours(tokens, logits="last") if sys.argv[1] == "ours" else hf(tokens, use_cache=False, logits_to_keep=1)
+    for ids in (tokens[:, :64], tokens):
+        before = forget_the_peak()
+        if sys.argv[1] == "ours":
+            ours(ids, logits="last")
+        else:
+            hf(ids, use_cache=False, logits_to_keep=1)
 print(status("VmHWM") - before)
-""".format(length=length)
-    used = {
-        side: int(
-            subprocess.run(
-                [sys.executable, "-c", script, side],
-                capture_output=True,
-                text=True,
-                check=True,
-                cwd=ROOT,
-            ).stdout.split()[-1]
-        )
-        for side in ("ours", "transformers")
-    }
+"""
+
+
+def memory(result: dict, length: int = 2048) -> None:
+    """Memory that one forward adds to the peak of a process that has loaded the model, each side in
+    one of its own.
+    """
+    script = FORWARD_MEMORY.format(length=length)
+    ours, theirs = (printed_by(script, side) for side in ("ours", "transformers"))
     result[f"memory of a forward over {length}"] = {
-        **{f"{k}_bytes": v for k, v in used.items()},
-        "ratio": used["transformers"] / used["ours"],
+        "ours_bytes": ours,
+        "transformers_bytes": theirs,
+        "ratio": theirs / ours,
     }
 
 
 def cache(result: dict, length: int = 131072) -> None:
-    """Bytes of cache per token at 128k (docs/v4.md#dimensions; the embedded model's own sizes), from the buffers allocated."""
+    """Bytes of cache per token of Flash (docs/v4.md#dimensions), from the buffers allocated."""
     with torch.device("meta"):
         model = Transformer(ModelArgs.flash()).to(torch.bfloat16)
     model.setup_caches(1, length)
-    mine = sum(
-        b.nbytes for name, b in model.named_buffers() if name.endswith(("ring.rows", "entries"))
-    )
-    mla, index = (
-        43 * 2 * (512 + 64) * length,
-        43 * 2 * 128 * length,
-    )  # the same depth of V3's latent attention; V3.2's index keys
+    caches = [b for name, b in model.named_buffers() if name.endswith(("ring.rows", "entries"))]
+    ours = sum(b.nbytes for b in caches)
+    layers = model.args.n_layers
+    v3_latents = layers * 2 * (512 + 64) * length  # V3's latent attention at the same depth
+    v32_index_keys = layers * 2 * 128 * length  # and V3.2's indexer
     result["cache at 128k, Flash"] = {
-        "bytes": mine,
-        "bytes_per_token": mine / length,
-        "v3_ratio": mla / mine,
-        "v32_ratio": (mla + index) / mine,
+        "bytes": ours,
+        "bytes_per_token": ours / length,
+        "v3_ratio": v3_latents / ours,
+        "v32_ratio": (v3_latents + v32_index_keys) / ours,
     }
 
 
+STARTED = (
+    "ttft_s",
+    "ttft_warm_s",
+    "compile_s",
+    "tok_per_s",
+    "graphs",
+    "breaks",
+    "recompiles",
+    "threads",
+    "memory_bytes",
+    "act_quant",
+)
+
+
 def start(result: dict) -> None:
-    """`python generate.py` in a fresh process: without a compile cache, then with the one that left."""
-    for name in (folder := tempfile.TemporaryDirectory()) and ("cold", "warm"):
-        env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": folder.name}
+    """`python generate.py` in a fresh process: without a compile cache, then with the one that
+    left.
+
+    The transcript of the second one goes into the README.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": folder}
         env.pop("OMP_NUM_THREADS")
-        load_before, wall = os.getloadavg()[0], time.perf_counter()
-        out = subprocess.run(
-            [sys.executable, "generate.py", "--json"],
-            capture_output=True,
-            text=True,
-            check=True,
-            cwd=ROOT,
-            env=env,
-        )
-        report = json.loads(out.stdout.splitlines()[-1])
-        if name == "cold":
-            (RESULTS / "transcript.txt").write_text(out.stderr)
-        result[f"start {name}"] = {
-            "wall_s": time.perf_counter() - wall,
-            "load_average_before": load_before,
-        } | {
-            key: report[key]
-            for key in (
-                "ttft_s",
-                "ttft_warm_s",
-                "compile_s",
-                "tok_per_s",
-                "graphs",
-                "breaks",
-                "recompiles",
-                "threads",
-                "memory_bytes",
-                "act_quant",
+        for name in ("cold", "warm"):
+            load_before, begun = os.getloadavg()[0], time.perf_counter()
+            command = [sys.executable, "generate.py", "--json"]
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=True, cwd=ROOT, env=env
             )
-        }
-    folder.cleanup()
+            report = json.loads(done.stdout.splitlines()[-1])
+            result[f"start {name}"] = {
+                "wall_s": time.perf_counter() - begun,
+                "load_average_before": load_before,
+                **{key: report[key] for key in STARTED},
+            }
+    (RESULTS / "transcript.txt").write_text(done.stderr)
+
+
+# --------------------------------------------------------------------------------------------------
+# Command line
+
+
+def decode_cases(result: dict) -> None:
+    for batch in (1, 8):
+        decode(result, batch)
+
+
+def prefill_cases(result: dict) -> None:
+    for length in (512, 1800):
+        prefill(result, length)
+
+
+TRAINED = ((1, 256), (4, 256), (1, 1024), (1, 512, "small"))
+
+
+def train_cases(result: dict) -> None:
+    for case in TRAINED:
+        train(result, *case)
+    train(result, 1, 512, "small", threads=2)
+
+
+def train_memory_cases(result: dict) -> None:
+    for case in TRAINED:
+        train_memory(result, *case)
 
 
 CASES = {
-    "decode": lambda result: (decode(result, 1), decode(result, 8)),
-    "prefill": lambda result: (prefill(result, 512), prefill(result, 1800)),
-    "train": lambda result: (
-        train(result, 1, 256),
-        train(result, 4, 256),
-        train(result, 1, 1024),
-        train(result, 1, 512, "small"),
-        train(result, 1, 512, "small", threads=2),
-    ),
-    "train_memory": lambda result: (
-        train_memory(result, 1, 256),
-        train_memory(result, 4, 256),
-        train_memory(result, 1, 1024),
-        train_memory(result, 1, 512, "small"),
-    ),
+    "decode": decode_cases,
+    "prefill": prefill_cases,
+    "train": train_cases,
+    "train_memory": train_memory_cases,
     "experts": experts,
     "memory": memory,
     "cache": cache,
@@ -457,22 +495,14 @@ CASES = {
 }
 
 
-def main(argv: list[str]) -> int:
-    unknown = [name for name in argv if name not in CASES]
-    if unknown:
-        print(
-            f"bench.cpu: unknown case {unknown[0]!r}: choose from {', '.join(CASES)}",
-            file=sys.stderr,
-        )
-        return 2
+def measure(names: list[str]) -> None:
+    """Run these cases, or all, and record after each; what was recorded of the others stays."""
     torch.set_num_threads(1)
     old = RESULTS / "cpu.json"
-    result = json.loads(old.read_text()) if argv and old.exists() else {}
-    result |= {
-        "threads": torch.get_num_threads(),
-        "weights": "assets/tiny (small: random), fp32, act_quant off",
-    }
-    for name in argv or CASES:
+    result = json.loads(old.read_text()) if names and old.exists() else {}
+    result["threads"] = torch.get_num_threads()
+    result["weights"] = "assets/tiny (small: random), fp32, act_quant off"
+    for name in names or CASES:
         before = set(result)
         torch._dynamo.reset()
         CASES[name](result)
@@ -486,11 +516,36 @@ def main(argv: list[str]) -> int:
         for key, case in result.items()
         if isinstance(case, dict) and "ratio" in case
     }
-    (RESULTS / "cpu.svg").write_text(
-        bars("Times faster (or smaller) than Transformers eager, same weights, CPU", ratios)
-    )
-    return 0
+    title = "Times faster (or smaller) than Transformers eager, same weights, CPU"
+    (RESULTS / "cpu.svg").write_text(bars(title, ratios))
+
+
+def run(argv: list[str] | None) -> None:
+    parser = cli.Parser(prog="python -m bench.cpu", description=__doc__.splitlines()[0])
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"{', '.join(CASES)}; or kernels")
+    parser.add_argument("--against", type=Path, metavar="DIR", help="another checkout")
+    parser.add_argument("--rounds", type=int, default=7, help="with kernels and --against")
+    flags = parser.parse_args(argv)
+    unknown = [name for name in flags.cases if name not in (*CASES, "kernels")]
+    require(not unknown, f"unknown case {unknown and unknown[0]!r}: choose from {', '.join(CASES)}")
+    if flags.against:
+        require((flags.against / "model.py").exists(), f"--against {flags.against}: no model.py")
+        kinds = tuple(flags.cases) or ("decode", "prefill", "train")
+        rows = [row for row in ROWS if row.startswith(kinds)]
+        require(rows, "--against compares decode, prefill and train")
+        turns.against(flags.against.resolve(), rows, flags.rounds)
+        return
+    if "kernels" in flags.cases:
+        record("cpu_kernels", {"rounds": flags.rounds, "kernels": turns.kernels(flags.rounds)})
+        flags.cases.remove("kernels")
+        if not flags.cases:
+            return
+    measure(flags.cases)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.main("bench.cpu", run, argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Results as JSON files that name the machine, the versions and the load they were measured under."""
+"""Results as JSON files that name the machine, the versions and the load at the time."""
 
 from __future__ import annotations
 
@@ -14,39 +14,33 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
+
+
 def environment() -> dict:
     """Date, machine, versions and load average."""
-
-    def version(package):
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    model = next(
-        (
-            line.split(":")[1].strip()
-            for line in _lines("/proc/cpuinfo")
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
     return {
         "date": datetime.date.today().isoformat(),
-        "cpu": model,
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         **{package: version(package) for package in ("torch", "triton", "transformers")},
         "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
     }
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
 
 
 def replace(path: Path, text: str) -> None:

@@ -1,0 +1,269 @@
+"""Write docs/numbers.md, and the transcript and the table of README.md, from the recorded results.
+
+python -m bench.numbers
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import textwrap
+from pathlib import Path
+
+from bench.compile import DEPTHS, PHASES
+from bench.record import RESULTS
+from tools.report import table as report_table
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+NUMBERS = ROOT / "docs" / "numbers.md"
+SHOWN = (  # the rows of the README
+    "decode B=1",
+    "decode B=8",
+    "prefill 512",
+    "prefill 1800",
+    "train step 1 x 1024",
+    "train step 1 x 512, small",
+)
+MIB = 2**20
+
+
+def recorded(name: str) -> dict | None:
+    """bench/results/NAME.json, None where there is no such record."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def paragraph(*sentences: str) -> str:
+    return textwrap.fill(" ".join(sentences), 100, break_on_hyphens=False) + "\n"
+
+
+# --------------------------------------------------------------------------------------------------
+# README.md
+
+
+def transcript() -> str:
+    """The recorded run, shortened, and the seconds of the first run beside those of this one."""
+    text = re.sub(r"(compiling|loading)[^\n]*\n", "", (RESULTS / "transcript.txt").read_text())
+    lines = text.splitlines()
+    cpu = recorded("cpu")
+    cold, warm = cpu["start cold"], cpu["start warm"]
+    beside = paragraph(
+        f"That is a second run, which finds compiled code in torch's cache: first token after "
+        f"{warm['ttft_s']:.0f} s, compilers at work for {warm['compile_s']:.0f} s.",
+        f"The first run took {cold['ttft_s']:.0f} s and {cold['compile_s']:.0f} s.",
+    )
+    return "\n".join(["```", *lines[:12], "...", *lines[-6:], "```", "", beside])
+
+
+def cpu_table(cpu: dict, rows: tuple[str, ...] | None = None) -> str:
+    """Rows of the CPU suite that Transformers takes part in; None: all."""
+    head = ["CPU, fp32, same weights", "Transformers eager", "this, eager", "this, compiled"]
+    lines = []
+    for key, case in cpu.items():
+        if not isinstance(case, dict) or "ours compiled" not in case:
+            continue
+        if rows is not None and key not in rows:
+            continue
+        theirs = min(v["ms"] for k, v in case.items() if k.startswith("transformers eager"))
+        eager = f"{case['ours eager']['ms']:.1f} ms" if "ours eager" in case else ""
+        compiled = f"{case['ours compiled']['ms']:.2f} ms"
+        lines.append([key, f"{theirs:.1f} ms", eager, compiled, f"{case['ratio']:.1f}"])
+    return markdown_table([*head, "ratio"], lines)
+
+
+def updated(text: str) -> str:
+    """README text with its transcript and its table rewritten."""
+    contents = {"transcript": transcript(), "table": cpu_table(recorded("cpu"), SHOWN)}
+    for name, content in contents.items():
+        begin, end = rf"<!-- {name}: python -m bench\.numbers -->\n", rf"<!-- end of {name} -->\n"
+        block = re.compile(f"({begin}).*?({end})", re.DOTALL)
+        text, found = block.subn(lambda match, new=content: match[1] + new + match[2], text)
+        if found != 1:
+            raise ValueError(f"README.md: {found} blocks <!-- {name}: ... -->, not one")
+    return text
+
+
+# --------------------------------------------------------------------------------------------------
+# docs/numbers.md, section by section
+
+
+def cpu_suite(cpu: dict) -> str:
+    env, threads = cpu["environment"], cpu["threads"]
+    slow = cpu["transformers compiled decode, CPU seconds of the first tokens"]
+    how = paragraph(
+        f"Least CPU time of 5 alternating rounds on {threads} thread (wall time where a row names",
+        f"more), {env['cpu']}, torch {env['torch']}, transformers {env['transformers']},",
+        f"{env['date']}; load average at the end {env['load_average'][0]:.1f}.",
+        "Small is a model of 56 M parameters with random weights; all else is measured with the",
+        "embedded one. Transformers runs with the fastest of its expert implementations and",
+        f"compiles anew for every decoded token: {', '.join(f'{s:.0f}' for s in slow)} CPU",
+        "seconds for the first three.",
+    )
+    return f"""## CPU, beside Transformers (`python -m bench.cpu`)
+
+{cpu_table(cpu)}
+{how}
+![ratios](../bench/results/cpu.svg)
+"""
+
+
+def memory(cpu: dict) -> str:
+    forward = cpu["memory of a forward over 2048"]
+    rows = [["a forward over 2048 tokens", forward["ours_bytes"], forward["transformers_bytes"]]]
+    prefix = "memory of a train step "
+    for key, case in cpu.items():
+        if key.startswith(prefix):
+            ours, theirs = case["ours compiled_bytes"], case["transformers eager, grouped_mm_bytes"]
+            rows.append([f"a training step of {key.removeprefix(prefix)}", ours, theirs])
+    cells = [[name, *(f"{size / MIB:.0f} MiB" for size in sizes)] for name, *sizes in rows]
+    cache = cpu["cache at 128k, Flash"]
+    flash = paragraph(
+        f"Flash at 128k tokens of context caches {cache['bytes_per_token']:,.0f} bytes a token,",
+        f"{cache['v3_ratio']:.1f} times less than V3's latent attention at that depth.",
+    )
+    return f"""## Memory
+
+Peak memory added to what is held before:
+
+{markdown_table(["", "this", "Transformers"], cells)}
+{flash}"""
+
+
+def experts(cpu: dict) -> str:
+    prefix = "experts in "
+    rows = [
+        [key.removeprefix(prefix), f"{case['times']:.2f}"]
+        for key, case in cpu.items()
+        if key.startswith(prefix)
+    ]
+    head = ["compiled step", "times as long with the experts traced, not behind an opaque op"]
+    return f"""## Experts
+
+{markdown_table(head, rows)}"""
+
+
+def kernels(record: dict) -> str:
+    rows = []
+    for kernel, cases in record["kernels"].items():
+        for row, case in cases.items():
+            times = [f"{case[side]['ms']:.2f} ms" for side in ("off", "on")]
+            rows.append([f"`{kernel}`", row, *times, f"{case['times']:.2f}"])
+    head = ["C++ kernel", "row, end to end", "without it", "with all", "times"]
+    return f"""## C++ kernels on CPU (`python -m bench.cpu kernels`)
+
+Each switched off in turn, {record["rounds"]} alternating rounds:
+
+{markdown_table(head, rows)}"""
+
+
+def start(cpu: dict) -> str:
+    rows = [
+        [
+            state,
+            f"{case['ttft_s']:.1f} s",
+            f"{case['compile_s']:.0f} s",
+            *(str(case[key]) for key in ("graphs", "breaks", "recompiles")),
+            f"{case['load_average_before']:.1f}",
+        ]
+        for state, case in (("cold", cpu["start cold"]), ("warm", cpu["start warm"]))
+    ]
+    head = ["compile cache", "first token after", "compilers at work", "graphs", "breaks"]
+    return f"""## Start of `python generate.py`
+
+{markdown_table([*head, "recompiles", "load average before"], rows)}"""
+
+
+def embedded_model(embedded: dict, dense: dict) -> str:
+    train, size = embedded["training"], embedded["bytes"] / 1e6
+    parameters, active = (embedded[key] / 1e6 for key in ("parameters", "active_parameters"))
+    ours = embedded["act_quant_held_out_nats_per_char"]
+    text = paragraph(
+        f"{size:.2f} MB, {parameters:.1f} M parameters, {active:.1f} M active; trained for",
+        f"{train['tokens'] / 1e6:.2f} M tokens in {train['minutes']:.0f} minutes on",
+        f"{train['threads']} thread. On the held-out {100 * embedded['held_out_share']:.0f} % of",
+        f"the text it takes {ours:.3f} nats per character as stored; a plain dense transformer of",
+        "equal active size, trained by the same loop for the same tokens, takes",
+        f"{dense['held_out_nats_per_char']:.3f}. Its MTP block proposes the backbone's own next",
+        f"choice {100 * embedded['draft_acceptance']:.0f} % of the time.",
+    )
+    return f"""## The embedded model (`python -m bench.embedded`, `bench.dense`)
+
+{text}"""
+
+
+def depths(record: dict) -> str:
+    rows = []
+    for phase in PHASES:
+        cells = []
+        for layers in DEPTHS:
+            case = record[f"{phase}, {layers} layers"]
+            cells.append(f"{case['compile_cold_s']:.0f} s, {case['compile_warm_s']:.1f} s")
+        rows.append([phase, *cells, f"{record[f'{phase}, 43 to 12 layers']:.2f}"])
+    head = ["phase", *(f"{layers} layers" for layers in DEPTHS), "ratio"]
+    return f"""## Compile seconds by depth (`python -m bench.compile`)
+
+Embedded width, preset regional, cold and warm; the last column is cold, 43 layers to 12:
+
+{markdown_table(head, rows)}"""
+
+
+def flash_report(record: dict) -> str:
+    return f"""## The compile report of Flash
+
+`python compile_config.py report --config flash --full`, every layer traced on fake tensors:
+
+```
+{report_table(record)}
+```
+"""
+
+
+def soak() -> str:
+    """Long proofs, one line each; "" where none is recorded."""
+    rows = []
+    for path in sorted(RESULTS.glob("soak_*.json")):
+        record = json.loads(path.read_text())
+        date = record["environment"]["date"]
+        rows.append([f"`{record['name']}`", record["proved"], f"{record['minutes']:.1f}", date])
+    if not rows:
+        return ""
+    return f"""## Long proofs (`python -m bench.soak NAME`)
+
+{markdown_table(["name", "holds", "minutes", "date"], rows)}"""
+
+
+def page() -> str:
+    """docs/numbers.md."""
+    cpu = recorded("cpu")
+    switched = recorded("cpu_kernels")
+    sections = [
+        "# Numbers\n\nGenerated from `bench/results/` by `python -m bench.numbers`.\n",
+        cpu_suite(cpu),
+        memory(cpu),
+        experts(cpu),
+        kernels(switched) if switched else "",
+        start(cpu),
+        embedded_model(recorded("embedded"), recorded("dense")),
+        depths(recorded("compile")),
+        flash_report(recorded("report_flash")),
+        soak(),
+    ]
+    return "\n".join(section for section in sections if section)
+
+
+def main() -> int:
+    README.write_text(updated(README.read_text()))
+    NUMBERS.parent.mkdir(exist_ok=True)
+    NUMBERS.write_text(page())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
