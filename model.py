@@ -1116,6 +1116,7 @@ class Transformer(nn.Module):
         self.cache_size: tuple[int, int, int] | None = (
             None  # (max_batch_size, max_seq_len, max_rewind)
         )
+        self.cache_generation = 0  # raised by whoever empties, replaces or takes over the caches
         self.embed = nn.Embedding(
             args.vocab_size, args.dim, _weight=torch.empty(args.vocab_size, args.dim)
         )
@@ -1181,12 +1182,14 @@ class Transformer(nn.Module):
                 elif isinstance(module, Compressor):
                     module.setup(max_batch_size, max_seq_len, max_rewind, dtype, device)
         self.cache_size = (max_batch_size, max_seq_len, max_rewind)
+        self.cache_generation += 1
 
     def reset_caches(self) -> None:
         """Empty the caches in place (not needed before a new conversation: position 0 starts one)."""
         for name, buffer in self.named_buffers():
             if name.endswith(("ring.rows", ".entries")):
                 buffer.zero_()
+        self.cache_generation += 1
 
     def prepare(
         self, tokens, ratios, input_pos, lengths, doc_ids, watch=None
