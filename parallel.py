@@ -33,7 +33,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from checkpoint import empty_model, released, save
+from checkpoint import checkpoint_tensors, empty_model, save
 from compile_config import CompileConfig
 from model import Experts, Transformer
 from ops.muon import grad_norm, length, muon_direction
@@ -263,7 +263,7 @@ class Ranks:
         if self.lead:
             save(empty, path, get=get, **layout)
         else:
-            for name in released(empty):
+            for name in checkpoint_tensors(empty):
                 get(name)
 
     def optimizer(self, model: Transformer, kind: str, **options) -> Divided:

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 import ops
-from checkpoint import check, empty_model, load, open_folder, released
+from checkpoint import check, checkpoint_tensors, empty_model, load, open_folder
 from model import ModelArgs, Transformer, training_loss
 from ops.registry import require
 
@@ -526,7 +526,7 @@ def require_runnable(config: str, preset: str) -> None:
     )
     if config.partition(":")[0] not in NAMED:
         folder, args = open_folder(config)
-        check(folder, released(empty_model(args)))
+        check(folder, checkpoint_tensors(empty_model(args)))
 
 
 def recompiles(model: Transformer, phase: str, preset: str) -> int:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import train_step as S
-from checkpoint import empty_model, load, released, save
+from checkpoint import checkpoint_tensors, empty_model, load, save
 from compile_config import CompileConfig, CompileCount, compile_train_step
 from model import LossWeights, Transformer
 from parallel import WHOLE, Ranks
@@ -108,7 +108,7 @@ def trained(
 @torch.no_grad()
 def whole(model: Transformer, ranks=None) -> dict[str, torch.Tensor]:
     """All tensors by their released names."""
-    views = released(empty_model(model.args) if ranks else model)
+    views = checkpoint_tensors(empty_model(model.args) if ranks else model)
     get = ranks.whole(model) if ranks else lambda name: views[name][1]
     return {name: get(name).clone() for name in views}
 
@@ -293,7 +293,7 @@ def test_the_released_layout_is_that_of_one_process(request, tmp_path, processes
     model = load(folder / "out", dtype=torch.float32)
     assert all(
         torch.equal(p, results[0][name]["parameters"][key])
-        for key, (_, p) in released(model).items()
+        for key, (_, p) in checkpoint_tensors(model).items()
     )
     assert load(folder / "checkpoints" / "step-000003").args == model.args
     save(model, tmp_path / "one", dtype=torch.float32)
