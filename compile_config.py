@@ -37,6 +37,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+import ops
 from model import LossWeights, Transformer, combine_losses, make_targets, training_loss
 from tools import cli
 
@@ -84,6 +85,13 @@ def compile_function(function: Callable, name: str, cfg: CompileConfig, **option
     return torch.compile(
         function, backend=cfg.backend, fullgraph=True, dynamic=False, options=options or None
     )
+
+
+def build_cpu_kernels(model: Transformer, cfg: CompileConfig, phase: str) -> None:
+    """Before tracing: the C++ that the model's ops run on CPU, in fp32. See ops/registry.py."""
+    weight = model.embed.weight
+    if cfg.backend and weight.device.type == "cpu" and weight.dtype == torch.float32:
+        ops.build_cpu_kernels(model.ops, phase)
 
 
 def regional(model: Transformer, cfg: CompileConfig, phase: str) -> bool:
@@ -163,6 +171,7 @@ class Phase:
 
     def build(self) -> Callable:
         model, then, logits = self.model, self.then, self.logits
+        build_cpu_kernels(model, self.cfg, "prefill" if self.name == "prefill" else "decode")
         options = {"guard_filter_fn": lambda guards: [False] * len(guards)}
         if model.embed.weight.device.type == "cpu" and self.name != "prefill":
             options["cpp_wrapper"] = (
@@ -245,7 +254,7 @@ def compile_verify(model: Transformer, cfg: CompileConfig, then: Callable | None
 KEPT = (
     "sparse_attn",
     "moe",
-    "moe_kept",
+    "moe_train",
     "indexer_topk",
 )  # what selective recomputation does not do again
 
@@ -293,6 +302,7 @@ def compile_train_step(
     recompute    activations that are computed again in the backward: "none", "selective" or "full", block by block
     add_up       tensors -> their sums over the processes that share the step's rows; None: there is one
     """
+    build_cpu_kernels(model, cfg, "train")
     compiled, patches = lambda function, name: compile_function(function, name, cfg), {}
     layerwise = regional(model, cfg, "train")
     kinds: dict[tuple, Callable] = {}
@@ -443,7 +453,7 @@ def peak_memory(device: torch.device) -> int:
 
 def cache_key() -> dict[str, str]:
     """What compiled code depends on. Caches are only carried between places where all of it is equal."""
-    files = [*ROOT.glob("*.py"), *(ROOT / "ops").glob("*.py")]
+    files = [*ROOT.glob("*.py"), *(ROOT / "ops").rglob("*.py"), *(ROOT / "ops" / "cpu").glob("*.*")]
     source = hashlib.sha256(
         b"".join(file.name.encode() + file.read_bytes() for file in sorted(files))
     ).hexdigest()[:16]

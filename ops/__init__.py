@@ -1,4 +1,4 @@
-"""The heavy regions of DeepSeek-V4, one file each. Call `ops.<name>(...)`, or choose forms per model: see registry.py."""
+"""The heavy regions of DeepSeek-V4, one file each: `ops.<name>(...)`. Forms: see registry.py."""
 
 from .act_quant import act_quant
 from .compress import compress
@@ -9,10 +9,33 @@ from .indexer_loss import indexer_loss, indexer_recall
 from .indexer_topk import indexer_topk
 from .linear_cross_entropy import linear_cross_entropy
 from .moe import moe
-from .moe_few import moe_few
-from .moe_kept import moe_kept
 from .quant_linear import quant_linear
-from .registry import NAMESPACE, OPS, Op, Table, register, use
+from .registry import INTERNAL, NAMESPACE, OPS, Op, Table, build_cpu_kernels, register, use
 from .rope import rope
 from .sinkhorn import sinkhorn
 from .sparse_attn import sparse_attn
+
+__all__ = [
+    "INTERNAL",
+    "NAMESPACE",
+    "OPS",
+    "Op",
+    "Table",
+    "act_quant",
+    "build_cpu_kernels",
+    "compress",
+    "hc_post",
+    "hc_post_pre",
+    "hc_pre",
+    "indexer_loss",
+    "indexer_recall",
+    "indexer_topk",
+    "linear_cross_entropy",
+    "moe",
+    "quant_linear",
+    "register",
+    "rope",
+    "sinkhorn",
+    "sparse_attn",
+    "use",
+]

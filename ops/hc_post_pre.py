@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from .cpp import plain
-from .hc_cpp import SOURCE
+from .cpp import enabled, supports_cpp
 from .hc_post import backward as post_backward
 from .hc_post import backward_reference as post_backward_reference
 from .hc_post import reference as post_reference
@@ -106,8 +105,8 @@ _backward_op = register(
     fake=_backward_fake,
     flops=_backward_flops,
     kernel=backward,
-    cpp=SOURCE,
-    takes=plain,
+    cpp="hc",
+    supports_cpp=supports_cpp,
 )
 
 
@@ -129,16 +128,25 @@ _opaque = register(
     setup_context=_setup_context,
     backward=_backward,
     kernel=forward,
-    cpp=SOURCE,
-    takes=plain,
+    cpp="hc",
+    supports_cpp=supports_cpp,
 )
 
 
 def on_cpu(y, x, post, comb, *rest):
-    if torch.compiler.is_compiling() and torch.is_grad_enabled():
+    """Compiled with gradients, a node in C++; else hc_post, then hc_pre as it runs on CPU."""
+    training = torch.compiler.is_compiling() and torch.is_grad_enabled()
+    if training and enabled("hc_post_pre"):
         return _opaque(y, x, post, comb, *rest)
     x = post_reference(y, x, post, comb)
     return x, *pre_on_cpu(x, *rest)
 
 
-hc_post_pre = Op("hc_post_pre", reference, _opaque, check, on_cpu=on_cpu)
+hc_post_pre = Op(
+    "hc_post_pre",
+    reference,
+    _opaque,
+    check,
+    cpu=on_cpu,
+    cpp={"decode": ("sinkhorn",), "prefill": ("sinkhorn",), "train": ("hc_post_pre",)},
+)

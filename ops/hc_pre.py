@@ -23,8 +23,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .cpp import plain
-from .hc_cpp import SOURCE
+from .cpp import enabled, supports_cpp
 from .registry import Op, register, require
 from .sinkhorn import backward_reference as sinkhorn_backward
 from .sinkhorn import sinkhorn
@@ -158,8 +157,8 @@ _backward_op = register(
     fake=_backward_fake,
     flops=_backward_flops,
     kernel=backward,
-    cpp=SOURCE,
-    takes=plain,
+    cpp="hc",
+    supports_cpp=supports_cpp,
 )
 
 
@@ -182,8 +181,8 @@ _opaque = register(
     setup_context=_setup_context,
     backward=_backward,
     kernel=forward,
-    cpp=SOURCE,
-    takes=plain,
+    cpp="hc",
+    supports_cpp=supports_cpp,
 )
 
 
@@ -192,8 +191,15 @@ def on_cpu(*args):
     if not torch.compiler.is_compiling():
         return reference(*args)
     if torch.is_grad_enabled():
-        return _opaque(*args)
-    return compute(*args, sinkhorn.opaque)
+        return _opaque(*args) if enabled("hc_pre") else reference(*args)
+    return compute(*args, sinkhorn.opaque) if enabled("sinkhorn") else reference(*args)
 
 
-hc_pre = Op("hc_pre", reference, _opaque, check, on_cpu=on_cpu)
+hc_pre = Op(
+    "hc_pre",
+    reference,
+    _opaque,
+    check,
+    cpu=on_cpu,
+    cpp={"decode": ("sinkhorn",), "prefill": ("sinkhorn",), "train": ("hc_pre",)},
+)

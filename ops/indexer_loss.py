@@ -215,5 +215,5 @@ def _form(form):
 
 
 indexer_loss = Op(
-    "indexer_loss", _form(forward_reference), _form(_opaque), check, on_cpu=_form(_opaque)
+    "indexer_loss", _form(forward_reference), _form(_opaque), check, cpu=_form(_opaque)
 )

@@ -1,34 +1,38 @@
-"""How an op is registered and how a model chooses between its two forms.
+"""How an op is registered and how a model chooses between its forms.
 
-Every heavy region of the model is an `Op` with two interchangeable forms of the same mathematics:
+Every heavy region of the model is an `Op` with interchangeable forms of the same mathematics, its modes:
 
     reference   plain PyTorch, traced into the graph, differentiated by autograd
     opaque      one node `torch.ops.dsv4.<name>` in the graph, with a fake, a backward op and a FLOP formula;
-                on CPU it runs the reference, on a GPU (or in Triton's interpreter) the kernel
+                on CPU it runs the reference or C++ (cpp.py), on a GPU (or in Triton's interpreter) the kernel
+    cpu         whichever is faster on CPU: one of the two, or a variant of the op, by sizes, by whether gradients
+                are enabled and by whether it is compiled. The reference, if the op knows nothing faster
 
-A model holds a `Table`: its own immutable choice per op. `use({...})` sets the choices of tables made inside it.
+Without a choice, an op runs in mode "cpu" on CPU and in mode "opaque" elsewhere. A model holds a `Table`: its own
+immutable choice per op. `use({...})` sets the choices of tables made inside it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import types
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from .cpp import CppKernel
+from .cpp import KERNELS, CppKernel, enabled
 from .launch import INTERPRETING
 
 NAMESPACE, CPP = "dsv4", "dsv4_cpp"
-OPS: dict[str, "Op"] = {}
-LAUNCHERS: dict[str, Callable] = {}  # what launches Triton for an opaque op, by the op's name
+MODES = ("reference", "opaque", "cpu")
+OPS: dict[str, Op] = {}
+INTERNAL: dict[str, Op] = {}  # variants and parts of ops, which no table chooses
+LAUNCHERS: dict[str, Callable] = {}  # functions that launch an opaque op's Triton, by the op's name
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _cpp_library = torch.library.Library(CPP, "FRAGMENT")  # C++ for some of an op's arguments
-_modes: dict[
-    str, str
-] = {}  # the choices of `use`; a plain dict, so that compiled code can read and guard it
+# The choices of `use`; a plain dict, so that compiled code can read and guard it
+_modes: dict[str, str] = {}
 
 
 def register(
@@ -38,9 +42,10 @@ def register(
     flops: Callable | None = None,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
-    cpp: str | None = None,
+    # Implementations
     kernel: Callable | None = None,
-    takes: Callable | None = None,
+    cpp: str | None = None,
+    supports_cpp: Callable | None = None,
 ):
     """Define `torch.ops.dsv4.<name>` and return its overload.
 
@@ -49,9 +54,9 @@ def register(
     fake            output shapes from input shapes
     flops           FLOPs from argument shapes, as torch.utils.flop_counter passes them
     setup_context, backward   as in torch.library.register_autograd; backward calls an op of its own
-    cpp             C++ source of a CPU kernel, see cpp.py
-    takes           whether the C++ takes these arguments; impl takes the others. None: it takes all
     kernel          as impl, by Triton: runs instead of it on a GPU, and on CPU in Triton's interpreter
+    cpp             library of a C++ kernel for CPU, see cpp.py: it runs once `build_cpu_kernels` has built it
+    supports_cpp    whether the C++ takes these arguments; impl takes the others. None: it takes all
     """
     name = schema.split("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -59,21 +64,13 @@ def register(
     if kernel:
         LAUNCHERS[name] = kernel
     if kernel and INTERPRETING:
-        impl, cpp = kernel, None
-    if cpp is None:
+        _library.impl(name, kernel, "CPU")
+    elif cpp is None:
         _library.impl(name, impl, "CPU")
+    elif supports_cpp is None:
+        CppKernel(NAMESPACE, name, impl, cpp)
     else:
-        native, shapes = CppKernel(NAMESPACE if takes is None else CPP, name, impl, cpp), fake
-        if takes is not None:
-            _cpp_library.define(schema)
-            chosen = getattr(getattr(torch.ops, CPP), name).default
-            _library.impl(name, lambda *args: (chosen if takes(*args) else impl)(*args), "CPU")
-
-        def fake(x, *args):
-            if x.device.type == "cpu" and (takes is None or takes(x, *args)):
-                native.build()
-            return shapes(x, *args)
-
+        _register_cpp(schema, impl, cpp, supports_cpp)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     if backward is not None:
         torch.library.register_autograd(
@@ -85,11 +82,27 @@ def register(
     return packet.default
 
 
+def _register_cpp(schema: str, impl: Callable, library: str, supports_cpp: Callable) -> None:
+    """On CPU: an op of the same name in a namespace of its own for what C++ supports, impl for the rest."""
+    name = schema.split("(")[0]
+    CppKernel(CPP, name, impl, library)
+    _cpp_library.define(schema)
+    native = getattr(getattr(torch.ops, CPP), name).default
+
+    def on_cpu(*args):
+        form = native if enabled(name) and supports_cpp(*args) else impl
+        return form(*args)
+
+    _library.impl(name, on_cpu, "CPU")
+
+
 class Op:
     """One op. Calling it validates the arguments (outside compiled code) and runs the form that suits the device.
 
-    check(*args)    raises ValueError naming the argument at fault
-    on_cpu(*args)   the form that is the default on CPU; None: the reference. Elsewhere it is the opaque one
+    check(*args)      raises ValueError naming the argument at fault
+    cpu(*args)        the form of mode "cpu"; None: the reference
+    cpp               of each phase, the ops whose C++ mode "cpu" runs: see build_cpu_kernels
+    internal          a variant or part of another op, which has checked the arguments
     """
 
     def __init__(
@@ -97,17 +110,26 @@ class Op:
         name: str,
         reference: Callable,
         opaque: Callable,
-        check: Callable,
-        on_cpu: Callable | None = None,
+        check: Callable | None,
+        # CPU
+        cpu: Callable | None = None,
+        cpp: dict[str, tuple[str, ...]] | None = None,
+        internal: bool = False,
     ):
-        self.name, self._check = name, check
-        self.reference, self.opaque, self._on_cpu = (
-            self._checked(form) for form in (reference, opaque, on_cpu or reference)
-        )
+        self.name = name
+        self._check = check
+        self.reference = self._checked(reference)
+        self.opaque = self._checked(opaque)
+        self.cpu = self.reference if cpu is None else self._checked(cpu)
+        self.default_on_cpu = "reference" if cpu is None else "cpu"
+        self._cpp = cpp or {}
         self.__doc__ = reference.__doc__
-        OPS[name] = self
+        (INTERNAL if internal else OPS)[name] = self
 
     def _checked(self, form: Callable) -> Callable:
+        if self._check is None:
+            return form
+
         def call(*args):
             if not torch.compiler.is_compiling():
                 self._check(*args)
@@ -116,24 +138,32 @@ class Op:
         return call
 
     def bind(self, mode: str | None) -> Callable:
-        """The form for mode "reference" or "opaque"; None chooses by the device of the first argument."""
+        """The form of a mode; None chooses by the device of the first argument."""
         if mode is not None:
             return getattr(self, mode)
-        opaque, on_cpu = self.opaque, self._on_cpu
+        cpu, opaque = self.cpu, self.opaque
 
         def default(*args):
-            return (on_cpu if args[0].device.type == "cpu" else opaque)(*args)
+            form = cpu if args[0].device.type == "cpu" else opaque
+            return form(*args)
 
         return default
+
+    def cpp_kernels(self, mode: str, phase: str) -> tuple[str, ...]:
+        """The ops whose C++ this one runs on CPU in a mode and phase."""
+        if mode == "opaque":
+            return (self.name,)
+        return self._cpp.get(phase, ()) if mode == "cpu" else ()
 
     def __call__(self, *args):
         return self.bind(_modes.get(self.name))(*args)
 
 
 class Table:
-    """An immutable choice of form for every op: `table.sparse_attn(...)` calls the chosen one; `table.modes` tells.
+    """An immutable choice of form for every op: `table.sparse_attn(...)` calls the chosen one.
 
-    modes maps op names to "reference" or "opaque"; ops it does not name follow `use`, then the device.
+    modes            the choices: op names to "reference", "opaque" or "cpu". Ops it does not name follow the device
+    modes_on("cpu")  the mode of every op on a device
     """
 
     def __init__(self, modes: dict[str, str] | None = None):
@@ -141,6 +171,13 @@ class Table:
         object.__setattr__(self, "modes", types.MappingProxyType(modes))
         for name, op in OPS.items():
             object.__setattr__(self, name, op.bind(modes.get(name)))
+
+    def modes_on(self, device: str) -> dict[str, str]:
+        """The mode of every op for tensors on a device ("cpu", "cuda", ...)."""
+        defaults = {
+            name: op.default_on_cpu if device == "cpu" else "opaque" for name, op in OPS.items()
+        }
+        return defaults | self.modes
 
     def __setattr__(self, name, value):
         raise AttributeError("an op table is immutable: build the model with ops={...}")
@@ -152,13 +189,27 @@ class Table:
         return Table, (dict(self.modes),)
 
 
+def build_cpu_kernels(table: Table, phase: str) -> None:
+    """Compile the C++ that a table's forms run on CPU in fp32, once a machine, and register it.
+
+    phase   "decode": few tokens; "prefill": many; both without gradients; "train": with gradients
+
+    Tracing builds nothing: call this before compiling what shall use it, as compile_config.py does. Ops whose C++
+    cannot be compiled here keep their Python.
+    """
+    for name, mode in table.modes_on("cpu").items():
+        for op in OPS[name].cpp_kernels(mode, phase):
+            if op in KERNELS and enabled(op):
+                KERNELS[op].build()
+
+
 def validate(modes: dict[str, str]) -> dict[str, str]:
-    """`modes` itself, after checking that every op exists and every mode is "reference" or "opaque"."""
+    """`modes` itself, after checking that every op and every mode exists."""
     for name, mode in modes.items():
         if name not in OPS:
             raise ValueError(f"unknown op {name!r}: choose from {', '.join(OPS)}")
-        if mode not in ("reference", "opaque"):
-            raise ValueError(f"op {name!r}: mode {mode!r} is neither 'reference' nor 'opaque'")
+        if mode not in MODES:
+            raise ValueError(f"op {name!r}: mode {mode!r} is none of {', '.join(MODES)}")
     return modes
 
 

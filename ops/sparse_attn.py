@@ -28,10 +28,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .cpp import plain
+from .cpp import enabled, supports_cpp
 from .registry import Op, register, require
 from .rope import reference as rotate
-from .sparse_attn_cpp import SOURCE
 from .triton.sparse_attn import forward_kernel
 from .triton.sparse_attn_backward import backward
 
@@ -279,8 +278,8 @@ _backward_op = register(
     "Tensor sin, Tensor? entries, Tensor? lo, Tensor? hi, Tensor? idx, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
     impl=backward_reference,
     kernel=backward_kernel,
-    cpp=SOURCE,
-    takes=plain,
+    cpp="sparse_attn",
+    supports_cpp=supports_cpp,
     fake=lambda g, lse, q, kv, sink, seen, cos, sin, entries, *rest: (
         q.new_empty(q.shape),
         kv.new_empty(kv.shape),
@@ -318,8 +317,8 @@ _opaque = register(
     "Tensor? lo, Tensor? hi, Tensor? idx, float eps) -> (Tensor, Tensor)",
     impl=forward_reference,
     kernel=forward_kernel,
-    cpp=SOURCE,
-    takes=plain,
+    cpp="sparse_attn",
+    supports_cpp=supports_cpp,
     fake=lambda q, *rest: (q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)),
     flops=_flops,
     setup_context=_setup,
@@ -329,8 +328,10 @@ _opaque = register(
 
 def _on_cpu(q, *rest):
     """Compiled for more tokens than are decoded, in fp32: a node, in C++."""
-    compiled = torch.compiler.is_compiling() and q.shape[1] > 8 and plain(q, *rest)
-    return (_opaque if compiled else forward_reference)(q, *rest)
+    many = torch.compiler.is_compiling() and q.shape[1] > 8
+    if many and enabled("sparse_attn") and supports_cpp(q, *rest):
+        return _opaque(q, *rest)
+    return forward_reference(q, *rest)
 
 
 def _form(form):
@@ -342,5 +343,10 @@ def _form(form):
 
 
 sparse_attn = Op(
-    "sparse_attn", _form(forward_reference), _form(_opaque), check, on_cpu=_form(_on_cpu)
+    "sparse_attn",
+    _form(forward_reference),
+    _form(_opaque),
+    check,
+    cpu=_form(_on_cpu),
+    cpp={"prefill": ("sparse_attn",), "train": ("sparse_attn",)},
 )

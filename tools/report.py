@@ -196,9 +196,7 @@ def capture_fake(
         torch.set_default_dtype(before)
 
 
-MODEL_OPS = tuple(
-    name for name in ops.OPS if name not in ("sinkhorn", "moe_few", "moe_kept")
-)  # parts of others, on CPU
+MODEL_OPS = tuple(ops.OPS)
 
 
 def name_of(target) -> str:

@@ -253,7 +253,7 @@ def test_selective_recomputation_runs_the_heavy_ops_once(how, times, forms):
     step = compile_train_step(model, S.Optimizer(model, "adamw"), PRESETS["eager"], recompute=how)
     with Count():
         step(*batch(), torch.tensor(1e-2))
-    assert counts["moe" if forms else "moe_kept"] == times and all(
+    assert counts["moe" if forms else "moe_train"] == times and all(
         n in (0, times) for n in counts.values()
     ), counts
 

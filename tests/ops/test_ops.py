@@ -10,8 +10,8 @@ import copy
 import importlib
 import itertools
 import pickle
-import sys
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 import ops
+from ops import cpp
 from ops.cpp import KERNELS
 from ops.formats import (
     dequantize_fp4,
@@ -36,6 +37,7 @@ from ops.launch import INTERPRETING
 from testing import rms
 
 normal, integers = torch.randn, torch.randint
+OPS = ops.OPS | ops.INTERNAL
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,11 +198,11 @@ def spec_moe(x, w13, w2, idx, weight, s13, s2, limit, act_quant):
     return torch.stack(y)
 
 
-def spec_moe_few(x, w13, w2, idx, weight, limit, act_quant):
+def spec_moe_decode(x, w13, w2, idx, weight, limit, act_quant):
     return spec_moe(x, w13, w2, idx, weight, None, None, limit, act_quant)
 
 
-def spec_moe_kept(x, w13, w2, idx, weight, limit):
+def spec_moe_train(x, w13, w2, idx, weight, limit):
     return spec_moe(x, w13, w2, idx, weight, None, None, limit, False)
 
 
@@ -230,8 +232,8 @@ CONTRACTS = {
     "linear_cross_entropy": Contract(spec_linear_cross_entropy, (0, 1), (0, 1), (True,)),
     "quant_linear": Contract(spec_quant_linear, (0,), (0,), rounding=3),
     "moe": Contract(spec_moe, (0, 1, 2, 4), (0, 1, 2), (True,)),
-    "moe_few": Contract(spec_moe_few, (), (), (True,)),
-    "moe_kept": Contract(spec_moe_kept, (0, 1, 2, 4), (), (True,)),
+    "moe_decode": Contract(spec_moe_decode, (), (), (True,)),
+    "moe_train": Contract(spec_moe_train, (0, 1, 2, 4), (), (True,)),
 }
 
 
@@ -386,14 +388,14 @@ def moe(N, E, K, d, I, fmt, quantized, routing="random"):
     return x, w13, w2, idx, torch.rand(N, K) + 0.1, s13, s2, 0.8, quantized
 
 
-def moe_few(N, E, K, d, I, quantized, routing="random"):
+def moe_decode(N, E, K, d, I, quantized, routing="random"):
     x, w13, w2, idx, weight, _, _, limit, quantized = moe(
         N, E, K, d, I, "float", quantized, routing
     )
     return x, w13, w2, idx, weight, limit, quantized
 
 
-def moe_kept(*sizes):
+def moe_train(*sizes):
     x, w13, w2, idx, weight, _, _, limit, _ = moe(*sizes[:5], "float", False, *sizes[5:])
     return x, w13, w2, idx, weight, limit
 
@@ -531,7 +533,7 @@ CASES = [  # the first three of each op use every optional argument
         (3, 3, 1, 200, 150, "fp8", True),
     ),
     *cases(
-        moe_few,
+        moe_decode,
         (5, 4, 2, 150, 131, True),
         (1, 16, 4, 33, 16, False),
         (9, 7, 2, 6, 5, False, "one"),
@@ -541,7 +543,7 @@ CASES = [  # the first three of each op use every optional argument
         (2, 3, 2, 15, 2, True),
     ),
     *cases(
-        moe_kept,
+        moe_train,
         (5, 4, 2, 10, 6),
         (65, 5, 3, 6, 8),
         (9, 7, 2, 33, 13, "one"),
@@ -554,6 +556,8 @@ FEW = [case for op in CONTRACTS for case in [case for case in CASES if case.op =
 by_case = pytest.mark.parametrize("case", CASES, ids=str)
 by_few = pytest.mark.parametrize("case", FEW, ids=str)
 by_op = pytest.mark.parametrize("case", FEW[::3], ids=lambda case: case.op)
+PUBLIC = [case for case in FEW[::3] if case.op in ops.OPS]
+by_public_op = pytest.mark.parametrize("case", PUBLIC, ids=lambda case: case.op)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -646,7 +650,7 @@ class Recorder(TorchDispatchMode):
 def record(case: Case, args: tuple | None = None) -> Recorder:
     """Forward and backward of the opaque form."""
     with Recorder() as recorder:
-        run(ops.OPS[case.op].opaque, case, case.args() if args is None else args)
+        run(OPS[case.op].opaque, case, case.args() if args is None else args)
     return recorder
 
 
@@ -675,7 +679,7 @@ def test_every_op_has_a_contract_and_cases():
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith(f"{ops.NAMESPACE}::")
     }
-    assert set(CONTRACTS) == set(ops.OPS) == {case.op for case in FEW}
+    assert set(CONTRACTS) == set(OPS) == {case.op for case in FEW}
     assert {name for case in FEW for name in record(case).names} == registered - {
         "rope_",
         "muon",
@@ -688,7 +692,7 @@ def test_every_op_has_a_contract_and_cases():
 def test_reference_matches_the_spec(case):
     args = case.args()
     expected = run(CONTRACTS[case.op].spec, case, tensors(torch.Tensor.double, args))
-    same(run(ops.OPS[case.op].reference, case, args), expected, 5e-6)
+    same(run(OPS[case.op].reference, case, args), expected, 5e-6)
 
 
 @pytest.mark.kernels
@@ -696,8 +700,8 @@ def test_reference_matches_the_spec(case):
 def test_opaque_equals_reference(case):
     args = case.args()
     opaque, reference = (
-        run(ops.OPS[case.op].opaque, case, args),
-        run(ops.OPS[case.op].reference, case, args),
+        run(OPS[case.op].opaque, case, args),
+        run(OPS[case.op].reference, case, args),
     )
     same(opaque, reference, 5e-6)
     assert [t.dtype for t in itertools.chain(*opaque)] == [
@@ -709,7 +713,7 @@ def test_opaque_equals_reference(case):
 @pytest.mark.parametrize("case", [case for case in CASES if hasattr(case.module, "CHUNK")], ids=str)
 def test_chunks_change_nothing(case, form, monkeypatch):
     """Everything at once or a little at a time: chunks of one token, or a few, the last one shorter."""
-    args, op = case.args(), getattr(ops.OPS[case.op], form)
+    args, op = case.args(), getattr(OPS[case.op], form)
     expected = run(op, case, args)
     for chunk in (1, 997):
         monkeypatch.setattr(case.module, "CHUNK", chunk)
@@ -729,7 +733,7 @@ def test_bf16_is_exact_up_to_rounding(case):
         8e-3 * flips if case.op in ("moe", "hc_post_pre") else 2e-5 if case.op == "hc_pre" else 5e-6
     )  # hc_pre's kernel has 16 bits of fn
     for form in ("reference", "opaque"):
-        out, grads = run(getattr(ops.OPS[case.op], form), case, args)
+        out, grads = run(getattr(OPS[case.op], form), case, args)
         for a, b, is_fp32 in zip(out, expected, contract.out, strict=True):
             assert a.dtype == (
                 torch.int64
@@ -810,7 +814,7 @@ def test_ops_pass_opcheck(case, layout):
 
 
 @pytest.mark.parametrize("form", ["reference", "opaque", "called"])
-@by_op
+@by_public_op
 def test_opaque_is_one_node_and_the_reference_none(case, form):
     """Forward and backward graphs under torch.compile(fullgraph=True), and the same numbers as eager."""
     nodes = []
@@ -820,7 +824,7 @@ def test_opaque_is_one_node_and_the_reference_none(case, form):
         return make_boxed_func(graph.forward)
 
     torch._dynamo.reset()
-    op = ops.OPS[case.op]
+    op = OPS[case.op]
     with ops.use({case.op: "opaque"}):
         call = (
             (lambda *args: getattr(ops, case.op)(*args)) if form == "called" else getattr(op, form)
@@ -880,9 +884,9 @@ def expected_flops(case: Case, args: tuple) -> tuple[int, int]:
         return 2 * args[0].numel() * size[1][0], 6 * args[0].numel() * size[1][0]
     if case.op == "quant_linear":
         return (2 * args[0].numel() * size[1][0] // args[3],) * 2
-    if case.op in ("moe", "moe_few", "moe_kept"):
+    if case.op in ("moe", "moe_decode", "moe_train"):
         product = 2 * args[3].numel() * size[0][1] * (size[1][1] // 2)
-        return 3 * product, {"moe_few": 0, "moe_kept": 6}.get(
+        return 3 * product, {"moe_decode": 0, "moe_train": 6}.get(
             case.op, 5 if case.op == "moe" and size[5] else 8
         ) * product
     return 0, 0
@@ -1460,10 +1464,10 @@ def test_pairs_without_an_expert_add_nothing(options):
     leave_out(ops.moe.opaque, case, x, w13, w2, idx, weight, *rest)
 
 
-def test_pairs_without_an_expert_add_nothing_to_what_is_kept():
-    case = Case("moe_kept", moe_kept, (9, 7, 2, 6, 4))
-    assert all(KERNELS[name].build() for name in ("moe_kept", "moe_kept_backward"))
-    leave_out(ops.moe_kept.opaque, case, *case.args())
+def test_pairs_without_an_expert_add_nothing_to_saved_pre_activations():
+    case = Case("moe_train", moe_train, (9, 7, 2, 6, 4))
+    assert all(KERNELS[name].build() for name in ("moe_train", "moe_train_backward"))
+    leave_out(ops.INTERNAL["moe_train"].opaque, case, *case.args())
 
 
 def leave_out(form, case, x, w13, w2, idx, weight, *rest):
@@ -1495,14 +1499,14 @@ def test_pairs_without_an_expert_take_no_block():
 @by_few
 def test_each_gradient_alone_is_the_same(case):
     args, leaves = case.args(), differentiable(case, case.args())
-    _, grads = run(ops.OPS[case.op].opaque, case, args)
+    _, grads = run(OPS[case.op].opaque, case, args)
     for form in ("reference", "opaque"):
         for i, expected in zip(leaves, grads):
             inputs = [
                 a.detach().requires_grad_(i == j) if j in leaves else a for j, a in enumerate(args)
             ]
             torch.manual_seed(1)
-            out = getattr(ops.OPS[case.op], form)(*inputs)
+            out = getattr(OPS[case.op], form)(*inputs)
             sum(
                 (o * normal(o.shape).bfloat16()).sum()
                 for o in ([out] if isinstance(out, torch.Tensor) else out)
@@ -1520,7 +1524,7 @@ def called(call: Callable, *args) -> list[str]:
     return recorder.names
 
 
-@by_op
+@by_public_op
 def test_use_chooses_the_form_within_its_block(case):
     op, args = getattr(ops, case.op), case.args()
     default = [case.op] * (case.op == "indexer_loss")
@@ -1542,7 +1546,7 @@ def test_use_chooses_the_form_within_its_block(case):
         ((32, 5, 2, 10, 6, "float", False), True, []),  # all experts, for few tokens
         ((33, 5, 2, 10, 6, "float", False), False, ["moe"]),
         ((17, 33, 2, 10, 6, "float", False), False, ["moe"]),  # too many experts for that
-        ((33, 5, 2, 10, 6, "float", False), True, ["moe_kept"]),
+        ((33, 5, 2, 10, 6, "float", False), True, ["moe_train"]),
         ((33, 5, 2, 10, 6, "float", True), True, ["moe"]),
         ((33, 3, 2, 72, 130, "fp8", False), True, ["moe"]),
     ],
@@ -1585,8 +1589,8 @@ def test_sinkhorn_is_one_node_of_hc_pre_when_compiled_for_cpu():
 @pytest.mark.parametrize(
     "options, dtype, grad, node",
     [
-        ((5, 4, 2, 10, 6, "float", True), torch.float32, False, "moe_few"),
-        ((64, 8, 4, 10, 6, "float", False), torch.float32, False, "moe_few"),
+        ((5, 4, 2, 10, 6, "float", True), torch.float32, False, "moe_decode"),
+        ((64, 8, 4, 10, 6, "float", False), torch.float32, False, "moe_decode"),
         (
             (65, 8, 4, 10, 6, "float", False),
             torch.float32,
@@ -1599,7 +1603,7 @@ def test_sinkhorn_is_one_node_of_hc_pre_when_compiled_for_cpu():
     ],
     ids=str,
 )
-def test_moe_decodes_by_moe_few_when_compiled_for_cpu(options, dtype, grad, node):
+def test_moe_runs_moe_decode_when_compiled_for_cpu_without_gradients(options, dtype, grad, node):
     x, w13, w2, *rest = Case("moe", moe, options).args()
     args = (
         x.to(dtype),
@@ -1614,7 +1618,7 @@ def test_moe_decodes_by_moe_few_when_compiled_for_cpu(options, dtype, grad, node
 @pytest.mark.parametrize("case", [case for case in CASES if case.op in KERNELS], ids=str)
 def test_cpp_kernels_equal_their_references(case):
     """Outputs and gradients, on one thread and on three."""
-    args, op, before = case.args(), ops.OPS[case.op], torch.get_num_threads()
+    args, op, before = case.args(), OPS[case.op], torch.get_num_threads()
     assert all(
         kernel.build()
         for name, kernel in KERNELS.items()
@@ -1659,15 +1663,17 @@ def test_cpp_kernels_round_small_values_to_the_scale_of_their_block():
         1e9,
         True,
     )
-    assert KERNELS["moe_few"].build()
-    close(ops.moe_few.opaque(*args), ops.moe_few.reference(*args), 1e-6)
+    assert KERNELS["moe_decode"].build()
+    close(
+        ops.INTERNAL["moe_decode"].opaque(*args), ops.INTERNAL["moe_decode"].reference(*args), 1e-6
+    )
 
 
 def test_cpp_kernels_refuse_other_dtypes_in_one_line():
-    x, *rest = Case("moe_few", moe_few, (5, 4, 2, 10, 6, False)).args()
-    assert KERNELS["moe_few"].build() and KERNELS["sinkhorn"].build()
+    x, *rest = Case("moe_decode", moe_decode, (5, 4, 2, 10, 6, False)).args()
+    assert KERNELS["moe_decode"].build() and KERNELS["sinkhorn"].build()
     for call in (
-        lambda: torch.ops.dsv4.moe_few(x.double(), *rest),
+        lambda: torch.ops.dsv4.moe_decode(x.double(), *rest),
         lambda: torch.ops.dsv4.sinkhorn(x[:4, :4].double(), 1e-6, 2),
     ):
         with pytest.raises(RuntimeError, match="takes float32 values and int64 indices"):
@@ -1675,45 +1681,105 @@ def test_cpp_kernels_refuse_other_dtypes_in_one_line():
 
 
 def test_an_expert_that_does_not_exist_is_refused():
-    x, w13, w2, idx, *rest = Case("moe_few", moe_few, (5, 4, 2, 10, 6, False)).args()
-    assert KERNELS["moe_few"].build()
+    x, w13, w2, idx, *rest = Case("moe_decode", moe_decode, (5, 4, 2, 10, 6, False)).args()
+    assert KERNELS["moe_decode"].build()
     for wrong in (-1, 4):
         with pytest.raises(RuntimeError, match=f"no expert {wrong}"):
-            ops.moe_few.opaque(
+            ops.INTERNAL["moe_decode"].opaque(
                 x, w13, w2, idx.clone().index_fill_(0, torch.tensor(3), wrong), *rest
             )
 
 
 def test_cpp_kernels_use_every_thread_they_are_given():
     args, before = (
-        Case("moe_few", moe_few, (3, 2, 2, 1030, 514, False)).args(),
+        Case("moe_decode", moe_decode, (3, 2, 2, 1030, 514, False)).args(),
         torch.get_num_threads(),
     )
-    assert KERNELS["moe_few"].build()
-    one = ops.moe_few.opaque(*args)
+    assert KERNELS["moe_decode"].build()
+    one = ops.INTERNAL["moe_decode"].opaque(*args)
     torch.set_num_threads(2)
     try:
-        assert torch.equal(ops.moe_few.opaque(*args), one)
+        assert torch.equal(ops.INTERNAL["moe_decode"].opaque(*args), one)
     finally:
         torch.set_num_threads(before)
 
 
-def test_an_op_whose_cpp_does_not_compile_keeps_its_python():
-    registry = sys.modules["ops.registry"]
-    double = registry.register(
-        "test_double(Tensor x) -> Tensor",
-        impl=lambda x: 2 * x,
-        fake=torch.empty_like,
-        cpp="no such language",
+def test_an_op_whose_cpp_does_not_compile_keeps_its_python(tmp_path, monkeypatch):
+    (tmp_path / "common.h").write_text("")
+    (tmp_path / "broken.cpp").write_text('#include "common.h"\nno such language')
+    monkeypatch.setattr(cpp, "FOLDER", tmp_path)
+    double = ops.register(
+        "test_double(Tensor x) -> Tensor", impl=lambda x: 2 * x, fake=torch.empty_like, cpp="broken"
     )
-    for built in (None, False):
-        assert KERNELS["test_double"].built is built and double(torch.ones(1)) == 2
-        with FakeTensorMode() as mode:
-            assert double(mode.from_tensor(torch.ones(3))).shape == (3,)  # tracing tries to build
+    assert KERNELS["test_double"].built is None and double(torch.ones(1)) == 2
+    assert not KERNELS["test_double"].build() and double(torch.ones(1)) == 2
     del KERNELS["test_double"]
 
 
-@by_op
+def test_tracing_builds_no_cpp():
+    double = ops.register(
+        "test_pure(Tensor x) -> Tensor", impl=lambda x: 2 * x, fake=torch.empty_like, cpp="sinkhorn"
+    )
+    with FakeTensorMode() as mode:
+        assert double(mode.from_tensor(torch.ones(3))).shape == (3,)
+    assert KERNELS.pop("test_pure").built is None
+
+
+@pytest.mark.parametrize(
+    "modes, phase, expected",
+    [
+        ({}, "decode", {"sinkhorn", "moe_decode"}),
+        ({}, "prefill", {"sinkhorn", "sparse_attn", "moe_decode", "moe"}),
+        ({}, "train", {"hc_pre", "hc_post", "hc_post_pre", "sparse_attn", "moe_train", "moe"}),
+        ({"moe": "reference", "hc_pre": "opaque"}, "decode", {"hc_pre", "sinkhorn"}),
+        ({name: "opaque" for name in ops.OPS}, "decode", set(KERNELS) & set(ops.OPS)),
+        ({name: "reference" for name in ops.OPS}, "train", set()),
+    ],
+    ids=str,
+)
+def test_the_cpp_that_a_table_runs_is_built(modes, phase, expected, monkeypatch):
+    built = []
+    monkeypatch.setattr(cpp.CppKernel, "build", lambda kernel: built.append(kernel.name))
+    ops.build_cpu_kernels(ops.Table(modes), phase)
+    assert set(built) == (expected if KERNELS else set())
+    with cpp.disabled("moe", "moe_train", "moe_decode"):
+        built.clear()
+        ops.build_cpu_kernels(ops.Table(modes), phase)
+    assert set(built) == {name for name in expected if not name.startswith("moe")}
+
+
+@pytest.mark.parametrize(
+    "op, options, grad, node",
+    [
+        ("hc_pre", (2, 3, 4, 5, 20), True, "hc_pre"),
+        ("hc_pre", (2, 3, 4, 5, 20), False, "sinkhorn"),
+        ("hc_post", (2, 3, 4, 5), True, "hc_post"),
+        ("hc_post_pre", (2, 3, 4, 5, 20), True, "hc_post_pre"),
+        ("sparse_attn", (2, 9, 8, "idx"), True, "sparse_attn"),
+        ("moe", (5, 4, 2, 10, 6, "float", False), False, "moe_decode"),
+        ("moe", (33, 5, 2, 10, 6, "float", False), True, "moe_train"),
+    ],
+    ids=str,
+)
+def test_a_disabled_kernel_leaves_the_form_that_an_op_has_without_it(op, options, grad, node):
+    args = globals()[op](*options)
+    assert node in compiled(ops.OPS[op].cpu, args, grad)[0]
+    with cpp.disabled(node):
+        without = compiled(ops.OPS[op].cpu, args, grad)[0]
+    expected = {"hc_post_pre": ["hc_pre"], "moe_train": ["moe"]}
+    assert without == expected.get(node, [])
+
+
+def test_a_table_tells_the_mode_of_every_op_on_a_device():
+    table = ops.Table({"moe": "reference", "rope": "cpu"})
+    on_cpu, elsewhere = table.modes_on("cpu"), table.modes_on("cuda")
+    assert set(on_cpu) == set(elsewhere) == set(ops.OPS)
+    assert on_cpu["moe"] == elsewhere["moe"] == "reference" and elsewhere["rope"] == "cpu"
+    assert on_cpu["sparse_attn"] == "cpu" and on_cpu["compress"] == "reference"
+    assert elsewhere["sparse_attn"] == elsewhere["compress"] == "opaque"
+
+
+@by_public_op
 def test_a_table_keeps_its_choice(case):
     args = case.args()
     with ops.use({case.op: "opaque"}):
@@ -1741,9 +1807,7 @@ def test_a_table_is_immutable():
 def test_unknown_ops_and_modes_are_named(choose):
     with pytest.raises(ValueError, match="unknown op 'attention': choose from .*sparse_attn"):
         choose({"attention": "opaque"})
-    with pytest.raises(
-        ValueError, match="op 'moe': mode 'fast' is neither 'reference' nor 'opaque'"
-    ):
+    with pytest.raises(ValueError, match="op 'moe': mode 'fast' is none of reference, opaque, cpu"):
         choose({"moe": "fast"})
     assert ops.Table().modes == {}
 
@@ -1894,35 +1958,16 @@ MISFITS = {  # which of the op's cases in FEW, which argument, and what is wrong
         (2, 6, shorter(1)),
         (2, 0, shorter(1)),
     ],
-    "moe_few": [
-        (0, 0, shorter(1)),
-        (0, 0, first),
-        (0, 1, shorter(1)),
-        (0, 2, shorter(2)),
-        (0, 3, shorter(0)),
-        (0, 4, shorter(1)),
-        (0, 0, torch.Tensor.double),
-        (0, 4, torch.Tensor.double),
-    ],
-    "moe_kept": [
-        (0, 0, shorter(1)),
-        (0, 0, first),
-        (0, 1, shorter(1)),
-        (0, 2, shorter(2)),
-        (0, 3, shorter(0)),
-        (0, 4, shorter(1)),
-        (0, 0, torch.Tensor.bfloat16),
-        (0, 1, torch.Tensor.double),
-    ],
 }
 
 
-@by_op
+@pytest.mark.parametrize("case", [c for c in FEW[::3] if c.op in MISFITS], ids=lambda c: c.op)
 def test_misfits_are_refused_in_one_line(case):
     three = [each for each in FEW if each.op == case.op]
     for which, position, change in MISFITS[case.op]:
         args = list(three[which].args())
         args[position] = change(args[position])
-        for form in (ops.OPS[case.op].reference, ops.OPS[case.op].opaque, getattr(ops, case.op)):
+        op = OPS[case.op]
+        for form in (op.reference, op.opaque, op.cpu, op):
             with pytest.raises(ValueError, match=rf"\A{case.op}: [^\n]*\Z"):
                 form(*args)

@@ -1,21 +1,5 @@
-"""moe_few: the routed experts for few tokens on CPU; how moe decodes a batch there when compiled without gradients.
+#include "common.h"
 
-The mathematics, shapes and act_quant of moe (see ops/moe.py), for fp32 weights that are not packed.
-
-Each chosen expert is read once, row by row, for up to four of its tokens: decoding is bound by memory. The C++ kernel is
-built as cpp.py says. The node has no gradient (looking for one would cost as much as a small expert). Errors: as moe; also
-another dtype than fp32.
-"""
-
-from __future__ import annotations
-
-import torch
-import torch.nn.functional as F
-
-from .act_quant import reference as fake_quant
-from .registry import Op, register, require
-
-SOURCE = r"""
 constexpr int TOKENS = 4;
 
 // out[t] = <w, x[t]>
@@ -94,82 +78,15 @@ static void run(const float* x, const float* w13, const float* w2, const int64_t
   }
 }
 
-Tensor moe_few(const Tensor& x, const Tensor& w13, const Tensor& w2, const Tensor& idx, const Tensor& weight, double limit, bool act_quant) {
+Tensor moe_decode(const Tensor& x, const Tensor& w13, const Tensor& w2, const Tensor& idx, const Tensor& weight, double limit, bool act_quant) {
   const Tensor in[] = {floats(x), floats(w13), floats(w2), packed(idx, ScalarType::Long), floats(weight)};
   const Tensor y = torch::stable::empty_like(in[0]);
   for (int64_t p = 0; p < idx.numel(); p++) {
     const int64_t e = ((const int64_t*)in[3].data_ptr())[p];
-    STD_TORCH_CHECK(0 <= e && e < w13.size(0), "moe_few: there is no expert ", e);
+    STD_TORCH_CHECK(0 <= e && e < w13.size(0), "moe_decode: there is no expert ", e);
   }
   run((const float*)in[0].data_ptr(), (const float*)in[1].data_ptr(), (const float*)in[2].data_ptr(), (const int64_t*)in[3].data_ptr(),
       (const float*)in[4].data_ptr(), (float*)y.data_ptr(), idx.size(0), idx.size(1), w13.size(0), w13.size(1) / 2, w13.size(2), limit,
       act_quant);
   return y;
 }
-"""
-
-
-def check(x, w13, w2, idx, weight, limit, act_quant):
-    E, d, I = w13.shape[0], x.shape[-1], w13.shape[-2] // 2
-    require(
-        x.dim() == idx.dim() == 2
-        and d
-        and I
-        and w13.shape == (E, 2 * I, d)
-        and w2.shape == (E, d, I)
-        and len(idx) == len(x)
-        and weight.shape == idx.shape,
-        f"moe_few: x {tuple(x.shape)}, w13 {tuple(w13.shape)}, w2 {tuple(w2.shape)}, "
-        f"idx {tuple(idx.shape)}, weight {tuple(weight.shape)} do not fit",
-    )
-    require(
-        all(t.dtype == torch.float32 for t in (x, w13, w2, weight)) and idx.dtype == torch.int64,
-        f"moe_few: takes float32 and int64 idx, not {x.dtype}, {w13.dtype}, {weight.dtype}, {idx.dtype}",
-    )
-
-
-def quantized(x, act_quant):
-    return fake_quant(x, 128, "fp8") if act_quant else x
-
-
-def swiglu(h13, weight, limit):
-    """[..., 2I] and weights [..., 1] -> [..., I] fp32"""
-    gate, up = h13.float().chunk(2, -1)
-    return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit) * weight
-
-
-def _kept(x):
-    """x itself; a strided view, which Inductor computes once into a buffer instead of anew for every row that uses it."""
-    x = x.contiguous()
-    return x.as_strided(x.shape, x.stride())
-
-
-def gathered(x, w13, w2, weight, limit, act_quant):
-    """moe with weights [N, K, 2I, d] and [N, K, d, I]: products and sums, so that Inductor reads gathered weights in place."""
-    x, dtype = quantized(x, act_quant), x.dtype
-    h13 = (w13.float() * _kept(x).float()[:, None, None]).sum(-1).to(dtype)
-    h = _kept(quantized(swiglu(h13, weight[..., None], limit).to(dtype), act_quant))
-    return (w2.float() * h.float()[:, :, None]).sum(-1).to(dtype).float().sum(1)
-
-
-def reference(
-    x: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
-    idx: torch.Tensor,
-    weight: torch.Tensor,
-    limit: float,
-    act_quant: bool,
-) -> torch.Tensor:
-    return gathered(x, w13[idx], w2[idx], weight, limit, act_quant)
-
-
-_opaque = register(
-    "moe_few(Tensor x, Tensor w13, Tensor w2, Tensor idx, Tensor weight, float limit, bool act_quant) -> Tensor",
-    impl=lambda *args: reference(*args).contiguous(),
-    fake=lambda x, *rest: x.new_empty(x.shape),
-    flops=lambda x, w13, w2, idx, *args, out_shape=None, **kw: 3 * idx[0] * idx[1] * x[1] * w13[1],
-    cpp=SOURCE,
-)
-
-moe_few = Op("moe_few", reference, _opaque, check)

@@ -1,9 +1,5 @@
-"""hc_pre, hc_post and hc_post_pre for fp32 on CPU, in C++ (see cpp.py): the mathematics and shapes of their own files.
+#include "common.h"
 
-Eight tokens are the lanes of a vector: what is small per token, Sinkhorn above all, is done for eight at a time.
-"""
-
-SOURCE = r"""
 constexpr int64_t BLOCK = 32, LANES = 8;  // tokens
 
 static Vec8 sigmoid(Vec8 x) { return 1 / (1 + exponential(-x)); }
@@ -301,4 +297,3 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> hc_post_pre_b
   of_fn.finish(), of_base.finish(), of_scale.finish();
   return {to_y, to_x, to_post, to_comb, g_fn, g_base, g_scale};
 }
-"""

@@ -1,9 +1,5 @@
-"""moe and moe_kept for fp32 on CPU, in C++ (see cpp.py): the mathematics and shapes of moe.py, weights not packed, no act_quant.
+#include "common.h"
 
-Expert by expert, as there: the tokens that chose one are gathered and go through matrix products of its size.
-"""
-
-SOURCE = r"""
 struct Routed {
   const Tensor x_, w13_, w2_, idx_, weight_;
   const float *x, *w13, *w2, *weight, limit;
@@ -126,16 +122,15 @@ Gradients moe_backward(const Tensor& g, const Tensor& x, const Tensor& w13, cons
   return backward(Routed(x, w13, w2, idx, weight, limit), g, x, nullptr);
 }
 
-std::tuple<Tensor, Tensor> moe_kept(const Tensor& x, const Tensor& w13, const Tensor& w2, const Tensor& idx, const Tensor& weight, double limit) {
+std::tuple<Tensor, Tensor> moe_train(const Tensor& x, const Tensor& w13, const Tensor& w2, const Tensor& idx, const Tensor& weight, double limit) {
   const Routed r(x, w13, w2, idx, weight, limit);
   Tensor h13 = torch::stable::new_empty(x, {r.N * r.K, 2 * r.P});
   if (r.P > r.I || r.first[r.E] < r.N * r.K) std::memset(data(h13), 0, 4 * h13.numel());  // what no product fills
   return {forward(r, x, data(h13)), h13};
 }
 
-Gradients moe_kept_backward(const Tensor& g, const Tensor& h13, const Tensor& x, const Tensor& w13, const Tensor& w2, const Tensor& idx,
+Gradients moe_train_backward(const Tensor& g, const Tensor& h13, const Tensor& x, const Tensor& w13, const Tensor& w2, const Tensor& idx,
                             const Tensor& weight, double limit) {
   const Tensor kept = floats(h13);
   return backward(Routed(x, w13, w2, idx, weight, limit), g, x, data(kept));
 }
-"""

@@ -1,10 +1,5 @@
-"""sparse_attn for fp32 on CPU, in C++ (see cpp.py): the mathematics and shapes of sparse_attn.py.
+#include "common.h"
 
-A block of tokens with all its heads meets the keys that any of them sees: one matrix product per direction, as in the
-reference, but of what is visible only, and what lies between the products happens while the scores are in the cache.
-"""
-
-SOURCE = r"""
 constexpr int64_t BLOCK = 16;  // tokens
 
 struct Attention {
@@ -189,4 +184,3 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_attn_backward(const Tensor& g_
   of_kv.finish(), of_sink.finish(), of_entries.finish();
   return {g_q, g_kv, g_sink, g_entries};
 }
-"""
