@@ -11,26 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import gzip
-import hashlib
-import io
-import json
-import os
-import platform
-import re
-import resource
-import shutil
+import runpy
 import sys
-import sysconfig
-import tarfile
 import types
-import zlib
-from pathlib import Path
 from typing import Callable
 
 import torch
 from torch._dynamo.utils import counters
-from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -39,9 +26,8 @@ from torch.utils.checkpoint import (
 
 import ops
 from model import LossWeights, Transformer, combine_losses, make_targets, training_loss
-from tools import cli
+from tools import cli, compile_cache, stats
 
-ROOT = Path(__file__).parent
 DEEP = 12  # layers above which a preset without a region of its own compiles layer by layer
 
 
@@ -395,22 +381,10 @@ class CompileCount:
         return None if self._warm is None else self._now()[0] - self._warm
 
 
-def missing_for_cpu() -> str | None:
-    """What Inductor needs to compile for CPU and this machine lacks, in words; None if it has all."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
-    try:
-        get_cpp_compiler()
-    except Exception:  # its class has moved between torch versions
-        return "a C++ compiler (g++ or clang++)"
-    headers = os.path.join(sysconfig.get_path("include"), "Python.h")
-    return None if os.path.exists(headers) else f"Python's headers ({headers})"
-
-
 def usable_preset(asked: str | None, default: str, device: str) -> str:
     """The preset asked for, or the default. Where CPU code cannot be compiled, eager instead of the default, and ValueError if asked."""
     name = asked or default
-    lacks = missing_for_cpu() if device == "cpu" and PRESETS[name].backend else None
+    lacks = stats.missing_cpu_toolchain() if device == "cpu" and PRESETS[name].backend else None
     if lacks and asked:
         raise ValueError(f"--compile {name} needs {lacks}: install it, or use --compile eager")
     if lacks:
@@ -418,231 +392,32 @@ def usable_preset(asked: str | None, default: str, device: str) -> str:
     return "eager" if lacks else name
 
 
-def choose_threads(active_bytes: int) -> int:
-    """CPU threads for a model that reads active_bytes per token; sets torch's count and returns it.
-
-    OMP_NUM_THREADS decides if it is set. Else small models run on one thread, where starting a parallel region costs more
-    than it saves and two programs that share the cores stall each other, larger ones on every core at hand.
-    """
-    if "OMP_NUM_THREADS" not in os.environ:
-        cores = (
-            len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count() or 1
-        )
-        torch.set_num_threads(1 if active_bytes < 1 << 28 else cores)
-    return torch.get_num_threads()
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that was allocated on a GPU, else the most that the process held."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if os.path.exists(
-        "/proc/self/status"
-    ):  # rusage would count what the parent held when it forked
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The compile cache, carried to another machine
-
-
-def cache_key() -> dict[str, str]:
-    """What compiled code depends on. Caches are only carried between places where all of it is equal."""
-    files = [*ROOT.glob("*.py"), *(ROOT / "ops").rglob("*.py"), *(ROOT / "ops" / "cpu").glob("*.*")]
-    source = hashlib.sha256(
-        b"".join(file.name.encode() + file.read_bytes() for file in sorted(files))
-    ).hexdigest()[:16]
-    flags = (
-        re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)
-        if os.path.exists("/proc/cpuinfo")
-        else None
-    )
-    cpu = (
-        hashlib.sha256(" ".join(sorted(flags[1].split())).encode()).hexdigest()[:16]
-        if flags
-        else platform.processor()
-    )
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "CPU flags": cpu,
-        "GPU": gpu,
-        "source": source,
-    }
-
-
-def save_cache(path: str) -> int:
-    """Pack Inductor's cache folder into a .tar.gz -> number of files. A ValueError if there is nothing to pack."""
-    if not Path(path).absolute().parent.is_dir() or Path(path).is_dir():
-        raise ValueError(f"{path}: cannot be written; name a file in a folder that exists")
-    folder = Path(cache_dir())
-    files = [
-        file
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-        and "locks" not in file.parts
-        and not file.name.endswith((".lock", ".tmp"))
-    ]
-    if not files:
-        raise ValueError(f"{folder}: holds no compiled code yet; run generate.py first")
-    temporary = f"{path}.tmp"
-    try:
-        with tarfile.open(temporary, "w:gz", compresslevel=1) as tar:
-            key = json.dumps(cache_key()).encode()
-            head = tarfile.TarInfo("key.json")
-            head.size = len(key)
-            tar.addfile(head, io.BytesIO(key))
-            for file in files:
-                tar.add(file, f"cache/{file.relative_to(folder)}")
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-    return len(files)
-
-
-def discard_unfinished() -> None:
-    """Delete the empty libraries that a killed linker leaves in Inductor's cache folder, where they would count as compiled."""
-    for file in Path(cache_dir()).glob("*/*.so"):
-        if not file.stat().st_size:
-            file.unlink()
-
-
-def load_cache(path: str) -> int:
-    """Unpack what `save_cache` packed into Inductor's cache folder -> number of files. A ValueError names what does not fit."""
-    folder, files, temporary = Path(cache_dir()), 0, None
-    try:
-        with (
-            gzip.open(path) as whole
-        ):  # its checksum stands at the end: nothing is unpacked before that is known to be right
-            while whole.read(1 << 20):
-                pass
-        with tarfile.open(path, "r:gz") as tar:
-            first = tar.next()
-            if first is None or first.name != "key.json" or not first.isfile():
-                raise tarfile.TarError("no key.json")
-            try:
-                saved = json.load(tar.extractfile(first))
-            except ValueError:
-                saved = None
-            if not isinstance(saved, dict):
-                raise tarfile.TarError("key.json is no object")
-            for key, value in cache_key().items():
-                if saved.get(key) != value:
-                    raise ValueError(
-                        f"{path}: was saved for {key} {saved.get(key)}, here it is {value}: compile anew and save that"
-                    )
-            for entry in tar:
-                target = folder / entry.name.removeprefix("cache/")
-                inside = entry.name.startswith("cache/") and target.resolve().is_relative_to(
-                    folder.resolve()
-                )
-                if not entry.isfile() or not inside or target.exists():
-                    continue
-                target.parent.mkdir(parents=True, exist_ok=True)
-                temporary = target.with_name(f"{target.name}.tmp")
-                with open(temporary, "wb") as out:
-                    shutil.copyfileobj(tar.extractfile(entry), out)
-                os.chmod(temporary, entry.mode)
-                os.replace(temporary, target)
-                files += 1
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(
-            f"{path}: is damaged, or is not a cache that `compile_config.py cache save` wrote ({error}): "
-            "save or copy it anew"
-        ) from None
-    finally:
-        if temporary is not None and temporary.exists():
-            temporary.unlink()
-    return files
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
 
 def run(argv: list[str] | None) -> int:
-    from tools import report as R
-
     parser = cli.Parser(
         prog="compile_config.py",
         description="What torch.compile makes of the model, and its cache.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser(
-        "report",
-        allow_abbrev=False,
-        help="graphs, operators, kernels, memory, FLOPs and compile seconds",
-    ).add_argument
-    add(
-        "--config",
-        default="tiny",
-        metavar="NAME|DIR",
-        help=f"{', '.join(R.NAMED)}, or a checkpoint folder",
+    commands.add_parser(
+        "report", help="graphs, operators, kernels, memory, FLOPs and compile seconds"
     )
-    add("--phase", default=",".join(R.PHASES), metavar="A,B", help=",".join(R.PHASES))
-    add("--preset", default="default", choices=PRESETS)
-    add(
-        "--full",
-        action="store_true",
-        help="capture every layer of deep models, not one of each kind",
-    )
-    add("--no-run", action="store_true", help="capture only: compile and run nothing")
-    add(
-        "--trace",
-        metavar="DIR",
-        help="keep the captured graphs and the generated code here, to read",
-    )
-    add(
-        "--compare",
-        metavar="OLD.json",
-        help="say what moved since an earlier --json; exit 1 on a regression",
-    )
-    add("--json", action="store_true", help="the last line of standard output is one JSON object")
     cache = commands.add_parser("cache", help="carry compiled code to an equal machine")
     cache.add_argument("action", choices=("save", "load"))
     cache.add_argument("file")
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["report"]:  # stands above this module, which therefore cannot import it
+        return runpy.run_module("tools.report")["run"](argv[1:])
     flags = parser.parse_args(argv)
-    if flags.command == "cache":
-        count = (save_cache if flags.action == "save" else load_cache)(flags.file)
-        print(f"{'packed' if flags.action == 'save' else 'unpacked'} {count} files")
-        return 0
-    phases = flags.phase.split(",")
-    for phase in phases:
-        if phase not in R.PHASES:
-            raise ValueError(f"--phase {phase!r}: choose from {', '.join(R.PHASES)}")
-    old = R.read(flags.compare) if flags.compare else None
-    if old and old["layers"] != R.kinds(R.args_of(flags.config)):
-        raise ValueError(
-            f"--compare {flags.compare}: reports {old.get('config')}, whose layers are not those of {flags.config}"
-        )
-    if flags.trace:
-        try:
-            Path(flags.trace).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(
-                f"--trace {flags.trace}: cannot be made a folder ({error.strerror})"
-            ) from None
-    say = lambda message: print(message, file=sys.stderr, flush=True)
-    result = R.report(
-        flags.config, phases, flags.preset, flags.full, flags.trace, not flags.no_run, say
-    )
-    out = sys.stderr if flags.json else sys.stdout
-    print(R.table(result), file=out)
-    moved, worse = R.compare(old, result) if old else ([], [])
-    for line in moved:
-        print(("WORSE  " if line in worse else "moved  ") + line, file=out)
-    if flags.json:
-        print(json.dumps(result), flush=True)
-    return 1 if worse or any(phase["faults"] for phase in result["phases"].values()) else 0
+    if flags.action == "save":
+        print(f"packed {compile_cache.save_cache(flags.file)} files")
+    else:
+        print(f"unpacked {compile_cache.load_cache(flags.file)} files")
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,11 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -25,15 +23,14 @@ from compile_config import (
     PRESETS,
     CompileConfig,
     CompileCount,
-    choose_threads,
     compile_decode,
     compile_prefill,
-    peak_memory,
     usable_preset,
 )
 from model import ModelArgs, Transformer
 from tokenizer import StreamDecoder, Tokenizer, encode_messages, load_tokenizer, parse_response
 from tools import cli
+from tools.stats import choose_threads, peak_memory, process_start, read_bandwidth, versions
 
 ROOT = Path(__file__).parent
 PROMPT = "KING RICHARD.\nNow is the winter of our discontent\nMade glorious summer by this sun of York;\n"
@@ -261,16 +258,6 @@ def active_bytes(model: Transformer, rows: int) -> int:
             continue
         total += p.nbytes * (share if ".experts." in name else 1)
     return int(total)
-
-
-def read_bandwidth(nbytes: int, device: torch.device) -> float:
-    """Bytes per second at which this many bytes (at most 1 GB) are summed: the measured memory bandwidth."""
-    x, best = torch.ones(min(nbytes, 1 << 30) // 4, device=device), 0.0
-    for _ in range(8):
-        start = time.perf_counter()
-        x.sum().item()
-        best = max(best, x.nbytes / (time.perf_counter() - start))
-    return best
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -584,32 +571,6 @@ class Run:
             for row, decoder in enumerate(decoders):
                 show(row, decoder.flush() if decoder else "", last=True)
             raise
-
-
-def process_start() -> float:
-    """When this process started, in seconds of time.time()."""
-    try:
-        ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
-        return (
-            time.time()
-            - float(Path("/proc/uptime").read_text().split()[0])
-            + ticks / os.sysconf("SC_CLK_TCK")
-        )
-    except (OSError, ValueError, IndexError):
-        return _IMPORTED
-
-
-_IMPORTED = time.time()
-
-
-def versions() -> dict[str, str | None]:
-    def of(package):
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
-    return {"python": platform.python_version(), "torch": torch.__version__, "triton": of("triton")}
 
 
 def card(report: dict, out) -> None:

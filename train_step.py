@@ -30,16 +30,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from checkpoint import load, save
-from compile_config import (
-    PRESETS,
-    choose_threads,
-    compile_train_step,
-    discard_unfinished,
-    peak_memory,
-    usable_preset,
-)
+from compile_config import PRESETS, compile_train_step, usable_preset
 from model import LossWeights, ModelArgs, Transformer, make_targets, training_loss
 from tools import cli
+from tools.compile_cache import discard_unfinished
+from tools.stats import choose_threads, device_sync, peak_flops, peak_memory
 from training import dataset
 from training.optim import Optimizer
 
@@ -78,25 +73,6 @@ def flops_per_token(model: Transformer, length: int) -> float:
                 flops += 2.0 * args.index_n_heads * args.index_head_dim * entries.mean()
         flops += 4.0 * args.n_heads * args.head_dim * keys.mean()
     return 3 * flops
-
-
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product here, random data: what "share of peak" is a share of."""
-    n = 8192 if device.type == "cuda" else 768
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(5):
-        wait(device)
-        begun = time.perf_counter()
-        a @ b
-        wait(device)
-        best = min(best, time.perf_counter() - begun)
-    return 2 * n**3 / best
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @torch.no_grad()
@@ -358,7 +334,7 @@ def train(
                 }
             )
         if i == first:
-            wait(device)
+            device_sync(device)
             warm = time.perf_counter()  # the first step compiled
         if after(i + 1, metrics):
             break

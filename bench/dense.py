@@ -18,9 +18,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from bench.record import record
-from compile_config import CompileConfig, choose_threads, compile_train_step
+from compile_config import CompileConfig, compile_train_step
 from model import ModelArgs, RMSNorm, Transformer
 from ops.rope import reference as rotate
+from tools.stats import choose_threads
 from train_step import ROOT, held_out_loss, learning_rate, train
 from training.dataset import HELD_OUT, Rows, prepare, read_text
 from training.optim import Optimizer

@@ -17,8 +17,8 @@ import torch
 from bench.dense import active_parameters
 from bench.record import RESULTS, record
 from checkpoint import load
-from compile_config import choose_threads
 from generate import ROOT
+from tools.stats import choose_threads
 from train_step import held_out_loss
 from training.dataset import HELD_OUT, prepare, read_text
 

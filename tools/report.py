@@ -9,6 +9,7 @@ Recompiles are counted in one that keeps Dynamo's guards.
 
 from __future__ import annotations
 
+import argparse
 import collections
 import dataclasses
 import json
@@ -26,13 +27,25 @@ from functorch.compile import make_boxed_func, min_cut_rematerialization_partiti
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 import ops
 from checkpoint import check, checkpoint_tensors, empty_model, load, open_folder
+from compile_config import (
+    PRESETS,
+    CompileCount,
+    compile_decode,
+    compile_prefill,
+    compile_train_step,
+    compile_verify,
+    recomputed,
+)
 from model import ModelArgs, Transformer, training_loss
 from ops.registry import require
+from tools import cli, stats
+from training.optim import Optimizer
 
 PHASES = ("prefill", "decode", "verify", "train")
 NAMED: dict[str, Callable[[], ModelArgs]] = {
@@ -96,8 +109,6 @@ def call_of(
     """A function of tensors that runs the phase, and arguments for it."""
     tokens = torch.zeros(shape.batch, shape.length, dtype=torch.int64)
     if phase == "train":
-        from compile_config import recomputed
-
         for block in (*model.layers, *model.mtp):
             block.forward = recomputed(block.forward, recompute)
         return lambda tokens, targets, doc_ids: training_loss(model, tokens, targets, doc_ids)[0], (
@@ -372,8 +383,6 @@ def waits(name: str) -> bool:
 
 def faults(captured: Captured) -> list[str]:
     """What must not be in a graph: operators that wait for the device, and symbolic sizes or values. Empty if all is well."""
-    from torch.fx.experimental.symbolic_shapes import free_symbols
-
     found = []
     for node in captured.nodes():
         name = name_of(node.target)
@@ -434,9 +443,6 @@ def census(captured: Captured, args: ModelArgs) -> dict[str, dict[str, dict[str,
 
 def session(model: Transformer, phase: str, cfg) -> Iterator[Callable]:
     """The phase compiled as cfg says, as calls that between them meet every boundary: yields them one by one."""
-    import compile_config as C
-    from training.optim import Optimizer
-
     args, shape = model.args, shape_of(model.args, phase)
     device, random = model.embed.weight.device, torch.Generator().manual_seed(0)
     draw = lambda: torch.randint(
@@ -444,7 +450,7 @@ def session(model: Transformer, phase: str, cfg) -> Iterator[Callable]:
     ).to(device)
     if phase == "train":
         model.train()
-        step = C.compile_train_step(model, Optimizer(model), cfg)
+        step = compile_train_step(model, Optimizer(model), cfg)
         for i in range(3):
             docs = (
                 (torch.arange(shape.length) >= 7 + 60 * i)
@@ -455,9 +461,9 @@ def session(model: Transformer, phase: str, cfg) -> Iterator[Callable]:
             yield lambda: step(draw(), draw(), docs, torch.tensor(1e-3 / (i + 1), device=device))
         return
     model.eval().setup_caches(shape.batch, shape.context)
-    run = {"prefill": C.compile_prefill, "decode": C.compile_decode, "verify": C.compile_verify}[
-        phase
-    ](model, cfg)
+    run = {"prefill": compile_prefill, "decode": compile_decode, "verify": compile_verify}[phase](
+        model, cfg
+    )
     last = shape.context - shape.length
     for at in sorted(
         {
@@ -516,10 +522,8 @@ def build(config: str) -> Transformer:
 
 def require_runnable(config: str, preset: str) -> None:
     """A ValueError if this machine cannot run the preset, or the folder lacks weights: before minutes are spent on the rest."""
-    import compile_config as C
-
     require(
-        not C.PRESETS[preset].cudagraphs or torch.cuda.is_available(),
+        not PRESETS[preset].cudagraphs or torch.cuda.is_available(),
         f"--preset {preset} needs a CUDA device, and there is none here: choose another, or --no-run",
     )
     if config.partition(":")[0] not in NAMED:
@@ -532,9 +536,7 @@ def recompiles(model: Transformer, phase: str, preset: str) -> int:
 
     Guards belong to what Dynamo captures, so nothing needs to be generated.
     """
-    import compile_config as C
-
-    cfg, count = C.PRESETS[preset], C.CompileCount()
+    cfg, count = PRESETS[preset], CompileCount()
     cfg = dataclasses.replace(cfg, backend=cfg.backend and "eager", cudagraphs=False)
     torch._dynamo.reset()
     with torch._dynamo.config.patch(
@@ -551,14 +553,12 @@ def measure(config: str, phase: str, preset: str) -> dict:
     """Compile the phase in this process and run its session: seconds to the first result, graphs, kernels, recompiles."""
     from torch._inductor import metrics
 
-    import compile_config as C
-
-    C.choose_threads(0)
+    stats.choose_threads(0)
     model, count, begun = build(config), None, 0.0
     result: dict = {}
-    for i, call in enumerate(session(model, phase, C.PRESETS[preset])):
+    for i, call in enumerate(session(model, phase, PRESETS[preset])):
         if i == 0:
-            count, begun = C.CompileCount(), time.perf_counter()
+            count, begun = CompileCount(), time.perf_counter()
             metrics.reset()
         call()
         if i == 0:
@@ -680,8 +680,6 @@ def report(
     say: Callable[[str], None] = lambda message: None,
 ) -> dict:
     """config: see args_of -> {"config", "preset", "phases": {phase: ...}, "versions"}."""
-    from generate import versions
-
     args = args_of(config)
     run = compiled and args.dim < 4096
     if run:
@@ -689,7 +687,7 @@ def report(
     result = {
         "config": config,
         "preset": preset,
-        "versions": versions(),
+        "versions": stats.versions(),
         "layers": dict(kinds(args)),
         "phases": {},
     }
@@ -892,3 +890,91 @@ def compare(old: dict, new: dict) -> tuple[list[str], list[str]]:
     for name in sorted({*old["phases"]} - {*new["phases"]}):
         tell(f"{name}: not reported any more", False)
     return moved, worse
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = cli.Parser(
+        prog="compile_config.py report",
+        description="Report graphs, operators, kernels, memory, FLOPs and compile seconds.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--config",
+        default="tiny",
+        metavar="NAME|DIR",
+        help=f"{', '.join(NAMED)}, or a checkpoint folder",
+    )
+    add("--phase", default=",".join(PHASES), metavar="A,B", help=",".join(PHASES))
+    add("--preset", default="default", choices=PRESETS)
+    add(
+        "--full",
+        action="store_true",
+        help="capture every layer of deep models, not one of each kind",
+    )
+    add("--no-run", action="store_true", help="capture only: compile and run nothing")
+    add("--trace", metavar="DIR", help="keep captured graphs and generated code here, to read")
+    add(
+        "--compare",
+        metavar="OLD.json",
+        help="say what moved since an earlier --json; exit 1 on a regression",
+    )
+    add("--json", action="store_true", help="the last line of standard output is one JSON object")
+    flags = parser.parse_args(argv)
+    flags.phases = flags.phase.split(",")
+    for phase in flags.phases:
+        require(phase in PHASES, f"--phase {phase!r}: choose from {', '.join(PHASES)}")
+    return flags
+
+
+def read_comparable(path: str, config: str) -> dict:
+    """The earlier report that --compare names, which must be of the same layers."""
+    old = read(path)
+    require(
+        old["layers"] == kinds(args_of(config)),
+        f"--compare {path}: reports {old.get('config')}, whose layers are not those of {config}",
+    )
+    return old
+
+
+def make_folder(path: str) -> None:
+    """The folder that --trace names."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--trace {path}: cannot be made a folder ({error.strerror})") from None
+
+
+def run(argv: list[str] | None) -> int:
+    flags = parse(argv)
+    old = read_comparable(flags.compare, flags.config) if flags.compare else None
+    if flags.trace:
+        make_folder(flags.trace)
+
+    def log(message: str) -> None:
+        print(message, file=sys.stderr, flush=True)
+
+    result = report(
+        flags.config, flags.phases, flags.preset, flags.full, flags.trace, not flags.no_run, log
+    )
+    out = sys.stderr if flags.json else sys.stdout
+    print(table(result), file=out)
+    moved, worse = compare(old, result) if old else ([], [])
+    for line in moved:
+        print(("WORSE  " if line in worse else "moved  ") + line, file=out)
+    if flags.json:
+        print(json.dumps(result), flush=True)
+    return 1 if worse or any(phase["faults"] for phase in result["phases"].values()) else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`compile_config.py report`. -> 0; 1 on a regression; 2 after a one-line message on bad input."""
+    return cli.main("compile_config.py", run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import checkpoint
-import compile_config
 import generate as G
 from compile_config import PRESETS, CompileConfig
 from model import ModelArgs, Transformer
 from testing import Margins, hf_model, judged, randomize, rms
+from tools import stats
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TINY = ROOT / "assets" / "tiny"
@@ -453,7 +453,7 @@ def test_prompt_files_that_hold_nothing_are_refused(capsys, tmp_path):
 
 
 def test_without_a_compiler_it_runs_eagerly_and_says_so(capsys, monkeypatch, folder):
-    monkeypatch.setattr(compile_config, "missing_for_cpu", lambda: "a C++ compiler")
+    monkeypatch.setattr(stats, "missing_cpu_toolchain", lambda: "a C++ compiler")
     assert (
         G.main(["--checkpoint", folder, "--prompt-ids", "5,6", "--max-new-tokens", "2", "--json"])
         == 0

@@ -15,13 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import compile_config
 import train_step as S
 from bench.dense import Dense, active_parameters, dense_loss
 from checkpoint import load, open_folder, save
 from compile_config import PRESETS, CompileConfig, CompileCount, compile_train_step
 from model import LossWeights, ModelArgs, Transformer
 from testing import randomize, small
+from tools import stats
 from training import dataset as D
 from training.optim import Optimizer
 
@@ -621,7 +621,7 @@ def test_only_what_is_written_must_be_writable(monkeypatch, tmp_path):
 
 
 def test_without_a_compiler_it_trains_eagerly_and_says_so(folder, monkeypatch, capsys):
-    monkeypatch.setattr(compile_config, "missing_for_cpu", lambda: "a C++ compiler")
+    monkeypatch.setattr(stats, "missing_cpu_toolchain", lambda: "a C++ compiler")
     argv = [a for a in command(folder, "--steps", "1") if a not in ("--compile", "eager")]
     assert S.main(argv) == 0 and "a C++ compiler" in capsys.readouterr().err
     assert (

@@ -19,7 +19,8 @@ from torch._inductor import metrics
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from compile_config import CompileConfig, compile_function, kind
+from compile_config import CompileConfig, compile_function
+from compile_config import kind as layer_signature
 from fake_cuda import lower
 from model import ModelArgs, Transformer
 from testing import randomize, whole_caches
@@ -147,9 +148,9 @@ def kernels_by_kind(phase: str) -> dict[str, int]:
     with torch.set_grad_enabled(train):
         tokens, plan, X = model.start(tokens, at)
         for i, block in enumerate(model.layers):
-            if kind(block) in made:
+            if layer_signature(block) in made:
                 continue
-            made[kind(block)] = layer = compile_function(
+            made[layer_signature(block)] = layer = compile_function(
                 lambda block, *args: block(*args), phase, CompileConfig()
             )
             metrics.reset()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -204,38 +202,3 @@ def test_training_loss_is_the_mean_over_valid_targets():
         weights=LossWeights(balance=0),
     )
     assert "mtp_loss" not in parts and float(alone) == float(parts["loss"])
-
-
-def test_threads_follow_the_environment_and_the_size(monkeypatch):
-    before = torch.get_num_threads()
-    try:
-        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-        assert C.choose_threads(1 << 20) == 1
-        assert C.choose_threads(1 << 40) == len(C.os.sched_getaffinity(0))
-        monkeypatch.setenv("OMP_NUM_THREADS", "1")
-        torch.set_num_threads(1)
-        assert C.choose_threads(1 << 40) == 1
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_what_compiling_for_cpu_lacks_is_named(monkeypatch):
-    assert C.missing_for_cpu() is None
-    monkeypatch.setattr(C.sysconfig, "get_path", lambda name: "/nowhere")
-    assert "Python.h" in C.missing_for_cpu()
-    import torch._inductor.cpp_builder as builder
-
-    monkeypatch.setattr(
-        builder, "get_cpp_compiler", lambda: (_ for _ in ()).throw(RuntimeError("none"))
-    )
-    assert "g++" in C.missing_for_cpu()
-
-
-def test_peak_memory_is_this_processes_own():
-    """Not what the parent held when it started this one."""
-    held = b"\1" * (1 << 29)
-    script = "import torch, compile_config as C; print(C.peak_memory(torch.device('cpu')))"
-    out = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=C.ROOT
-    )
-    assert 0 < int(out.stdout) < len(held) + (1 << 28)

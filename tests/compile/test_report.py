@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from pathlib import Path
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def debug() -> dict:
 
 def run(capsys, *argv: str, code: int = 0) -> tuple[str, str]:
     capsys.readouterr()
-    assert C.main(["report", *argv]) == code
+    assert R.main([*argv]) == code
     return capsys.readouterr()
 
 
@@ -337,7 +338,7 @@ def test_a_compilation_that_fails_ends_in_one_line_after_the_compilers_own(monke
         "run",
         lambda *args, **kwargs: R.subprocess.CompletedProcess(args, 1, "", "Traceback\nOops: no"),
     )
-    assert C.main(["report", "--config", "debug", "--phase", "decode"]) == 2
+    assert R.main(["--config", "debug", "--phase", "decode"]) == 2
     assert (
         capsys.readouterr().err.strip().splitlines()[-1]
         == "compile_config.py: compiling decode of debug failed, see above: Oops: no"
@@ -427,7 +428,7 @@ def test_what_cannot_be_compared_with_is_refused_before_the_report_runs(
 ):
     monkeypatch.setattr(R, "report", lambda *args: pytest.fail("the report ran"))
     (tmp_path / "old.json").write_text(content)
-    assert C.main(["report", "--config", "debug", "--compare", str(tmp_path / "old.json")]) == 2
+    assert R.main(["--config", "debug", "--compare", str(tmp_path / "old.json")]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "old.json" in line and "not the JSON of an earlier report" in line
 
@@ -445,7 +446,7 @@ def test_what_cannot_run_is_refused_before_anything_is_captured(capsys, monkeypa
     for argv, says in cases + [(("--preset", "cudagraphs"), "CUDA")] * (
         not torch.cuda.is_available()
     ):
-        assert C.main(["report", "--config", "debug", "--phase", "decode", *argv]) == 2
+        assert R.main(["--config", "debug", "--phase", "decode", *argv]) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert says in line
 
@@ -454,19 +455,37 @@ def test_what_cannot_run_is_refused_before_anything_is_captured(capsys, monkeypa
 @pytest.mark.parametrize(
     "argv, says",
     [
-        (("report", "--phase", "decode,fly"), "fly"),
-        (("report", "--config", "no/such"), "no/such"),
-        (("report", "--preset", "fast"), "fast"),
-        (("report", "--compare", "no/such.json"), "no/such.json"),
-        (("report", "--compare", __file__), "test_report.py"),
-        ((), "required"),
-        (("report", "--config", "tiny:1"), "tiny:1"),
-        (("report", "--config", "tiny:"), "tiny:"),
-        (("report", "--config", ""), "folder"),
-        (("repot",), "repot"),
+        (("--phase", "decode,fly"), "fly"),
+        (("--config", "no/such"), "no/such"),
+        (("--preset", "fast"), "fast"),
+        (("--compare", "no/such.json"), "no/such.json"),
+        (("--compare", __file__), "test_report.py"),
+        (("--config", "tiny:1"), "tiny:1"),
+        (("--config", "tiny:"), "tiny:"),
+        (("--config", ""), "folder"),
     ],
 )
 def test_bad_flags_are_one_line_and_exit_code_2(capsys, argv, says):
+    assert R.main(list(argv)) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert says in line
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("argv, says", [((), "required"), (("repot",), "repot")])
+def test_unknown_commands_are_one_line_and_exit_code_2(capsys, argv, says):
     assert C.main(list(argv)) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert says in line
+
+
+def test_the_command_line_of_compile_config_hands_over_to_the_report():
+    done = subprocess.run(
+        [sys.executable, "compile_config.py", "report", "--config", "debug:9", "--phase", "fly"],
+        capture_output=True,
+        text=True,
+        cwd=C.__file__.rpartition("/")[0],
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("compile_config.py: --phase 'fly'")

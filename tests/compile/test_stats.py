@@ -1,0 +1,48 @@
+"""Contracts of tools/stats.py: threads, the compiler that CPU code needs, memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch._inductor.cpp_builder as builder
+
+from tools import stats
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def test_threads_follow_the_environment_and_the_size(monkeypatch):
+    before = torch.get_num_threads()
+    try:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        assert stats.choose_threads(1 << 20) == 1
+        assert stats.choose_threads(1 << 40) == len(os.sched_getaffinity(0))
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(1)
+        assert stats.choose_threads(1 << 40) == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_compiling_for_cpu_lacks_is_named(monkeypatch):
+    assert stats.missing_cpu_toolchain() is None
+    monkeypatch.setattr(stats.sysconfig, "get_path", lambda name: "/nowhere")
+    assert "Python.h" in stats.missing_cpu_toolchain()
+    monkeypatch.setattr(
+        builder, "get_cpp_compiler", lambda: (_ for _ in ()).throw(RuntimeError("none"))
+    )
+    assert "g++" in stats.missing_cpu_toolchain()
+
+
+def test_peak_memory_is_this_processes_own():
+    """Not what the parent held when it started this one."""
+    held = b"\1" * (1 << 29)
+    script = "import torch, tools.stats as s; print(s.peak_memory(torch.device('cpu')))"
+    out = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert 0 < int(out.stdout) < len(held) + (1 << 28)
