@@ -25,8 +25,9 @@ from torch.utils.checkpoint import (
 )
 
 import ops
-from model import LossWeights, Transformer, combine_losses, make_targets, training_loss
+from model import Aux, Transformer, call
 from tools import cli, compile_cache, stats
+from training.losses import LossWeights, combine_losses, make_targets, training_loss
 
 DEEP = 12  # layers above which a preset without a region of its own compiles layer by layer
 
@@ -173,7 +174,7 @@ class Phase:
                     model(tokens, input_pos, lengths, logits=logits), input_pos, lengths, *rest
                 )
             )
-        start = phase(lambda *args: model.start(*args), "_start")
+        start = phase(lambda *args: model.embed_inputs(*args), "_start")
         kinds = {}
         layers = [
             (
@@ -182,7 +183,9 @@ class Phase:
             )
             for block in model.layers
         ]
-        finish = phase(lambda X, plan, *rest: then(model.finish(X, plan, logits), *rest), "_finish")
+        finish = phase(
+            lambda X, plan, *rest: then(model.lm_logits(X, plan, logits), *rest), "_finish"
+        )
 
         def run(tokens, input_pos, lengths, *rest):
             tokens, plan, X = start(tokens, input_pos, lengths)
@@ -272,7 +275,7 @@ def compile_train_step(
     loss: Callable | None = None,
     *,
     weights: LossWeights = LossWeights(),
-    watch: str = "routers",
+    aux: Aux = Aux(),
     micro_batch: int | None = None,
     recompute: str = "none",
     add_up: Callable[[list[torch.Tensor]], list[torch.Tensor]] | None = None,
@@ -283,7 +286,7 @@ def compile_train_step(
     optimizer    one of torch.optim; or one whose step(lr, load) frees the gradients and returns a dict of metrics, and that
                  may have compile(compiler), with compiler(function, name) -> function; load as in training_loss, or None
     loss         loss(model, tokens, targets: Targets, doc_ids) -> total, dict of its parts; None: training_loss, with weights
-                 and watch
+                 and aux
     micro_batch  rows whose activations are held at a time; their gradients add up. None: all
     recompute    activations that are computed again in the backward: "none", "selective" or "full", block by block
     add_up       tensors -> their sums over the processes that share the step's rows; None: there is one
@@ -301,13 +304,19 @@ def compile_train_step(
         )
         if layerwise or recompute != "none":
             patches[block, "forward"] = functools.partial(layer, block)
-    finish = combine_losses
+    run_block = call
     if layerwise and loss is None:
         for part in (model, model.mtp):
-            start = compiled(lambda part, *args: type(part).start(part, *args), "train_start")
-            patches[part, "start"] = functools.partial(start, part)
+            start = compiled(
+                lambda part, *args: type(part).embed_inputs(part, *args), "train_start"
+            )
+            patches[part, "embed_inputs"] = functools.partial(start, part)
         finish = compiled(combine_losses, "train_finish")
-    loss = loss or (lambda *args: training_loss(*args, weights, watch, finish))
+
+        def run_block(function, *args):
+            return (finish if function is combine_losses else function)(*args)
+
+    loss = loss or (lambda *args: training_loss(*args, weights, aux, run_block))
     if not layerwise:
         loss = compiled(loss, "train")
     prepare = compiled(make_targets, "train_aim")

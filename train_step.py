@@ -31,11 +31,12 @@ from safetensors.torch import save_file
 
 from checkpoint import load, save
 from compile_config import PRESETS, compile_train_step, usable_preset
-from model import LossWeights, ModelArgs, Transformer, make_targets, training_loss
+from model import Aux, ModelArgs, Transformer
 from tools import cli
 from tools.compile_cache import discard_unfinished
 from tools.stats import choose_threads, device_sync, peak_flops, peak_memory
 from training import dataset
+from training.losses import LossWeights, make_targets, training_loss
 from training.optim import Optimizer
 
 ROOT = Path(__file__).parent
@@ -116,8 +117,9 @@ def index_recall(
         ids[: len(ids) // (length + 1) * (length + 1)].astype(np.int64)
     ).view(-1, length + 1)[:count]:
         tokens, _, doc_ids = dataset.packed(row[None].to(model.embed.weight.device), bos)
-        notes = model(tokens, doc_ids=doc_ids, logits=None, watch="recall")[2]
-        found += sum(note["recall"] for note in notes if "recall" in note).cpu()
+        aux = Aux(index_loss=True, dense=True, recall=True)
+        layers = model(tokens, doc_ids=doc_ids, logits=None, aux=aux)[2]
+        found += sum(layer.recall for layer in layers if layer.recall is not None).cpu()
     return float(found[0] / found[1]) if found[1] else None
 
 
@@ -679,7 +681,7 @@ class Stage:
     def __init__(self, flags: argparse.Namespace, warmup: bool):
         W = flags.index_warmup
         self.begin, self.end = (0, W) if warmup else (W, W + flags.steps)
-        self.watch = "dense" if warmup else "chosen" if flags.index_loss else "routers"
+        self.aux = Aux(index_loss=warmup or bool(flags.index_loss), dense=warmup)
         self.rate = lambda i: 1e-3 if warmup else learning_rate(i - W, flags.steps, flags.lr)
         self.trains = lambda name: (
             (".indexer." in name or not warmup) and not name.endswith("gate.bias")
@@ -806,7 +808,7 @@ def work(flags: argparse.Namespace, ranks) -> None:
                 optimizer,
                 ranks.preset(PRESETS[flags.compile]),
                 weights=LossWeights(index=flags.index_loss or 1.0),
-                watch=stage.watch,
+                aux=stage.aux,
                 micro_batch=flags.micro_batch,
                 recompute=flags.recompute,
                 add_up=ranks.total,

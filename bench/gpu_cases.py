@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 import ops
 from bench.gpu_measure import Bench, Side, Skipped, against, backward_of, both, case, double, nbytes
-from model import ModelArgs, make_plan, rope_frequencies
+from model import ModelArgs, layer_frequencies, make_plan
 from ops.formats import dequantize_fp4, dequantize_fp8, quantize_fp4, quantize_fp8, scale_to_float
 from ops.launch import INTERPRETING, jit, launch, power_of_two, tl
 from ops.moe_grouped import swiglu
@@ -56,9 +56,9 @@ def tail(n: int):
 
 
 def angles(b: Bench, T: int, r: int):
-    angle = torch.arange(T, device=b.device)[None, :, None] * rope_frequencies(
-        ModelArgs.flash(), True
-    )[: r // 2].to(b.device)
+    angle = torch.arange(T, device=b.device)[None, :, None] * layer_frequencies(ModelArgs.flash())[
+        1, : r // 2
+    ].to(b.device)
     return angle.cos(), angle.sin()
 
 
@@ -458,7 +458,7 @@ def packed(b: Bench, T: int, documents: int, ratio: int = 4):
     """The plan of a row of equal documents."""
     length, args = -(-T // documents), ModelArgs.flash()
     ids = (torch.arange(T, device=b.device) // length)[None]
-    freqs = torch.stack([rope_frequencies(args, c) for c in (False, True)]).to(b.device)
+    freqs = layer_frequencies(args).to(b.device)
     return make_plan(args, freqs, ids, {ratio}, T, None, None, ids)
 
 

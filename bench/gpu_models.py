@@ -270,7 +270,7 @@ def decode(b: Bench) -> None:
                 found, layers = b.profile(lambda: step(*inputs[0])), model.args.n_layers
                 head = b.compare(
                     f"{label}, head",
-                    {"ours": b.compiled(lambda X: model.finish(X, None, "all"))},
+                    {"ours": b.compiled(lambda X: model.lm_logits(X, None, "all"))},
                     [(b.normal(batch, 1, model.args.hc_mult, model.args.dim),)],
                     moved=nbytes(model.head.weight),
                 )
@@ -288,7 +288,7 @@ def decode(b: Bench) -> None:
             elif b.prepare:
                 b.compare(
                     f"{label}, head",
-                    {"ours": b.compiled(lambda X: model.finish(X, None, "all"))},
+                    {"ours": b.compiled(lambda X: model.lm_logits(X, None, "all"))},
                     [(b.normal(batch, 1, model.args.hc_mult, model.args.dim),)],
                 )
             if (

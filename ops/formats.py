@@ -125,3 +125,12 @@ def dequantize_fp4(
     value = torch.where(mag < 4, mag / 2, torch.where(mag < 6, mag - 2, mag * 2 - 8))
     value = torch.where(code >= 8, -value, value)
     return (value * _expand_scale(scale, value.shape, (1, block))).to(dtype)
+
+
+def fake_quant_ste(w: torch.Tensor, fmt: str) -> torch.Tensor:
+    """Weights [..., o, i] as "fp4" or "fp8" stores them; the gradient passes straight through."""
+    if fmt == "fp4":
+        stored = dequantize_fp4(*quantize_fp4(w.detach()), w.dtype)
+    else:
+        stored = dequantize_fp8(*quantize_fp8(w.detach()), w.dtype)
+    return stored + (w - w.detach())

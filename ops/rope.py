@@ -15,6 +15,8 @@ registers, turns them and stores them; out of place it copies the other dims on 
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from .registry import Op, register, require
@@ -96,3 +98,31 @@ def rotate_(
         check(x, cos, sin, inverse)
     _in_place(x, cos, sin, inverse)
     return x
+
+
+def rope_frequencies(
+    dim: int,
+    base: float,
+    factor: float = 1.0,
+    original_seq_len: int = 0,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+) -> torch.Tensor:
+    """Angular frequency of each rotated pair, [dim / 2] fp32 on CPU (docs/v4.md#rope).
+
+    base^(-2i / dim); with original_seq_len (YaRN) high frequencies are kept and low ones divided by
+    factor, with a ramp between the pairs that turn beta_fast and beta_slow times in that length.
+    """
+    exponent = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
+    freqs = 1.0 / (base**exponent)
+    if not original_seq_len:
+        return freqs
+
+    def pair_of(turns: float) -> float:
+        return dim * math.log(original_seq_len / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low = max(math.floor(pair_of(beta_fast)), 0)
+    high = min(math.ceil(pair_of(beta_slow)), dim - 1)
+    pair = torch.arange(dim // 2, dtype=torch.float32, device="cpu")
+    ramp = ((pair - low) / max(high - low, 1e-3)).clamp(0, 1)
+    return freqs / factor * ramp + freqs * (1 - ramp)

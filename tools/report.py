@@ -42,9 +42,10 @@ from compile_config import (
     compile_verify,
     recomputed,
 )
-from model import ModelArgs, Transformer, training_loss
+from model import ModelArgs, Transformer
 from ops.registry import require
 from tools import cli, stats
+from training.losses import training_loss
 from training.optim import Optimizer
 
 PHASES = ("prefill", "decode", "verify", "train")

@@ -48,7 +48,7 @@ class Optimizer:
         self.biases = [
             m.bias
             for m in model.modules()
-            if isinstance(m, Gate) and hasattr(m, "bias") and m.weight.requires_grad
+            if isinstance(m, Gate) and m.bias is not None and m.weight.requires_grad
         ]
         self.muon: list[
             tuple[str, torch.Tensor, int]

@@ -18,10 +18,11 @@ import torch
 import train_step as S
 from checkpoint import checkpoint_tensors, empty_model, load, save
 from compile_config import CompileConfig, CompileCount, compile_train_step
-from model import LossWeights, Transformer
+from model import Transformer
 from parallel import WHOLE, Ranks
 from testing import randomize, small
 from training import dataset as D
+from training.losses import LossWeights
 
 STEPS, BATCH, LENGTH = 5, 4, 64
 

@@ -19,10 +19,11 @@ import train_step as S
 from bench.dense import Dense, active_parameters, dense_loss
 from checkpoint import load, open_folder, save
 from compile_config import PRESETS, CompileConfig, CompileCount, compile_train_step
-from model import LossWeights, ModelArgs, Transformer
+from model import Aux, ModelArgs, Transformer
 from testing import randomize, small
 from tools import stats
 from training import dataset as D
+from training.losses import LossWeights
 from training.optim import Optimizer
 
 TEXT = (S.ROOT / "data" / "shakespeare.txt").read_text()
@@ -541,14 +542,14 @@ def test_flags_reach_what_they_are_about(folder, monkeypatch):
         == 0
     )
     assert optimizers == [("adamw", {"clip": 0.25})] * 2
-    for watch, (qat, cfg, options) in zip(("dense", "chosen"), steps, strict=True):
+    for dense, (qat, cfg, options) in zip((True, False), steps, strict=True):
         assert (
             qat == "fp8"
             and cfg == PRESETS["eager"]
             and options["weights"] == LossWeights(mtp=0.3, balance=1e-4, index=0.5)
         )
-        assert (options["watch"], options["micro_batch"], options["recompute"]) == (
-            watch,
+        assert (options["aux"], options["micro_batch"], options["recompute"]) == (
+            Aux(index_loss=True, dense=dense),
             1,
             "full",
         )
@@ -559,7 +560,7 @@ def test_a_step_moves_router_biases_by_their_rate():
     biases = [
         layer.ffn.gate.bias
         for layer in (*model.layers, *model.mtp)
-        if hasattr(layer.ffn.gate, "bias")
+        if layer.ffn.gate.bias is not None
     ]
     tokens = torch.randint(256, (2, 40))
     compile_train_step(model, Optimizer(model), PRESETS["eager"])(

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
 
-from model import ModelArgs, Transformer, training_loss
+from model import ModelArgs, Transformer
 from testing import randomize, rms, small, whole_caches
 from tools.report import MODEL_OPS, capture, faults, name_of
+from training.losses import training_loss
 from training.optim import Optimizer
 
 FORMS = {form: {name: form for name in MODEL_OPS} for form in ("reference", "opaque")}

@@ -146,7 +146,7 @@ def kernels_by_kind(phase: str) -> dict[str, int]:
         None if train else torch.zeros(1, dtype=torch.int64),
     )
     with torch.set_grad_enabled(train):
-        tokens, plan, X = model.start(tokens, at)
+        tokens, plan, X = model.embed_inputs(tokens, at)
         for i, block in enumerate(model.layers):
             if layer_signature(block) in made:
                 continue
@@ -318,7 +318,7 @@ def lowered() -> dict[str, str]:
     model.setup_caches(1, 600)  # entries of other sizes than the window
     try:
         with torch.no_grad():
-            tokens, plan, X = model.start(
+            tokens, plan, X = model.embed_inputs(
                 torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
             )
             for i, block in enumerate(model.layers):

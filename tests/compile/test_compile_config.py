@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import compile_config as C
-from model import LossWeights, Transformer, training_loss
+from model import Transformer
 from testing import randomize, rms, small
+from training.losses import LossWeights, training_loss
 
 QUICK = "aot_eager"  # traces and partitions like Inductor, but generates no code
 

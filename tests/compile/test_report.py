@@ -126,7 +126,7 @@ def test_needed_flops_count_the_pairs_that_the_plan_makes_visible(phase, shape):
                 if indexer
                 else 2 * args.n_heads * args.head_dim
             )
-            seen = 0 if indexer else plan.seen.sum()
+            seen = 0 if indexer else plan.window_len.sum()
             if ratio:
                 entries = plan.windows[ratio].hi - plan.windows[ratio].lo
                 seen = (

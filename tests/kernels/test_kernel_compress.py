@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ops
-from model import ModelArgs, make_plan, rope_frequencies
+from model import ModelArgs, layer_frequencies, make_plan
 from ops.launch import override_config
 from testing import rms
 
@@ -123,9 +123,7 @@ def test_tiles_change_nothing(ratio, BE, G, U):
 def plan_of(B, T, ratio, r, **positions):
     args = ModelArgs.debug()
     args.rope_head_dim = r
-    freqs = torch.stack([rope_frequencies(args, compressed) for compressed in (False, True)]).to(
-        torch.get_default_device()
-    )
+    freqs = layer_frequencies(args).to(torch.get_default_device())
     given = {"input_pos": None, "lengths": None, "doc_ids": None, **positions}
     return make_plan(
         args, freqs, torch.zeros(B, T, dtype=torch.int64), {ratio}, 1000, **given

@@ -7,11 +7,12 @@ import dataclasses
 import pytest
 import torch
 
-from model import ModelArgs, Transformer, training_loss
+from model import ModelArgs, Transformer
 from ops.registry import LAUNCHERS
 from ops.triton.sparse_attn import sparse_attn_forward
 from testing import randomize, rms
 from tools import report
+from training.losses import training_loss
 
 FORWARD = {
     "hc_pre_mix",

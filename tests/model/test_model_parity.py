@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import ops
-from model import ModelArgs, Transformer, rope_frequencies
+from model import ModelArgs, Transformer, layer_frequencies
 from testing import Margins, hf_model, hf_name, judged, randomize, rms, small
 
 TOLERANCE = 1e-5  # relative RMS; two independent fp32 implementations agree to a few 1e-6
@@ -269,7 +269,7 @@ def test_query_heads_are_normalised():
 
 
 def test_rope_frequencies_equal_the_published_values():
-    f = rope_frequencies(ModelArgs.flash(), compressed=True)
+    f = layer_frequencies(ModelArgs.flash())[1]
     expected = {
         0: 1.0,
         1: 0.687656022,
@@ -282,7 +282,7 @@ def test_rope_frequencies_equal_the_published_values():
     }
     for i, value in expected.items():
         assert abs(float(f[i]) / value - 1) < 1e-6, i
-    plain = rope_frequencies(ModelArgs.flash(), compressed=False)
+    plain = layer_frequencies(ModelArgs.flash())[0]
     assert torch.allclose(plain, 10000.0 ** (-torch.arange(32) / 32.0), rtol=1e-6)
 
 

@@ -19,9 +19,13 @@ from compile_config import (
     compile_train_step,
     recomputed,
 )
-from model import LossWeights, ModelArgs, Transformer, balance, make_targets, training_loss
+from model import Aux, ModelArgs, Transformer
+from ops.router_balance import router_balance
 from testing import randomize, rms, small
 from tools.report import MODEL_OPS
+from training.losses import LossWeights, make_targets, training_loss
+
+ROUTERS, CHOSEN, DENSE = Aux(), Aux(index_loss=True), Aux(index_loss=True, dense=True)
 
 T = 150
 
@@ -57,8 +61,8 @@ class Double(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-@pytest.mark.parametrize("watch", ("routers", "chosen", "dense"))
-def test_every_gradient_equals_that_of_an_fp64_run(watch):
+@pytest.mark.parametrize("aux", (ROUTERS, CHOSEN, DENSE), ids=("routers", "chosen", "dense"))
+def test_every_gradient_equals_that_of_an_fp64_run(aux):
     """All losses, every parameter, packed documents; the references throughout, so that fp64 reaches everywhere."""
     reference = {name: "reference" for name in (*MODEL_OPS, "indexer_loss")}
     model = randomize(Transformer(ModelArgs.debug(), ops=reference), seed=1)
@@ -66,10 +70,10 @@ def test_every_gradient_equals_that_of_an_fp64_run(watch):
     for p in exact.parameters():
         assert p.dtype == torch.float64
     weights = LossWeights(balance=0.5, index=2.0)
-    total, parts = training_loss(model, *batch(), weights, watch)
+    total, parts = training_loss(model, *batch(), weights, aux)
     got = gradients(model, total)
     with Double():
-        exact_total, exact_parts = training_loss(exact, *batch(), weights, watch)
+        exact_total, exact_parts = training_loss(exact, *batch(), weights, aux)
         assert exact_total.dtype == torch.float64
         expected = gradients(exact, exact_total)
     assert all(
@@ -85,7 +89,7 @@ def test_every_gradient_equals_that_of_an_fp64_run(watch):
     reached = {name for name, g in expected.items() if g.norm() > 0}
     assert {name for name, p in model.named_parameters() if p.requires_grad} - reached == (
         {name for name in got.keys() ^ dict(model.named_parameters()).keys() if "indexer" in name}
-        if watch == "routers"
+        if aux == ROUTERS
         else set()
     )
 
@@ -95,22 +99,20 @@ def test_balance_is_one_where_all_is_even_and_counts_valid_tokens():
     T, E, K = 12, 4, 2
     even = torch.stack([torch.arange(T) % E, (torch.arange(T) + 1) % E], -1)[None]
     flat = torch.ones(1, T, E)
-    assert (
-        torch.allclose(balance(even, flat, None)["balance"], torch.tensor(1.0))
-        and balance(even, flat, None)["load"].tolist() == [6] * E
-    )
+    load, loss = router_balance(even, flat, None)
+    assert torch.allclose(loss, torch.tensor(1.0)) and load.tolist() == [6] * E
     one = torch.zeros(1, T, K, dtype=torch.int64) + torch.arange(K)
     peaked = torch.zeros(1, T, E).index_fill(2, torch.arange(K), 1.0)
-    assert torch.allclose(balance(one, peaked, None)["balance"], torch.tensor(E / K))
-    both = balance(torch.cat([even, one]), torch.cat([flat, peaked]), None)["balance"]
+    assert torch.allclose(router_balance(one, peaked, None)[1], torch.tensor(E / K))
+    both = router_balance(torch.cat([even, one]), torch.cat([flat, peaked]), None)[1]
     assert torch.allclose(both, torch.tensor(1 + E / K))
     chosen, score, valid = (
         torch.cat([even, one], 1),
         torch.cat([flat, peaked], 1),
         torch.arange(2 * T)[None] < T,
     )
-    padded = balance(chosen, score, valid)
-    assert torch.allclose(padded["balance"], torch.tensor(1.0)) and padded["load"].sum() == T * K
+    load, loss = router_balance(chosen, score, valid)
+    assert torch.allclose(loss, torch.tensor(1.0)) and load.sum() == T * K
 
 
 def test_loads_are_those_of_the_routers():
@@ -129,10 +131,10 @@ def test_the_indexers_objective_moves_the_indexers_alone():
     """Without the other losses only indexers get gradients, all of their parameters; and from the others they get none."""
     model = randomize(Transformer(ModelArgs.debug()), seed=1)
     nothing = dict(mtp=0.0, balance=0.0)
-    for watch in ("dense", "chosen"):
+    for aux in (DENSE, CHOSEN):
         with_it, without = (
             gradients(
-                model, training_loss(model, *batch(), LossWeights(index=index, **nothing), watch)[0]
+                model, training_loss(model, *batch(), LossWeights(index=index, **nothing), aux)[0]
             )
             for index in (1.0, 0.0)
         )
@@ -148,8 +150,8 @@ def test_dense_warm_up_sees_every_entry_and_chosen_does_not():
     tokens = batch()[0]
     with torch.no_grad():
         dense, chosen, expected = (
-            model(tokens, watch="dense")[0],
-            model(tokens, watch="chosen")[0],
+            model(tokens, aux=DENSE)[0],
+            model(tokens, aux=CHOSEN)[0],
             wide(tokens),
         )
     assert (
@@ -164,10 +166,10 @@ def test_the_index_loss_leaves_padding_out():
     model = randomize(Transformer(ModelArgs.debug()), seed=1)
     tokens, targets, docs = batch(1, padding=50)
     with torch.no_grad():
-        whole = training_loss(model, tokens, targets, docs, watch="dense")[1]["index_loss"]
-        cut = training_loss(model, tokens[:, :100], targets[:, :100], docs[:, :100], watch="dense")[
-            1
-        ]["index_loss"]
+        whole = training_loss(model, tokens, targets, docs, aux=DENSE)[1]["index_loss"]
+        cut = training_loss(model, tokens[:, :100], targets[:, :100], docs[:, :100], aux=DENSE)[1][
+            "index_loss"
+        ]
     assert abs(float(whole / cut) - 100 / 150) < 1e-4 and cut > 0
 
 
@@ -182,7 +184,7 @@ def test_recall_rises_when_the_indexers_are_trained():
     )
     for name, p in model.named_parameters():
         p.requires_grad_("indexer" in name)
-    step = compile_train_step(model, S.Optimizer(model), CompileConfig(backend=None), watch="dense")
+    step = compile_train_step(model, S.Optimizer(model), CompileConfig(backend=None), aux=DENSE)
     rows = S.dataset.Rows(ids, 256, 0)
     for i in range(40):
         step(*rows(range(4 * i, 4 * i + 4)), torch.tensor(2e-3))
@@ -202,7 +204,7 @@ def test_recomputation_changes_memory_not_gradients(how, region):
     for recompute in ("none", how):
         model = randomize(Transformer(args, ops={name: "opaque" for name in MODEL_OPS}), seed=1)
         step = compile_train_step(
-            model, S.Optimizer(model, "adamw", eps=1e-3), cfg, recompute=recompute, watch="chosen"
+            model, S.Optimizer(model, "adamw", eps=1e-3), cfg, recompute=recompute, aux=CHOSEN
         )
         count, saved = CompileCount(), []
         with torch.autograd.graph.saved_tensors_hooks(
@@ -262,11 +264,11 @@ def test_unknown_ways_are_refused():
     with pytest.raises(ValueError, match="recompute 'some'"):
         recomputed(lambda: None, "some")
     model = Transformer(ModelArgs.debug())
-    with pytest.raises(ValueError, match="watch 'everything'"):
-        model(batch()[0], watch="everything")
+    with pytest.raises(ValueError, match="dense and recall need index_loss"):
+        model(batch()[0], aux=Aux(dense=True))
 
 
 def test_targets_are_counted():
     tokens, targets, docs = batch()
     goal = make_targets(tokens, targets, docs)
-    assert goal.counts.tolist() == [int((targets >= 0).sum()), int((goal.after >= 0).sum()), 2]
+    assert goal.counts.tolist() == [int((targets >= 0).sum()), int((goal.mtp_labels >= 0).sum()), 2]

@@ -16,9 +16,10 @@ import pytest
 import torch
 
 import model as M
-from model import ModelArgs, Transformer, training_loss
+from model import ModelArgs, Transformer
 from testing import randomize, rms
 from tools.report import MODEL_OPS, capture, faults, name_of
+from training.losses import training_loss
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RECIPES = ROOT / "tests" / "model" / "recipes"
@@ -114,7 +115,7 @@ def another_router(model, decode, train):
         score = (x @ gate.weight.T).softmax(-1)
         best = (
             gate.tid2eid[tokens]
-            if hasattr(gate, "tid2eid")
+            if gate.tid2eid is not None
             else (score + gate.bias).topk(K).indices
         )
         chosen, weight, _ = gate(x, tokens)

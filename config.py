@@ -1,0 +1,293 @@
+"""Reading, checking and writing `config.json`, dicts to dicts: `ModelArgs` (model.py) stands on it.
+
+Two dialects are read: the released file with Hugging Face keys, and the official inference config,
+whose names ModelArgs uses. `fields` is a dict of ModelArgs' fields. Every error is a ValueError
+that names the key at fault.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+from pathlib import Path
+
+# The kinds of attention by compression ratio (docs/v4.md#attention): 0 sees the window alone,
+# one of CSA_RATIOS the entries of overlapping windows that an indexer chooses, any other ratio all
+# entries of plain windows (HCA).
+CSA_RATIOS = (4,)
+
+PRO = dict(  # 1.6 T parameters, 49 B active
+    dim=7168,
+    moe_inter_dim=3072,
+    n_layers=61,
+    n_heads=128,
+    n_routed_experts=384,
+    route_scale=2.5,
+    q_lora_rank=1536,
+    o_groups=16,
+    index_topk=1024,
+    compress_ratios=(128, 128, *(4, 128) * 29, 4, 0),
+)
+TINY = dict(  # the embedded model: every layer kind, for two CPU cores
+    vocab_size=1024,
+    dim=256,
+    moe_inter_dim=128,
+    n_layers=6,
+    n_hash_layers=2,
+    n_heads=8,
+    n_routed_experts=16,
+    n_activated_experts=4,
+    q_lora_rank=128,
+    head_dim=64,
+    rope_head_dim=16,
+    o_groups=2,
+    o_lora_rank=128,
+    index_n_heads=16,
+    index_head_dim=32,
+    index_topk=64,
+    max_seq_len=2048,
+    compress_ratios=(0, 0, 4, 128, 4, 128, 0),
+)
+DEBUG = dict(  # the smallest model with every layer kind
+    vocab_size=256,
+    dim=64,
+    moe_inter_dim=32,
+    n_layers=4,
+    n_hash_layers=2,
+    n_heads=4,
+    n_routed_experts=8,
+    n_activated_experts=2,
+    q_lora_rank=32,
+    head_dim=32,
+    rope_head_dim=16,
+    o_groups=2,
+    o_lora_rank=16,
+    index_n_heads=16,
+    index_head_dim=16,
+    index_topk=16,
+    max_seq_len=2048,
+    compress_ratios=(0, 4, 128, 4, 0),
+)
+
+HF_NAMES = dict(  # Hugging Face key -> field
+    vocab_size="vocab_size",
+    hidden_size="dim",
+    moe_intermediate_size="moe_inter_dim",
+    num_hidden_layers="n_layers",
+    num_hash_layers="n_hash_layers",
+    num_nextn_predict_layers="n_mtp_layers",
+    num_attention_heads="n_heads",
+    n_routed_experts="n_routed_experts",
+    n_shared_experts="n_shared_experts",
+    num_experts_per_tok="n_activated_experts",
+    scoring_func="score_func",
+    routed_scaling_factor="route_scale",
+    swiglu_limit="swiglu_limit",
+    q_lora_rank="q_lora_rank",
+    head_dim="head_dim",
+    qk_rope_head_dim="rope_head_dim",
+    rms_norm_eps="norm_eps",
+    o_groups="o_groups",
+    o_lora_rank="o_lora_rank",
+    sliding_window="window_size",
+    compress_ratios="compress_ratios",
+    rope_theta="rope_theta",
+    compress_rope_theta="compress_rope_theta",
+    index_n_heads="index_n_heads",
+    index_head_dim="index_head_dim",
+    index_topk="index_topk",
+    hc_mult="hc_mult",
+    hc_sinkhorn_iters="hc_sinkhorn_iters",
+    hc_eps="hc_eps",
+    max_position_embeddings="max_seq_len",
+    expert_dtype="expert_dtype",
+    bos_token_id="bos_id",
+    eos_token_id="eos_id",
+)
+HF_YARN = dict(
+    factor="rope_factor",
+    original_max_position_embeddings="original_seq_len",
+    beta_fast="beta_fast",
+    beta_slow="beta_slow",
+)
+NO_YARN = dict(factor=1.0, original_max_position_embeddings=0, beta_fast=32, beta_slow=1)
+HF_FIXED = dict(  # V4 has no other value
+    attention_bias=False,
+    attention_dropout=0.0,
+    hidden_act="silu",
+    norm_topk_prob=True,
+    num_key_value_heads=1,
+    tie_word_embeddings=False,
+    topk_method="noaux_tc",
+)
+FIXED = dict(score_func="sqrtsoftplus", n_shared_experts=1)  # fields, likewise
+OPTIONAL = {
+    *("expert_dtype", "bos_id", "eos_id", "n_mtp_layers", "max_seq_len", "hc_eps", "norm_eps"),
+    *("n_shared_experts", "score_func"),
+}
+METADATA = {  # keys that say nothing about the architecture, or are read by hand below
+    *("architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache"),
+    *("initializer_range", "quantization_config", "rope_scaling", "pad_token_id", "auto_map"),
+    *("_name_or_path", "max_batch_size", "scale_fmt"),
+}
+MAY_BE_ZERO = ("n_hash_layers", "n_mtp_layers", "original_seq_len", "bos_id", "eos_id")
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def config_file(path) -> str:
+    """The path of a config.json, given itself or its folder."""
+    return str(path) if str(path).endswith(".json") else f"{path}/config.json"
+
+
+@contextlib.contextmanager
+def errors_name(path):
+    """Within it ValueErrors begin with the name of the config.json."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{config_file(path)}: {error}") from None
+
+
+def read_config(path, field_names: set[str]) -> dict:
+    """The fields of a config.json, or of a folder's."""
+    try:
+        config = json.loads(Path(config_file(path)).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"cannot be read ({error.strerror}); a checkpoint folder holds a config.json"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not valid JSON ({error})") from None
+    require(isinstance(config, dict), "not a JSON object")
+    return to_fields(config, field_names)
+
+
+def to_fields(config: dict, field_names: set[str]) -> dict:
+    """The object of a config.json, of either dialect -> fields."""
+    _check_is_v4(config)
+    official = "dim" in config
+    names = {name: name for name in field_names} if official else HF_NAMES
+    fields = {}
+    for key, value in config.items():
+        if key in names:
+            fields[names[key]] = value
+        elif key in HF_FIXED:
+            require(value == HF_FIXED[key], f"{key} is {value!r}; V4 has {HF_FIXED[key]!r}")
+        else:
+            known = key in METADATA or key.startswith("dspark_")
+            require(known, f"unknown key {key!r}: not a DeepSeek-V4 config")
+    if not official:
+        fields |= _yarn_fields(config.get("rope_scaling") or NO_YARN)
+    missing = sorted(k for k, name in names.items() if name not in fields and name not in OPTIONAL)
+    if missing:
+        raise ValueError(f"missing key {missing[0]!r}: not a complete DeepSeek-V4 config")
+    fields.setdefault("expert_dtype", None)
+    quantised = bool(config.get("quantization_config"))
+    fields["act_quant"] = quantised or (official and config.get("dtype") == "fp8")
+    ratios, n_layers = fields["compress_ratios"], fields["n_layers"]
+    if isinstance(ratios, list) and isinstance(n_layers, int):
+        # The drafter of the -0731 releases is another block (docs/v4.md#later-variants): no MTP.
+        if any(key.startswith("dspark_") for key in config):
+            fields |= dict(n_mtp_layers=0, compress_ratios=ratios[:n_layers])
+        fields.setdefault("n_mtp_layers", len(ratios) - n_layers)
+    return fields
+
+
+def to_hf(fields: dict) -> dict:
+    """Fields -> the object of a released config.json: Hugging Face keys, no quantization_config."""
+    config = {key: fields[name] for key, name in HF_NAMES.items()} | HF_FIXED
+    config["compress_ratios"] = list(fields["compress_ratios"])
+    yarn = {"type": "yarn", **{key: fields[name] for key, name in HF_YARN.items()}}
+    config["rope_scaling"] = yarn if fields["original_seq_len"] else None
+    about = {"architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4"}
+    return about | config
+
+
+def check_fields(fields: dict, types: dict[str, str]) -> None:
+    """A ValueError names a field that is no number, out of range, or impossible beside another."""
+    for name, value in fields.items():
+        if types[name] in ("int", "float"):
+            _check_number(name, value, types[name])
+    ratios = fields["compress_ratios"]
+    are_ints = isinstance(ratios, (list, tuple)) and all(type(ratio) is int for ratio in ratios)
+    require(are_ints, f"compress_ratios must be a list of ints, not {ratios!r}")
+    for name, only in FIXED.items():
+        require(fields[name] == only, f"{name} must be {only!r}, not {fields[name]!r}")
+    qat = fields["expert_qat"]
+    require(qat in (None, "fp4", "fp8"), f"expert_qat must be 'fp4', 'fp8' or None, not {qat!r}")
+    _check_layers(fields)
+    _check_dims(fields)
+
+
+def _check_number(name: str, value, kind: str) -> None:
+    least = 0 if name in MAY_BE_ZERO else 1e-30
+    number = isinstance(value, int if kind == "int" else (int, float))
+    fits = number and not isinstance(value, bool) and least <= value < math.inf
+    article = "a positive" if least else "a non-negative"
+    require(fits, f"{name} must be {article} {kind}, not {value!r}")
+
+
+def _check_layers(fields: dict) -> None:
+    ratios, n_layers, n_mtp = (fields[k] for k in ("compress_ratios", "n_layers", "n_mtp_layers"))
+    n_hash = fields["n_hash_layers"]
+    require(n_mtp in (0, 1), f"n_mtp_layers must be 0 or 1, not {n_mtp}")
+    require(0 <= n_hash <= n_layers, f"n_hash_layers is {n_hash} of {n_layers} layers")
+    require(
+        len(ratios) == n_layers + n_mtp,
+        f"compress_ratios has {len(ratios)} entries, not {n_layers + n_mtp} "
+        "(one per layer, then one per MTP block)",
+    )
+    require(
+        all(ratio == 0 or ratio > 1 for ratio in ratios),
+        f"compress_ratios holds an entry that is neither 0 nor > 1: {tuple(ratios)}",
+    )
+    require(not any(ratios[n_layers:]), "compress_ratios of an MTP block must be 0")
+
+
+def _check_dims(fields: dict) -> None:
+    heads, groups = fields["n_heads"], fields["o_groups"]
+    require(heads % groups == 0, f"o_groups {groups} does not divide n_heads {heads}")
+    chosen, experts = fields["n_activated_experts"], fields["n_routed_experts"]
+    require(chosen <= experts, f"n_activated_experts {chosen} exceeds n_routed_experts {experts}")
+    rope_dim = fields["rope_head_dim"]
+    for name in ("head_dim", "index_head_dim"):
+        require(rope_dim <= fields[name], f"rope_head_dim {rope_dim} exceeds {name} {fields[name]}")
+    for name in ("rope_theta", "compress_rope_theta"):
+        require(fields[name] > 1, f"{name} must be above 1, not {fields[name]}")
+    require(rope_dim % 2 == 0, f"rope_head_dim {rope_dim} is odd")
+    index_dim, indexed = fields["index_head_dim"], set(CSA_RATIOS) & set(fields["compress_ratios"])
+    require(
+        not (fields["act_quant"] and indexed) or index_dim & (index_dim - 1) == 0,
+        f"index_head_dim {index_dim} is no power of two, "
+        "as the Hadamard transform of act_quant needs",
+    )
+
+
+def _check_is_v4(config: dict) -> None:
+    kind = config.get("model_type", "deepseek_v4")
+    require(
+        kind == "deepseek_v4",
+        f"model_type is {kind!r}, not 'deepseek_v4': this is DeepSeek-V4 only",
+    )
+    names = config.get("architectures") or []
+    require(isinstance(names, list), f"architectures must be a list, not {names!r}")
+    for name in names:
+        is_v4 = re.match(r"DeepseekV4(?!\d)", str(name))
+        require(bool(is_v4), f"architectures names {name!r}: this is DeepSeek-V4 only")
+    for key in ("rope_scaling", "quantization_config"):
+        value = config.get(key)
+        require(isinstance(value or {}, dict), f"{key} must be an object, not {value!r}")
+
+
+def _yarn_fields(yarn: dict) -> dict:
+    kind = yarn.get("type", yarn.get("rope_type", "yarn"))
+    require(kind == "yarn", f"rope_scaling type {kind!r} is not 'yarn'")
+    for key in HF_YARN:
+        require(key in yarn, f"rope_scaling lacks {key!r}")
+    return {name: yarn[key] for key, name in HF_YARN.items()}
