@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 
 from checkpoint import load, save
 from compile_config import PRESETS, compile_train_step, usable_preset
+from config import CSA_RATIOS
 from model import Aux, ModelArgs, Transformer
 from tools import cli
 from tools.compile_cache import discard_unfinished
@@ -69,8 +70,8 @@ def flops_per_token(model: Transformer, length: int) -> float:
         keys = np.minimum(t, args.window_size)
         if ratio:
             entries = t // ratio
-            keys = keys + (np.minimum(entries, args.index_topk) if ratio == 4 else entries)
-            if ratio == 4 and length // ratio > args.index_topk:
+            keys = keys + (np.minimum(entries, args.index_topk) if ratio in CSA_RATIOS else entries)
+            if ratio in CSA_RATIOS and length // ratio > args.index_topk:
                 flops += 2.0 * args.index_n_heads * args.index_head_dim * entries.mean()
         flops += 4.0 * args.n_heads * args.head_dim * keys.mean()
     return 3 * flops

@@ -1,6 +1,6 @@
 """compress: pool windows of R tokens into entries, normalise and rotate them (docs/v4.md#compressor).
 
-A row holds a token's values and its pooling logits, [K | Z], each with one lane of D channels (R != 4) or two (R = 4):
+A row holds a token's values and its pooling logits, [K | Z], each with one lane of D channels, or two (overlapping windows):
 with two lanes, the first is read by the next window ("lookback"), the second by the token's own.
 
     slots of entry w   plain: its window's R rows;   overlap: R rows of window w - 1 (absent for w = 0), R of window w
@@ -32,9 +32,10 @@ from .triton.compress import backward_kernel, kernel
 
 
 def check(rows, end, index, weight, cos, sin, ratio, eps, dtype):
-    lanes, D = _lanes(ratio), weight.shape[0]
+    lanes, D = _lanes(rows, weight), weight.shape[0]
     require(
         rows.dim() == 3
+        and lanes in (1, 2)
         and rows.shape[2] == 2 * lanes * D
         and len(rows) == len(end)
         and end.shape == index.shape == cos.shape[:2] == sin.shape[:2],
@@ -43,13 +44,14 @@ def check(rows, end, index, weight, cos, sin, ratio, eps, dtype):
     )
 
 
-def _lanes(ratio):
-    return 2 if ratio == 4 else 1
+def _lanes(rows, weight):
+    """1 lane of D channels, or 2: overlapping windows."""
+    return rows.shape[-1] // (2 * weight.shape[0])
 
 
-def _slots(rows, end, index, ratio):
+def _slots(rows, end, index, lanes, ratio):
     """-> values and logits of the slots [B, E, lanes R, D], and where they lie: (row [B, E, lanes R], absent)."""
-    lanes, N = _lanes(ratio), rows.shape[1]
+    N = rows.shape[1]
     back = torch.arange(lanes * ratio - 1, -1, -1, device=rows.device)
     where = (end[..., None] - back).clamp(0, N - 1)
     absent = ((index == 0)[..., None] & (back >= ratio))[
@@ -77,7 +79,7 @@ def reference(
     eps: float,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    values, logits, _ = _slots(rows, end, index, ratio)
+    values, logits, _ = _slots(rows, end, index, _lanes(rows, weight), ratio)
     e = (values * logits.softmax(2)).sum(2).to(dtype).float()
     e = (e * torch.rsqrt(e.square().mean(-1, keepdim=True) + eps) * weight.float()).to(dtype)
     return rotate(e, cos, sin, False)
@@ -96,7 +98,7 @@ def backward_reference(
     dtype: torch.dtype,
 ):
     """Gradients of rows and weight."""
-    values, logits, where = _slots(rows, end, index, ratio)
+    values, logits, where = _slots(rows, end, index, _lanes(rows, weight), ratio)
     p = logits.softmax(2)
     e = (values * p).sum(2).to(dtype).float()
     g = rotate(g, cos, sin, True).float()

@@ -42,6 +42,7 @@ from compile_config import (
     compile_verify,
     recomputed,
 )
+from config import CSA_RATIOS
 from model import ModelArgs, Transformer
 from ops.registry import require
 from tools import cli, stats
@@ -220,7 +221,8 @@ def name_of(target) -> str:
 def kind_of(args: ModelArgs, layer: int) -> str:
     """ "CSA, score" and the like; layers of one kind are one graph."""
     ratio = args.compress_ratios[layer]
-    attention = {0: "sliding", 4: "CSA"}.get(ratio, "HCA" if ratio == 128 else f"HCA {ratio}")
+    released = {0: "sliding", 4: "CSA", 128: "HCA"}
+    attention = released.get(ratio, f"{'CSA' if ratio in CSA_RATIOS else 'HCA'} {ratio}")
     return (
         "MTP"
         if layer >= args.n_layers
@@ -301,7 +303,7 @@ def keys(
     window and of the entries for every token, which is what the ops' FLOP formulas count, for they know shapes only.
     """
     entries = -(-shape.context // ratio) if ratio else 0
-    most = min(entries, args.index_topk) if ratio == 4 and not indexer else entries
+    most = min(entries, args.index_topk) if ratio in CSA_RATIOS and not indexer else entries
     window = 0 if indexer else args.window_size
     if first is None:
         return shape.length * (window + most)

@@ -179,7 +179,7 @@ def _tiles(name, rows, D, r, ratio, dtype):
             for U, warps in ((2, 16), (2, 8), (1, 16), (1, 8))
         ]
     cfg = get_config(name, f"R{ratio} D{D} {str(dtype)[6:]}", candidates, rows)
-    return {"D": D, "r": r, "R": ratio, "LANES": 2 if ratio == 4 else 1, "BD": BD, **cfg}
+    return {"D": D, "r": r, "R": ratio, "LANES": rows.shape[2] // (2 * D), "BD": BD, **cfg}
 
 
 def kernel(rows, end, index, weight, cos, sin, ratio, eps, dtype):
