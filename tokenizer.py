@@ -1,17 +1,17 @@
-"""Text in and out of DeepSeek-V4: tokenizers, streaming decoding and the prompt encoding.
+"""Text in and out of DeepSeek-V4: tokenizers, streaming decoding and the prompt format.
 
-Three parts, each usable alone:
+* `load_tokenizer` reads the byte-level BPE `tokenizer.json` of the released checkpoints, or the
+  sentencepiece `tokenizer.model` of the embedded model. Both have one interface, `Tokenizer`, built
+  on one fact: a token is a fixed string of bytes. So decoding is exact, and streams in constant
+  time.
+* `StreamDecoder` turns ids into text as they arrive, never emits half a character, and stops at
+  stop strings.
+* `encode_messages` and `parse_response` are V4's chat format. V4 ships no chat template; the format
+  is defined by the official `encoding_dsv4.py`. The formats of later releases (-0731, Vision, V4.1)
+  differ and are refused by name.
 
-* `load_tokenizer` reads the byte-level BPE `tokenizer.json` of the released checkpoints (`tokenizers`) or the
-  sentencepiece `tokenizer.model` of the embedded model. Both back ends have one interface, `Tokenizer`, built on one
-  fact: a token is a fixed string of bytes. Decoding is joining bytes, so it is exact and streams in constant time.
-* `StreamDecoder` turns ids into text as they arrive, never emits half a character, and stops at stop strings.
-* `encode_messages` and `parse_response` are V4's chat format. V4 ships no chat template; the format is defined by the
-  official `encoding_dsv4.py` and its README (folder `encoding/` of the DeepSeek-V4 checkpoints). The later encoders
-  (-0731: three effort levels; Vision and V4.1: images, other tags) are different formats and are refused by name.
-
-A rendered prompt starts with the BOS token already, so it is tokenised without adding another one. The facts are those
-of docs/v4.md#tokenizer, #prompt-format, #tokenizer-ids (README.md has the key).
+A rendered prompt begins with the BOS token, so it is encoded without adding another one.
+Sources: docs/v4.md#tokenizer, #prompt-format, #tokenizer-ids.
 """
 
 from __future__ import annotations
@@ -36,20 +36,21 @@ ROLES = ("system", "user", "assistant", "tool", "developer", "latest_reminder")
 
 
 class TokenizerError(ValueError):
-    """A tokenizer that is missing, unreadable or of the wrong kind; the message is one line with the remedy."""
+    """A tokenizer that is missing, unreadable or of the wrong kind; one line with the remedy."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tokenizers
 
 
 class Tokenizer:
     """Text to ids and back, whatever the file format.
 
-    Special tokens in the text (`<｜User｜>`, `</think>`, `｜DSML｜`, ...) become single ids, as in the official code,
-    which tokenises the rendered prompt; `decode` writes them out again, so it inverts `encode`. An id without a token
-    (a padded vocabulary) decodes to U+FFFD. `bos_id` and `eos_id` are None where the vocabulary has no such token.
-    A back end supplies these fields, `token_id`, `_encode(text)` and `_lookup(id)`, the bytes of an id in range.
+    Special tokens in the text (`<｜User｜>`, `</think>`, `｜DSML｜`, ...) become single ids, and
+    `decode` writes them out again, so it inverts `encode`. An id without a token (a padded
+    vocabulary) decodes to U+FFFD. `bos_id` and `eos_id` are None where the vocabulary has no such
+    token. A subclass sets these fields and defines `token_id`, `_encode(text)` and `_lookup(id)`,
+    the bytes of an id in range.
     """
 
     bos_id: int | None
@@ -66,21 +67,22 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
+            where = error.start
             raise TokenizerError(
-                f"the text is not valid Unicode at character {error.start}: pass UTF-8"
+                f"the text is not valid Unicode at character {where}: pass UTF-8"
             ) from None
-        return [self.bos_id] * bos + self._encode(text)
+        ids = self._encode(text)
+        return [self.bos_id, *ids] if bos else ids
 
     def decode(self, ids) -> str:
         """Text of the ids; bytes that are not UTF-8 become U+FFFD."""
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes one id stands for, which may end in the middle of a character."""
+        """The bytes of one id, which may end in the middle of a character."""
         if token not in self._bytes:
-            self._bytes[token] = (
-                self._lookup(token) if 0 <= token < self.vocab_size else "\ufffd".encode()
-            )
+            in_range = 0 <= token < self.vocab_size
+            self._bytes[token] = self._lookup(token) if in_range else "\ufffd".encode()
         return self._bytes[token]
 
     def token_id(self, piece: str) -> int | None:
@@ -103,10 +105,9 @@ class ByteLevelTokenizer(Tokenizer):
             )
         # GPT-2's alphabet: the vocabulary is spelled in 256 printable characters, one per byte.
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        hidden = [byte for byte in range(256) if byte not in printable]
-        self._alphabet = {chr(byte): byte for byte in printable} | {
-            chr(256 + n): b for n, b in enumerate(hidden)
-        }
+        others = [byte for byte in range(256) if byte not in printable]
+        self._alphabet = {chr(byte): byte for byte in printable}
+        self._alphabet |= {chr(256 + n): byte for n, byte in enumerate(others)}
         self.vocab_size = self._bpe.get_vocab_size(with_added_tokens=True)
         self.bos_id, self.eos_id = self.token_id(BOS), self.token_id(EOS)
 
@@ -127,9 +128,11 @@ class SentencePieceTokenizer(Tokenizer):
     """`tokenizer.model`: sentencepiece, the embedded model's format.
 
     `decode(encode(text)) == text` for every text if the model was trained with byte_fallback=True,
-    add_dummy_prefix=False, remove_extra_whitespaces=False and normalization_rule_name="identity". Sentencepiece spells
-    a space `▁` (U+2581) and would confuse the two, so some strings bypass it: a real `▁` travels as bytes, and V4's
-    names, which hold it, are looked up here; so are control tokens, which sentencepiece never finds in text.
+    add_dummy_prefix=False, remove_extra_whitespaces=False and normalization_rule_name="identity".
+
+    Sentencepiece spells a space `▁` (U+2581) and never finds control tokens in text. So some
+    strings do not go through it but are replaced by fixed ids (`_literal`): control tokens, V4's
+    special tokens, whose names hold a `▁`, and the character `▁` itself, as its three bytes.
     """
 
     def __init__(self, path: Path):
@@ -139,41 +142,39 @@ class SentencePieceTokenizer(Tokenizer):
         except Exception as error:  # OSError or RuntimeError
             raise _unreadable(path, error) from None
         self.vocab_size = self._sp.get_piece_size()
-        pieces = {token: self._sp.id_to_piece(token) for token in range(self.vocab_size)}
-        self._literal = {
-            piece: [token]
-            for token, piece in pieces.items()
-            if self._sp.is_control(token) or piece.startswith("<｜") and piece.endswith("｜>")
-        }
-        self._special = {token: piece.encode() for piece, (token,) in self._literal.items()}
-        for name in [
-            name for name in self._literal if "▁" in name
-        ]:  # spelled with a space it is no special token
+        self._special = {}  # id -> its bytes
+        self._literal = {}  # string -> its ids
+        for token in range(self.vocab_size):
+            piece = self._sp.id_to_piece(token)
+            if self._sp.is_control(token) or piece.startswith("<｜") and piece.endswith("｜>"):
+                self._special[token] = piece.encode()
+                self._literal[piece] = [token]
+        # With a space in place of its first `▁`, a name is ordinary text.
+        for name in [name for name in self._literal if "▁" in name]:
             head, tail = name.replace("▁", " ").split(" ", 1)
             self._literal[f"{head} {tail}"] = self._sp.encode(head) + self._sp.encode(f" {tail}")
-        space = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in "▁".encode()]
-        self._literal["▁"] = space if all(map(self._sp.is_byte, space)) else []
+        low_line = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in "▁".encode()]
+        self._literal["▁"] = low_line if all(map(self._sp.is_byte, low_line)) else []
         # Longest first: where two names match at one place, the longer one is meant.
         names = sorted(self._literal, key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, names)) + ")")
-        ends = (
-            (BOS, self._sp.bos_id()),
-            (EOS, self._sp.eos_id()),
-        )  # the declared ids are -1 where there is none
-        ids = [self._literal.get(name, [declared])[0] for name, declared in ends]
-        self.bos_id, self.eos_id = (token if token >= 0 else None for token in ids)
+        self.bos_id = self._end_id(BOS, self._sp.bos_id())
+        self.eos_id = self._end_id(EOS, self._sp.eos_id())
+
+    def _end_id(self, name: str, declared: int) -> int | None:
+        """The id of V4's name, else the one that the model declares: -1 if none."""
+        token = self._literal.get(name, [declared])[0]
+        return token if token >= 0 else None
 
     def token_id(self, piece):
-        token = self._sp.piece_to_id(piece)
-        return (
-            token if self._sp.id_to_piece(token) == piece else None
-        )  # unknown pieces map to the unknown id
+        token = self._sp.piece_to_id(piece)  # the unknown id for unknown pieces
+        return token if self._sp.id_to_piece(token) == piece else None
 
     def _encode(self, text):
-        parts = filter(None, self._split.split(text))
-        return [
-            token for part in parts for token in self._literal.get(part) or self._sp.encode(part)
-        ]
+        ids = []
+        for part in filter(None, self._split.split(text)):
+            ids += self._literal.get(part) or self._sp.encode(part)
+        return ids
 
     def _lookup(self, token):
         if token in self._special:
@@ -191,9 +192,9 @@ def _unreadable(path: Path, error: Exception) -> TokenizerError:
 
 
 def load_tokenizer(path) -> Tokenizer:
-    """The tokenizer of a checkpoint folder (`tokenizer.json`, else `tokenizer.model`), or of such a file itself.
+    """The tokenizer of a checkpoint folder (`tokenizer.json`, else `tokenizer.model`) or file.
 
-    Raises TokenizerError, one line, if there is none or if it cannot be read.
+    TokenizerError, one line, if there is none or if it cannot be read.
     """
     path = Path(path)
     names = ("tokenizer.json", "tokenizer.model")
@@ -214,10 +215,11 @@ def load_tokenizer(path) -> Tokenizer:
 class StreamDecoder:
     """Ids in, text out as soon as it is certain; constant work per token, however long the stream.
 
-    The pieces of `push` and the last one of `flush` join to `tokenizer.decode(ids)`. Bytes of an unfinished character
-    are held back; bytes that can no longer become one are emitted as U+FFFD. With `stop` (one string or several), text
-    that may be the start of a stop string is held back too; when one is complete the text before it is emitted, the
-    string itself and all that follows are not, and `stopped` is true. If several match, the first completed counts.
+    The pieces of `push` and the last one of `flush` join to `tokenizer.decode(ids)`. Bytes of an
+    unfinished character are held back; bytes that can no longer become one are emitted as U+FFFD.
+    With `stop` (one string or several), text that may be the start of a stop string is held back
+    too. When one is complete, the text before it is emitted, nothing after it is, and `stopped` is
+    true. If several match, the first completed counts.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop=()):
@@ -241,35 +243,39 @@ class StreamDecoder:
         if self.stopped:
             return ""
         text, self._held = self._held + text, ""
-        # Earliest end first, so that the answer does not depend on how the text was cut into tokens.
-        found = min(
-            ((at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0),
-            default=None,
-        )
+        # (end, start) of the stop strings found. The earliest end counts, so that the answer does
+        # not depend on how the text was cut into tokens.
+        starts = [(text.find(stop), stop) for stop in self._stops]
+        found = [(start + len(stop), start) for start, stop in starts if start >= 0]
         if found:
             self.stopped = True
-            return text[: found[1]]
+            return text[: min(found)[1]]
         if final:
             return text
-        longest = min(len(text), max(map(len, self._stops), default=1) - 1)
-        keep = next(
-            (n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in self._stops)),
-            0,
-        )
-        cut = len(text) - keep
+        cut = len(text) - self._held_length(text)
         self._held = text[cut:]
         return text[:cut]
 
+    def _held_length(self, text: str) -> int:
+        """Length of the longest end of `text` that may begin a stop string."""
+        longest = max(map(len, self._stops), default=1) - 1
+        for n in range(min(len(text), longest), 0, -1):
+            if any(stop.startswith(text[-n:]) for stop in self._stops):
+                return n
+        return 0
 
-# ---------------------------------------------------------------------------------------------------------------------
+
+# --------------------------------------------------------------------------------------------------
 # Prompt encoding. The texts below are the model's training format: every byte counts.
 
 REASONING_EFFORT_MAX = (
     "Reasoning Effort: Absolute maximum with no shortcuts permitted.\n"
-    "You MUST be very thorough in your thinking and comprehensively decompose the problem to resolve the root cause, "
-    "rigorously stress-testing your logic against all potential paths, edge cases, and adversarial scenarios.\n"
-    "Explicitly write out your entire deliberation process, documenting every intermediate step, considered "
-    "alternative, and rejected hypothesis to ensure absolutely no assumption is left unchecked.\n\n"
+    "You MUST be very thorough in your thinking and comprehensively decompose the problem to "
+    "resolve the root cause, rigorously stress-testing your logic against all potential paths, "
+    "edge cases, and adversarial scenarios.\n"
+    "Explicitly write out your entire deliberation process, documenting every intermediate step, "
+    "considered alternative, and rejected hypothesis to ensure absolutely no assumption is left "
+    "unchecked.\n\n"
 )
 TOOLS = f"""## Tools
 
@@ -320,13 +326,17 @@ def encode_messages(
     drop_thinking: bool = True,
     bos: bool = True,
 ) -> str:
-    """The prompt text of a conversation in the OpenAI format, ready for `Tokenizer.encode` (docs/v4.md#prompt-format).
+    """The prompt of a conversation in the OpenAI format (docs/v4.md#prompt-format).
 
-    Message fields: role, content; on system and developer also tools and response_format; on assistant also
-    reasoning_content, tool_calls and wo_eos (an answer to be continued); on tool also tool_call_id; task (see TASKS)
-    asks for a quick classification after a message. `reasoning_effort` matters when thinking: None, "high" (both plain)
-    or "max". `drop_thinking` leaves out the reasoning, and the developer messages, before the last user turn;
-    conversations with tools always keep them. ValueError, one line, for what the format cannot express.
+    Message fields: role, content; on system and developer also tools and response_format; on
+    assistant also reasoning_content, tool_calls and wo_eos (an answer to be continued); on tool
+    also tool_call_id; task (see TASKS) asks for a quick classification after a message.
+
+    reasoning_effort  when thinking: None, "high" (both plain) or "max"
+    drop_thinking     leave out reasoning and developer messages before the last user turn;
+                      conversations with tools always keep them
+
+    ValueError, one line, for messages that the format cannot express.
     """
     if reasoning_effort not in (None, "high", "max"):
         raise ValueError(
@@ -343,36 +353,40 @@ def encode_messages(
     if thinking and reasoning_effort == "max":
         prompt.append(REASONING_EFFORT_MAX)
     for i, turn in enumerate(turns):
-        role, task = turn["role"], turn.get("task")
+        role = turn["role"]
         if role == "assistant":
-            # The answer to a task is bare; dropped reasoning was already closed by the user turn before it.
-            if thinking and not (drop and i <= last) and not (i and turns[i - 1].get("task")):
+            # The answer to a task is bare. Dropped reasoning was closed by the user turn before it.
+            answers_task = i > 0 and turns[i - 1].get("task")
+            if thinking and not (drop and i <= last) and not answers_task:
                 prompt += [turn.get("reasoning_content") or "", END_THINK]
-            prompt += [
-                turn.get("content") or "",
-                _calls_text(turn),
-                "" if turn.get("wo_eos") else EOS,
-            ]
+            prompt += [turn.get("content") or "", _calls_text(turn)]
+            if not turn.get("wo_eos"):
+                prompt.append(EOS)
         else:
-            prompt += [
-                {"system": "", "latest_reminder": REMINDER}.get(role, USER),
-                _content_text(turn),
-            ]
-        if i + 1 < len(turns) and turns[i + 1]["role"] not in ("assistant", "latest_reminder"):
-            continue  # the model is not asked to speak here
-        if task == "action":
-            prompt += [ASSISTANT, THINK if thinking else END_THINK, TASKS[task]]
-        elif task:
-            prompt.append(TASKS[task])
-        elif role in ("user", "developer"):
-            prompt += [ASSISTANT, THINK if thinking and not (drop and i < last) else END_THINK]
+            prefix = {"system": "", "latest_reminder": REMINDER}.get(role, USER)
+            prompt += [prefix, _content_text(turn)]
+        if i + 1 == len(turns) or turns[i + 1]["role"] in ("assistant", "latest_reminder"):
+            prompt += _answer_prefix(turn, thinking, thinking and not (drop and i < last))
     return "".join(prompt)
+
+
+def _answer_prefix(turn: dict, thinking: bool, thinks_here: bool) -> list[str]:
+    """The tokens after a turn that ask the assistant to speak."""
+    task = turn.get("task")
+    if task == "action":
+        return [ASSISTANT, THINK if thinking else END_THINK, TASKS[task]]
+    if task:
+        return [TASKS[task]]
+    if turn["role"] in ("user", "developer"):
+        return [ASSISTANT, THINK if thinks_here else END_THINK]
+    return []
 
 
 def _turns(messages: list[dict]) -> list[dict]:
     """The messages, checked, with runs of user and tool messages merged into user turns.
 
-    A user turn has `parts`, pairs (order, text): order is None for text and the place of the call for a tool result.
+    A user turn has `parts`, pairs (order, text): order is None for text, and the number of the
+    call that it answers for a tool result.
     """
     if not isinstance(messages, list) or not messages:
         raise ValueError("messages must be a list with at least one message")
@@ -395,9 +409,8 @@ def _turns(messages: list[dict]) -> list[dict]:
         elif role == "user":
             turn["parts"] = [(None, text) for text in _texts(message["content"])]
         previous = turns[-1] if turns else {}
-        if previous.get("role") == turn["role"] == "user" and not (
-            role == "user" and previous.get("task")
-        ):
+        ends_with_task = role == "user" and previous.get("task")
+        if previous.get("role") == turn["role"] == "user" and not ends_with_task:
             previous["parts"] += turn["parts"]
             previous["task"] = previous.get("task") or turn.get("task")
         else:
@@ -410,27 +423,9 @@ def _check(message, where: str) -> None:
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         role = message.get("role") if isinstance(message, dict) else message
         raise ValueError(f"{where}: unknown role {role!r}; V4 has {', '.join(ROLES)}")
-    role, content, task = message["role"], message.get("content"), message.get("task")
+    role, task = message["role"], message.get("task")
     where = f"{where} ({role})"
-    instead = {
-        "assistant": ("tool_calls", "reasoning_content"),
-        "system": ("tools", "response_format"),
-    }
-    if content is None and not any(message.get(key) for key in instead.get(role, ())):
-        raise ValueError(f"{where}: content is missing; give a string")
-    if role == "developer" and not content:
-        raise ValueError(f"{where}: content is empty; give this role a text")
-    if isinstance(content, list) and role in ("user", "tool"):
-        for part in content:
-            kind = part.get("type") if isinstance(part, dict) else None
-            if kind is None or kind == "text" and not isinstance(part.get("text"), str):
-                raise ValueError(f'{where}: a content part is not {{"type": "text", "text": ...}}')
-            if kind != "text" and role == "user":
-                raise ValueError(
-                    f"{where}: V4 reads text only, not {kind!r}; images need the Vision or V4.1 encoder"
-                )
-    elif not isinstance(content, (str, type(None))):
-        raise ValueError(f"{where}: content is a {type(content).__name__}; give one string")
+    _check_content(message, where)
     if not isinstance(message.get("reasoning_content"), (str, type(None))):
         raise ValueError(f"{where}: reasoning_content is not text; give a string")
     if task is not None and task not in TASKS:
@@ -445,24 +440,44 @@ def _check(message, where: str) -> None:
             raise ValueError(f"{where}: an entry of tools has no function; use the OpenAI format")
     for call in message.get("tool_calls") or []:
         function = call.get("function") if isinstance(call, dict) else None
-        if (
-            not isinstance(function, dict)
-            or not isinstance(function.get("name"), str)
-            or not isinstance(function.get("arguments"), (str, dict))
-        ):
+        fields = function if isinstance(function, dict) else {}
+        has_name = isinstance(fields.get("name"), str)
+        if not has_name or not isinstance(fields.get("arguments"), (str, dict)):
             raise ValueError(
-                f"{where}: an entry of tool_calls has no function with name and arguments (JSON text)"
+                f"{where}: an entry of tool_calls has no function with name and arguments "
+                "(JSON text)"
+            )
+
+
+def _check_content(message: dict, where: str) -> None:
+    role, content = message["role"], message.get("content")
+    optional = {"assistant": ("tool_calls", "reasoning_content")}
+    optional["system"] = ("tools", "response_format")
+    if content is None and not any(message.get(key) for key in optional.get(role, ())):
+        raise ValueError(f"{where}: content is missing; give a string")
+    if role == "developer" and not content:
+        raise ValueError(f"{where}: content is empty; give this role a text")
+    if not isinstance(content, list) or role not in ("user", "tool"):
+        if not isinstance(content, (str, type(None))):
+            raise ValueError(f"{where}: content is a {type(content).__name__}; give one string")
+        return
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind is None or kind == "text" and not isinstance(part.get("text"), str):
+            raise ValueError(f'{where}: a content part is not {{"type": "text", "text": ...}}')
+        if kind != "text" and role == "user":
+            raise ValueError(
+                f"{where}: V4 reads text only, not {kind!r}; images need the Vision or V4.1 encoder"
             )
 
 
 def _last_user(turns: list[dict]) -> int:
-    return max(
-        (i for i, turn in enumerate(turns) if turn["role"] in ("user", "developer")), default=-1
-    )
+    users = [i for i, turn in enumerate(turns) if turn["role"] in ("user", "developer")]
+    return max(users, default=-1)
 
 
 def _texts(content: str | list) -> list[str]:
-    """A string, or the texts of OpenAI content parts; a tool result names what it cannot show, as the official code."""
+    """A string, or the texts of OpenAI content parts; parts of other types are named."""
     if isinstance(content, str):
         return [content]
     return [
@@ -472,16 +487,12 @@ def _texts(content: str | list) -> list[str]:
 
 
 def _content_text(turn: dict) -> str:
-    """Body of a turn that the assistant did not write; tool results go in the order of their calls."""
+    """Body of a turn that the assistant did not write, with tool results in the calls' order."""
     if "parts" in turn:
-        results = iter(
-            sorted(
-                (part for part in turn["parts"] if part[0] is not None), key=lambda part: part[0]
-            )
-        )
-        return "\n\n".join(
-            text if order is None else next(results)[1] for order, text in turn["parts"]
-        )
+        results = [part for part in turn["parts"] if part[0] is not None]
+        in_order = iter(sorted(results, key=lambda part: part[0]))
+        texts = [text if order is None else next(in_order)[1] for order, text in turn["parts"]]
+        return "\n\n".join(texts)
     sections = [turn.get("content") or ""]
     if turn.get("tools"):
         sections.append(TOOLS % "\n".join(_json(tool["function"]) for tool in turn["tools"]))
@@ -498,25 +509,29 @@ def _calls_text(turn: dict) -> str:
         if isinstance(arguments, str):
             parsed = _parse_json(arguments)
             arguments = parsed if isinstance(parsed, dict) else {"arguments": arguments}
-        lines = [
-            f'<{DSML}parameter name="{key}" string="{"true" if isinstance(value, str) else "false"}">'
-            f"{value if isinstance(value, str) else _json(value)}</{DSML}parameter>"
-            for key, value in arguments.items()
-        ]
-        invokes.append(
-            "\n".join([f'<{DSML}invoke name="{function["name"]}">', "\n".join(lines), INVOKE_END])
-        )
+        head = f'<{DSML}invoke name="{function["name"]}">'
+        parameters = []
+        for key, value in arguments.items():
+            is_string = isinstance(value, str)
+            text = value if is_string else _json(value)
+            flag = "true" if is_string else "false"
+            parameters.append(
+                f'<{DSML}parameter name="{key}" string="{flag}">{text}</{DSML}parameter>'
+            )
+        invokes.append("\n".join([head, "\n".join(parameters), INVOKE_END]))
     return "\n".join([CALLS, *invokes, f"</{DSML}tool_calls>"]) if invokes else ""
 
 
 def parse_response(text: str, thinking: bool = False) -> dict:
-    """What the model answered, as fields of an assistant message: reasoning_content, content, tool_calls.
+    """An answer as fields of an assistant message: reasoning_content, content, tool_calls.
 
-    `text` continues a prompt of `encode_messages` with the same `thinking`; it ends at the first EOS, if any. Calls are
-    in the OpenAI format, arguments as JSON text. Nothing raises: reasoning that was cut off before `</think>` is still
-    reasoning, and what does not parse of a DSML block stays in content as it was written.
+    `text` continues a prompt of `encode_messages` with the same `thinking`; it ends at the first
+    EOS, if any. Calls are in the OpenAI format, arguments as JSON text. Nothing raises: reasoning
+    that was cut off before `</think>` is still reasoning, and parts of a DSML block that do not
+    parse stay in content as they were written.
     """
-    text, reasoning = text.partition(EOS)[0], ""
+    text = text.partition(EOS)[0]
+    reasoning = ""
     if thinking:
         reasoning, closed, answer = text.partition(END_THINK)
         if not closed:
@@ -533,21 +548,22 @@ def parse_response(text: str, thinking: bool = False) -> dict:
 
 def _parse_calls(block: str) -> tuple[list[dict], int]:
     """The well-formed invokes at the start of a DSML block, and where they end."""
-    calls, at = [], 0
-    while head := INVOKE.match(block, at):
+    calls, end = [], 0
+    while head := INVOKE.match(block, end):
         arguments, inside = {}, head.end()
         while (item := PARAMETER.match(block, inside)) and item[1] not in arguments:
-            is_json = item[2] == "false" and _parse_json(item[3]) is not _INVALID
-            arguments[item[1]] = item[3] if is_json else _json(item[3])
+            name, is_string, value = item.groups()
+            is_json = is_string == "false" and _parse_json(value) is not _INVALID
+            arguments[name] = value if is_json else _json(value)
             inside = item.end()
         if not block.startswith(INVOKE_END, inside):
             break
-        fields = ", ".join(f"{_json(key)}: {value}" for key, value in arguments.items())
-        calls.append(
-            {"type": "function", "function": {"name": head[1], "arguments": f"{{{fields}}}"}}
-        )
-        at = inside + len(INVOKE_END)
-    return calls, at
+        # The values are JSON text already, and keep their spelling.
+        fields = ", ".join(f"{_json(name)}: {value}" for name, value in arguments.items())
+        function = {"name": head[1], "arguments": f"{{{fields}}}"}
+        calls.append({"type": "function", "function": function})
+        end = inside + len(INVOKE_END)
+    return calls, end
 
 
 _INVALID = object()

@@ -1,4 +1,7 @@
-"""The released layout in and out (docs/v4.md#checkpoint): exact formats, every error in one line, memory, interrupts, other engines."""
+"""The released layout in and out (docs/v4.md#checkpoint).
+
+Exact formats, every error in one line, memory, interrupts, and other engines.
+"""
 
 from __future__ import annotations
 
@@ -58,6 +61,10 @@ def same(a: Transformer, b: Transformer) -> bool:
     )
 
 
+def infos(file: Path) -> dict:
+    return {name: (t.dtype, tuple(t.shape)) for name, t in load_file(file).items()}
+
+
 def edit(folder: Path, change, file="model.safetensors") -> None:
     """Rewrite a safetensors file after `change(tensors)`."""
     tensors = load_file(folder / file)
@@ -88,7 +95,7 @@ def copy(folders, tmp_path):
     return lambda name: Path(shutil.copytree(folders / name, tmp_path / "copy"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Layout
 
 
@@ -101,9 +108,8 @@ def test_layout_has_the_published_number_of_tensors(flash):
     assert len(flash) == 69_187
     pro = layout(ModelArgs.pro())
     assert len(pro) == 145_116 and sum(info.nbytes for info in pro.values()) == 864_704_792_696
-    assert pro["layers.2.ffn.experts.383.w2.scale"] == (E8M0, (7168, 96)) and pro[
-        "layers.0.attn.wo_a.scale"
-    ] == (E8M0, (128, 32))
+    assert pro["layers.2.ffn.experts.383.w2.scale"] == (E8M0, (7168, 96))
+    assert pro["layers.0.attn.wo_a.scale"] == (E8M0, (128, 32))
 
 
 @pytest.mark.parametrize(
@@ -132,15 +138,26 @@ def test_layout_of_flash_is_that_of_the_specification(name, dtype, shape, flash)
 
 def test_a_saved_folder_has_the_layout(folders):
     for name, formats in {"bf16": ("bf16", "bf16"), "fp4": ("fp4", "fp8")}.items():
-        on_disk = {
-            key: (t.dtype, tuple(t.shape))
-            for key, t in load_file(folders / name / "model.safetensors").items()
-        }
-        assert on_disk == layout(DEBUG, *formats)
+        assert infos(folders / name / "model.safetensors") == layout(DEBUG, *formats)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Round trips
+
+
+def halves(name: str, stacked: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """w1 and w3 of stacked experts, which have scale blocks of their own; else the tensor."""
+    return stacked.chunk(2, 1) if name.endswith("w13") else (stacked,)
+
+
+def rounded(name: str, w: torch.Tensor, fmt: str, dtype: torch.dtype) -> torch.Tensor:
+    """A parameter as `fmt` stores it."""
+    if fmt == "bf16":
+        return w.bfloat16().to(dtype)
+    quantize, dequantize = (
+        (quantize_fp4, dequantize_fp4) if fmt == "fp4" else (quantize_fp8, dequantize_fp8)
+    )
+    return torch.cat([dequantize(*quantize(half), dtype) for half in halves(name, w)], -2)
 
 
 def test_plain_round_trips_are_exact(tmp_path):
@@ -171,60 +188,44 @@ def test_the_release_rounds_norms_but_not_the_other_fp32_islands(folders):
 def test_quantised_round_trip_is_the_quantiser_exactly(args, experts, linears, dtype, tmp_path):
     model = make(args)
     save(model, tmp_path, experts=experts, linears=linears)
-    want, quantised = (
-        {},
-        {name.removesuffix(".scale") for name in layout(args) if name.endswith(".scale")},
-    )
+    quantised = {
+        name for name in layout(args) if name.removesuffix("weight") + "scale" in layout(args)
+    }
+    want = {}
     for name, w in model.state_dict().items():
-        part = (
-            "experts"
-            if ".experts." in name
-            else "linears"
-            if name.removesuffix(".weight") in quantised
-            else ""
-        )
-        fmt = {"experts": experts, "linears": linears}.get(part, "bf16")
-        halves = (
-            w.chunk(2, 1) if name.endswith("w13") else (w,)
-        )  # w1 and w3 have scale blocks of their own
-        if fmt == "fp4":
-            want[name] = torch.cat([dequantize_fp4(*quantize_fp4(h), dtype) for h in halves], 1)
-        elif fmt == "fp8":
-            want[name] = torch.cat(
-                [dequantize_fp8(*quantize_fp8(h), dtype) for h in halves],
-                1 if part == "experts" else 0,
-            )
-        elif part or w.dim() == 2 and not any(key in name for key in ("hc_", "ape", "tid2eid")):
-            want[name] = w.bfloat16().to(dtype)
+        if ".experts." in name:
+            fmt = experts
+        elif name in quantised:
+            fmt = linears
+        elif w.dim() == 2 and not any(key in name for key in ("hc_", "ape", "tid2eid")):
+            fmt = "bf16"
+        else:
+            continue
+        want[name] = rounded(name, w, fmt, dtype)
     loaded = load(tmp_path, dtype=dtype).state_dict()
     for name in want:
         assert torch.equal(loaded[name], want[name]), name
+
     native = load(tmp_path, weights="native", dtype=dtype)
-    for name, tensor in native.state_dict().items():
-        packed = {torch.int8: dequantize_fp4, torch.float8_e4m3fn: dequantize_fp8}.get(tensor.dtype)
-        if packed:
-            scale = native.state_dict()[
-                name.removesuffix("weight") + "scale"
-                if name.endswith("weight")
-                else name + "_scale"
-            ]
-            assert scale.dtype == torch.uint8 and not native.get_parameter(name).requires_grad
-            halves = (
-                zip(tensor.chunk(2, 1), scale.chunk(2, 1))
-                if name.endswith("w13")
-                else [(tensor, scale)]
-            )
-            assert torch.equal(
-                torch.cat([packed(q, s, dtype) for q, s in halves], -2), want[name]
-            ), name
-    assert (
-        sum(t.dtype in (torch.int8, torch.float8_e4m3fn) for t in native.state_dict().values()) > 0
-    )
+    packed = {torch.int8: dequantize_fp4, torch.float8_e4m3fn: dequantize_fp8}
+    state, seen = native.state_dict(), 0
+    for name, codes in state.items():
+        if codes.dtype not in packed:
+            continue
+        is_linear = name.endswith("weight")
+        scale = state[name.removesuffix("weight") + "scale" if is_linear else f"{name}_scale"]
+        assert scale.dtype == torch.uint8 and not native.get_parameter(name).requires_grad
+        pairs = zip(halves(name, codes), halves(name, scale), strict=True)
+        values = [packed[codes.dtype](c, s, dtype) for c, s in pairs]
+        assert torch.equal(torch.cat(values, -2), want[name]), name
+        seen += 1
+    assert seen
 
 
 @pytest.mark.parametrize("weights", ["dequant", "native"])
 def test_bytes_mean_what_the_specification_says(weights, copy):
-    """Independent of ops.formats: low nibble is the even column, w1 before w3, scales are 2^(byte - 127) of their block."""
+    """Independent of ops.formats: the low nibble is the even column, w1 comes before w3, and a
+    scale byte means 2^(byte - 127) of its block."""
     folder = copy("fp4")
 
     def change(tensors):
@@ -293,7 +294,7 @@ def test_load_leaves_the_default_dtype_and_ops_choice_alone(folders):
     assert torch.equal(model.freqs, make().freqs)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Older, newer and foreign folders
 
 
@@ -423,7 +424,7 @@ def test_layers_takes_the_first_layers_and_the_mtp_block(folders):
         load(folders / "shards", layers=5)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Errors: one line that names the culprit, before anything is built or written
 
 
@@ -483,7 +484,8 @@ ERRORS = {
     "wrong shape": (
         "fp4",
         _set("layers.1.attn.wq_a.weight", lambda t: t[:16].clone()),
-        r"model.safetensors: tensor 'layers.1.attn.wq_a.weight' has shape \[16, 64\], not \[32, 64\] as config.json",
+        r"model.safetensors: tensor 'layers.1.attn.wq_a.weight' has shape \[16, 64\], "
+        r"not \[32, 64\] as config.json",
     ),
     "transposed": (
         "bf16",
@@ -651,7 +653,7 @@ def test_a_format_that_no_release_has_is_refused(arguments, tmp_path):
         load(tmp_path, weights="packed")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Saving: all or nothing
 
 
@@ -724,47 +726,26 @@ def test_tokenizer_files_travel(tmp_path):
     assert (tmp_path / "again/tokenizer.json").read_text() == "{}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Command line
 
 
 @pytest.mark.parametrize("mtp", [True, False])
 def test_slice_copies_bytes_and_edits_the_config(folders, tmp_path, mtp):
     out = tmp_path / "out"
-    assert (
-        main(
-            [
-                "slice",
-                str(folders / "shards"),
-                str(out),
-                "--layers",
-                "1",
-                *([] if mtp else ["--no-mtp"]),
-            ]
-        )
-        == 0
-    )
+    flags = ["--layers", "1"] if mtp else ["--layers", "1", "--no-mtp"]
+    assert main(["slice", str(folders / "shards"), str(out), *flags]) == 0
     whole, part = load_file(folders / "fp4/model.safetensors"), load_file(out / "model.safetensors")
-    assert {
-        n
-        for n in whole
-        if not n.startswith(("layers.1", "layers.2", "layers.3", *([] if mtp else ["mtp."])))
-    } == part.keys()
+    left_out = ("layers.1", "layers.2", "layers.3", *(() if mtp else ("mtp.",)))
+    assert part.keys() == {name for name in whole if not name.startswith(left_out)}
     for name, t in part.items():
-        assert t.dtype == whole[name].dtype and torch.equal(
-            t.view(torch.uint8), whole[name].view(torch.uint8)
-        ), name
+        assert t.dtype == whole[name].dtype
+        assert torch.equal(t.view(torch.uint8), whole[name].view(torch.uint8)), name
     config = json.loads((out / "config.json").read_text())
-    assert (
-        config["num_hidden_layers"],
-        config["num_hash_layers"],
-        config["num_nextn_predict_layers"],
-    ) == (1, 1, mtp)
-    assert (
-        config["compress_ratios"] == [0] * (1 + mtp)
-        and config["expert_dtype"] == "fp4"
-        and config["quantization_config"]
-    )
+    assert config["num_hidden_layers"] == config["num_hash_layers"] == 1
+    assert config["num_nextn_predict_layers"] == mtp
+    assert config["compress_ratios"] == [0] * (1 + mtp)
+    assert config["expert_dtype"] == "fp4" and config["quantization_config"]
     if mtp:
         assert same(load(out), load(folders / "fp4", layers=1))
 
@@ -799,11 +780,7 @@ def test_convert_changes_the_format_and_keeps_the_rest(source, flags, same_as, f
             ("fp8",): ("fp8", "fp8"),
             ("bf16", "bf16"): ("bf16", "bf16"),
         }[tuple(flags[1::2])]
-        on_disk = {
-            key: (t.dtype, tuple(t.shape))
-            for key, t in load_file(tmp_path / "out/model.safetensors").items()
-        }
-        assert on_disk == layout(DEBUG, *formats)
+        assert infos(tmp_path / "out/model.safetensors") == layout(DEBUG, *formats)
     config, quantised = json.loads((tmp_path / "out/config.json").read_text()), "bf16" not in flags
     assert ("quantization_config" in config) == quantised
     assert config.get("expert_dtype") == (
@@ -812,7 +789,7 @@ def test_convert_changes_the_format_and_keeps_the_rest(source, flags, same_as, f
 
 
 def test_fp4_to_fp8_is_exact_while_scales_of_a_block_are_near(tmp_path):
-    """docs/v4.md#checkpoint: 2^14 between the scales of a 128 x 128 block still fits the range of e4m3."""
+    """2^14 between the scales of a 128 x 128 block still fits the range of e4m3."""
     save(make(PARTIAL), tmp_path / "a", experts="fp4", linears="fp8")
     generator = torch.Generator().manual_seed(0)
 
@@ -882,15 +859,16 @@ def test_command_line_exit_codes(capsys):
         assert capsys.readouterr().err.count("\n") == 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Memory
 
 _MEASURE = """
 import sys, torch
 from checkpoint import convert, load, save
 def status(key):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
-def peak(work):  # the kernel's own high-water mark of resident memory, reset first: no sampling, nothing missed
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+def peak(work):  # the kernel's own high-water mark of resident memory, reset first
     open("/proc/self/clear_refs", "w").write("5")
     before = status("VmRSS")
     result = work()
@@ -947,8 +925,8 @@ def test_memory_peaks_at_the_model_and_one_tensor(folders, tmp_path):
         assert int(line.split()[1]) <= 20 * 2**20, line  # 4 MB of slack
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Transformers reads what is saved here (its router runs in the parameter dtype, so compare in fp32)
+# --------------------------------------------------------------------------------------------------
+# Transformers reads saved folders (its router runs in the parameter dtype, so compare in fp32)
 
 
 @pytest.mark.parametrize(

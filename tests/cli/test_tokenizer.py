@@ -1,25 +1,23 @@
-"""Contracts of tokenizer.py: both back ends, streaming, and V4's prompt format against the official golden texts."""
+"""tokenizer.py: both back ends, streaming, and V4's prompt format against the official goldens."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import importlib.util
+import itertools
 import json
 import random
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import sentencepiece
 import tokenizers
 
+import tokenizer as T
+
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
-
-import tokenizer as T  # noqa: E402
-
 CHAT_TOKENS = [T.USER, T.ASSISTANT, T.REMINDER, T.THINK, T.END_THINK, T.DSML, "<｜fim▁hole｜>"]
 TEXTS = {
     "empty": "",
@@ -30,12 +28,13 @@ TEXTS = {
     "emoji": "family 👨‍👩‍👧‍👦, flag 🇫🇷, skin 👍🏽, rocket 🚀",
     "underline": "a real ▁ is not a space ▁▁",
     "odd": "nul \0, bom \ufeff, noncharacter \uffff, astral \U0010fffd, <0xE2>, <unk>",
-    "chat": f"{T.BOS}{T.USER}hi{T.ASSISTANT}{T.THINK}so{T.END_THINK}<{T.DSML}invoke>{T.EOS}<｜fim▁hole｜><｜fim hole｜>",
+    "chat": f"{T.BOS}{T.USER}hi{T.ASSISTANT}{T.THINK}so{T.END_THINK}<{T.DSML}invoke>{T.EOS}"
+    "<｜fim▁hole｜><｜fim hole｜>",
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenizers under test: a tiny one of each kind, and the real one of DeepSeek-V4 where its package is installed
+# --------------------------------------------------------------------------------------------------
+# Tokenizers under test: a tiny one of each kind, and V4's own where its package is installed
 
 
 def train_sentencepiece(folder: Path, **overrides) -> Path:
@@ -312,7 +311,7 @@ def test_wrong_kinds_of_files_are_refused(tmp_path):
         T.load_tokenizer(tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Streaming
 
 
@@ -401,7 +400,7 @@ def test_stop_string_cuts_the_text_however_it_is_split(text, stop, expected):
         cuts = sorted(
             {0, len(raw), *(rng.randrange(len(raw)) for _ in range(rng.randrange(len(raw))))}
         )
-        emitted, stopped = stream([raw[a:b] for a, b in zip(cuts, cuts[1:])], stop)
+        emitted, stopped = stream([raw[a:b] for a, b in itertools.pairwise(cuts)], stop)
         assert "".join(emitted) == (text if expected is None else expected)
         assert stopped == (expected is not None)
 
@@ -422,8 +421,8 @@ def test_empty_stop_string_is_refused():
         T.StreamDecoder(Pieces([]), stop=["a", ""])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Prompt encoding. The four golden conversations of the official encoding folder, the long ones shortened.
+# --------------------------------------------------------------------------------------------------
+# Prompt format. The official encoding folder's four golden conversations, the long ones shortened.
 
 U, A, E = T.USER, T.ASSISTANT, T.EOS
 WEATHER = {
@@ -441,12 +440,13 @@ WEATHER = {
 TOOL_SECTION = """\
 ## Tools
 
-You have access to a set of tools to help answer the user's question. You can invoke tools by writing a \
-"<｜DSML｜tool_calls>" block like the following:
+You have access to a set of tools to help answer the user's question. \
+You can invoke tools by writing a "<｜DSML｜tool_calls>" block like the following:
 
 <｜DSML｜tool_calls>
 <｜DSML｜invoke name="$TOOL_NAME">
-<｜DSML｜parameter name="$PARAMETER_NAME" string="true|false">$PARAMETER_VALUE</｜DSML｜parameter>
+<｜DSML｜parameter name="$PARAMETER_NAME" string="true|false">\
+$PARAMETER_VALUE</｜DSML｜parameter>
 ...
 </｜DSML｜invoke>
 <｜DSML｜invoke name="$TOOL_NAME2">
@@ -454,18 +454,19 @@ You have access to a set of tools to help answer the user's question. You can in
 </｜DSML｜invoke>
 </｜DSML｜tool_calls>
 
-String parameters should be specified as is and set `string="true"`. For all other types (numbers, booleans, arrays, \
-objects), pass the value in JSON format and set `string="false"`.
+String parameters should be specified as is and set `string="true"`. For all other types \
+(numbers, booleans, arrays, objects), pass the value in JSON format and set `string="false"`.
 
-If thinking_mode is enabled (triggered by <think>), you MUST output your complete reasoning inside <think>...</think> \
-BEFORE any tool calls or final response.
+If thinking_mode is enabled (triggered by <think>), you MUST output your complete reasoning \
+inside <think>...</think> BEFORE any tool calls or final response.
 
 Otherwise, output directly after </think> with tool calls or final response.
 
 ### Available Tool Schemas
 
-{"name": "get_weather", "description": "Get the weather for a specific location", "parameters": {"type": "object", \
-"properties": {"location": {"type": "string", "description": "The city name"}}, "required": ["location"]}}
+{"name": "get_weather", "description": "Get the weather for a specific location", \
+"parameters": {"type": "object", "properties": {"location": {"type": "string", \
+"description": "The city name"}}, "required": ["location"]}}
 
 You MUST strictly follow the above defined tool name and parameter schemas to invoke tool calls.
 """
@@ -521,14 +522,16 @@ def test_golden_1_tools_and_thinking():
         == f"""\
 <｜begin▁of▁sentence｜>You are a helpful assistant.
 
-{TOOL_SECTION}<｜User｜>What's the weather in Beijing?<｜Assistant｜><think>I should use the get_weather tool.</think>
+{TOOL_SECTION}<｜User｜>What's the weather in Beijing?<｜Assistant｜><think>\
+I should use the get_weather tool.</think>
 
 <｜DSML｜tool_calls>
 <｜DSML｜invoke name="get_weather">
 <｜DSML｜parameter name="location" string="true">Beijing</｜DSML｜parameter>
 <｜DSML｜parameter name="unit" string="true">celsius</｜DSML｜parameter>
 </｜DSML｜invoke>
-</｜DSML｜tool_calls><｜end▁of▁sentence｜><｜User｜><tool_result>{{"temperature": 22}}</tool_result>\
+</｜DSML｜tool_calls><｜end▁of▁sentence｜>\
+<｜User｜><tool_result>{{"temperature": 22}}</tool_result>\
 <｜Assistant｜><think>Got the weather data.</think>It is 22°C.<｜end▁of▁sentence｜>"""
     )
 
@@ -545,9 +548,11 @@ def test_golden_2_earlier_reasoning_is_dropped():
         ),
     ]
     assert T.encode_messages(messages, thinking=True) == (
-        "<｜begin▁of▁sentence｜>You are a helpful assistant.<｜User｜>Hello<｜Assistant｜></think>Hi there! How can I help "
-        "you?<｜end▁of▁sentence｜><｜User｜>What is the capital of France?<｜Assistant｜><think>The user asks about the "
-        "capital of France. It is Paris.</think>The capital of France is Paris.<｜end▁of▁sentence｜>"
+        "<｜begin▁of▁sentence｜>You are a helpful assistant.<｜User｜>Hello<｜Assistant｜></think>"
+        "Hi there! How can I help you?<｜end▁of▁sentence｜>"
+        "<｜User｜>What is the capital of France?<｜Assistant｜>"
+        "<think>The user asks about the capital of France. It is Paris.</think>"
+        "The capital of France is Paris.<｜end▁of▁sentence｜>"
     )
 
 
@@ -563,12 +568,15 @@ def test_golden_3_developer_with_tools_and_reminder():
         assistant("请及时就医。", "现在开始组织回答。", tool_calls=[]),
     ]
     assert T.encode_messages(messages, thinking=True) == (
-        "<｜begin▁of▁sentence｜>该助手为DeepSeek，由深度求索公司创造。<｜latest_reminder｜>2026-02-21,星期六,广州,App,中文"
-        f"<｜User｜>能一起吃吗？\n\n{TOOL_SECTION}<｜Assistant｜><think>用户想知道。</think>\n\n<｜DSML｜tool_calls>\n"
-        '<｜DSML｜invoke name="search">\n<｜DSML｜parameter name="queries" string="true">小柴胡冲剂 布洛芬'
-        "</｜DSML｜parameter>\n</｜DSML｜invoke>\n</｜DSML｜tool_calls><｜end▁of▁sentence｜>"
-        "<｜User｜><tool_result>[0]</tool_result><｜Assistant｜><think>现在开始组织回答。</think>请及时就医。"
-        "<｜end▁of▁sentence｜>"
+        "<｜begin▁of▁sentence｜>该助手为DeepSeek，由深度求索公司创造。"
+        "<｜latest_reminder｜>2026-02-21,星期六,广州,App,中文"
+        f"<｜User｜>能一起吃吗？\n\n{TOOL_SECTION}"
+        "<｜Assistant｜><think>用户想知道。</think>\n\n<｜DSML｜tool_calls>\n"
+        '<｜DSML｜invoke name="search">\n'
+        '<｜DSML｜parameter name="queries" string="true">小柴胡冲剂 布洛芬</｜DSML｜parameter>\n'
+        "</｜DSML｜invoke>\n</｜DSML｜tool_calls><｜end▁of▁sentence｜>"
+        "<｜User｜><tool_result>[0]</tool_result>"
+        "<｜Assistant｜><think>现在开始组织回答。</think>请及时就医。<｜end▁of▁sentence｜>"
     )
 
 
@@ -582,8 +590,11 @@ def test_golden_4_action_task_in_chat_mode():
         assistant("Search"),
     ]
     assert T.encode_messages(messages) == (
-        "<｜begin▁of▁sentence｜>今天是2025年10月17日。<｜latest_reminder｜>2024-11-15,上海市,App,中文<｜User｜>热海大滚锅是世界"
-        "著名温泉吗<｜Assistant｜></think>**世界罕见**的高温地热系统。<｜end▁of▁sentence｜><｜User｜>世界著名温泉有哪些"
+        "<｜begin▁of▁sentence｜>今天是2025年10月17日。"
+        "<｜latest_reminder｜>2024-11-15,上海市,App,中文"
+        "<｜User｜>热海大滚锅是世界著名温泉吗"
+        "<｜Assistant｜></think>**世界罕见**的高温地热系统。<｜end▁of▁sentence｜>"
+        "<｜User｜>世界著名温泉有哪些"
         "<｜Assistant｜></think><｜action｜>Search<｜end▁of▁sentence｜>"
     )
 
@@ -678,8 +689,9 @@ def test_maximal_effort_text_is_the_official_one_and_precedes_everything():
         (
             [system("S", response_format={"a": "é"}), user("q")],
             {},
-            'S\n\n## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n{"a": "é"}'
-            f"{U}q{A}</think>",
+            "S\n\n## Response Format:\n\n"
+            "You MUST strictly adhere to the following schema to reply:\n"
+            f'{{"a": "é"}}{U}q{A}</think>',
         ),
     ],
 )
@@ -723,11 +735,8 @@ def test_tool_results_go_into_one_user_turn_in_the_order_of_the_calls():
 @pytest.mark.parametrize(
     "keys, results, expected",
     [
-        (
-            "xy",
-            [("1", "y"), ("2", None)],
-            "21",
-        ),  # a result without an id counts as the first call's
+        # a result without an id counts as the first call's
+        ("xy", [("1", "y"), ("2", None)], "21"),
         ((None, None), [("2", "y"), ("1", "x")], "21"),  # calls without ids: as they came
     ],
 )
@@ -843,7 +852,7 @@ def test_bad_input_is_one_clear_line(messages, options, says):
     assert "\n" not in str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Answers
 
 OPEN, CLOSE = "\n\n<｜DSML｜tool_calls>\n", "</｜DSML｜tool_calls>"
@@ -888,16 +897,14 @@ def test_parsing_inverts_rendering(thinking, content, calls):
         ("c, cut off", False, answer("c, cut off")),
         ("r</think>c</think>d", True, answer("c</think>d", "r")),  # the first one counts
         ("reasoning, cut off", True, answer("", "reasoning, cut off")),
+        # calls that are only thought about
         (
             f"r{OPEN}{invoke('f')}{CLOSE}</think>c",
             True,
             answer("c", f"r{OPEN}{invoke('f')}{CLOSE}"),
-        ),  # only thought about
-        (
-            f"r{OPEN}{invoke('f')}{CLOSE}{E}",
-            True,
-            answer("", "r", ("f", "{}")),
-        ),  # reasoning never closed
+        ),
+        # reasoning that is never closed
+        (f"r{OPEN}{invoke('f')}{CLOSE}{E}", True, answer("", "r", ("f", "{}"))),
         (
             f"c{OPEN}{invoke('f', ('n', 'false', '1.50'), ('s', 'true', '1'))}{CLOSE}{E}",
             False,
@@ -974,7 +981,8 @@ def test_no_answer_crashes_the_parser_and_arguments_are_always_json():
         "\n",
         "5",
     ]
-    whole = f"r</think>c{OPEN}{invoke('f', ('a', 'false', '[1]'), ('b', 'true', 'x'))}{invoke('g')}{CLOSE}{E}"
+    calls = invoke("f", ("a", "false", "[1]"), ("b", "true", "x")) + invoke("g")
+    whole = f"r</think>c{OPEN}{calls}{CLOSE}{E}"
     rng = random.Random(4)
     texts = [whole[:n] for n in range(len(whole))]
     texts += [OPEN + "".join(rng.choices(pieces, k=rng.randrange(25))) for _ in range(3000)]
