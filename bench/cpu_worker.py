@@ -1,16 +1,17 @@
 """Time one row of the CPU suite in a process of its own, one round whenever it is told to.
 
-    python -P bench/cpu_worker.py ROW [--without KERNEL,KERNEL]
+    python -P bench/cpu_worker.py ROW [--without OP,OP]
 
 bench/turns.py starts one process per side and lets them take turns: it writes a line to standard
 input, the process runs a round and answers with a line of JSON. The code that is timed is that of
 the checkout PYTHONPATH names, which may be older than this file, so what has moved since is looked
-for in both places. --without leaves C++ kernels of ops out.
+for in both places. --without switches the C++ kernels of ops off.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import inspect
 import json
@@ -164,20 +165,13 @@ ROWS = {
 # The process
 
 
-def leave_out(kernels: list[str]) -> None:
-    """Let ops run their PyTorch code in place of these C++ kernels."""
-    table = find("ops.cpp:KERNELS")
-    for name in kernels:
-        table[name].built = False  # as where nothing can be compiled
-
-
 def called(run: Callable[[int], int]) -> list[str]:
-    """Ops with a C++ kernel that a round calls."""
-    table = find("ops.cpp:KERNELS")
+    """Ops with a C++ kernel, of the op or of its backward, that a round calls."""
+    kernels = find("ops.cpp:KERNELS")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         run(0)
     names = {event.name.split("::")[-1] for event in profiler.events() if "::" in event.name}
-    return sorted(names & set(table))
+    return sorted({name.removesuffix("_backward") for name in names & set(kernels)})
 
 
 def timed(run: Callable[[int], int], i: int) -> dict[str, float]:
@@ -199,11 +193,12 @@ def main() -> None:
     parser.add_argument("--without", default="")
     flags = parser.parse_args()
     torch.set_num_threads(1)
-    if flags.without:
-        leave_out(flags.without.split(","))
     prepare, *sizes = ROWS[flags.row]
     begun = time.perf_counter()
-    with torch.set_grad_enabled(prepare is train):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.set_grad_enabled(prepare is train))
+        if flags.without:
+            stack.enter_context(find("ops.cpp:disabled")(*flags.without.split(",")))
         run = prepare(*sizes)
         run(0)  # compiles
         seconds = time.perf_counter() - begun

@@ -94,9 +94,7 @@ def ratio(rounds: list[dict], base: list[dict]) -> dict:
 
 
 def loses(case: dict) -> bool:
-    """Whether a row of `ratio` takes longer than the base by more than the tolerance and the spread
-    of rounds.
-    """
+    """Whether a row takes longer than the base by more than the tolerance and its spread."""
     return 1 / case["ratio"] > 1 + TOLERANCE + case["spread"]
 
 
@@ -125,25 +123,24 @@ KERNEL_ROWS = ("decode B=1", "decode B=8", "prefill 512", "train step 1 x 256")
 
 
 def kernels(rounds: int, rows: tuple[str, ...] = KERNEL_ROWS) -> dict[str, dict]:
-    """Each C++ kernel of an op switched off in turn, end to end on the rows that call it ->
-    {kernel: {row: case}}.
+    """Ops' C++ kernels (with the backward's) switched off in turn, on the rows that call them.
 
-    "times" is how many times longer the row takes without the kernel.
+    -> {op: {row: case}}; "times" is how many times longer the row takes without the kernels.
     """
     found: dict[str, dict] = {}
     for row in rows:
         with Worker(row) as on:
-            for kernel in on.first["kernels"]:
+            for op in on.first["kernels"]:
                 on.rounds = []
-                with Worker(row, without=(kernel,)) as off:
+                with Worker(row, without=(op,)) as off:
                     times = take_turns({"on": on, "off": off}, rounds)
                 case = ratio(times["on"], times["off"])
                 case = {"times": case.pop("ratio"), **case}
                 for name, measured in times.items():
                     case[name] = summary(measured)
-                found.setdefault(kernel, {})[row] = case
+                found.setdefault(op, {})[row] = case
                 print(
-                    f"{kernel:24} {row:20} {case['times']:.3f} times as long without "
+                    f"{op:24} {row:20} {case['times']:.3f} times as long without "
                     f"({case['least_ratio']:.3f} to {case['most_ratio']:.3f})",
                     flush=True,
                 )
