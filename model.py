@@ -216,7 +216,6 @@ def make_plan(
         pos = col - torch.where(starts, col, 0).cummax(1).values
     else:
         pos = col.expand(B, T)
-
     windows = {}
     for R in sorted(ratios):
         if input_pos is not None:
@@ -272,6 +271,11 @@ def document_windows(R, freqs, pos, col) -> Windows:
 
 # ------------------------------------------------------------------------------
 # Building blocks
+
+
+def call(function: Callable, *args):
+    """The default of run_block and of MoE.dispatch: a direct call."""
+    return function(*args)
 
 
 class RMSNorm(nn.Module):
@@ -519,23 +523,16 @@ class Attention(nn.Module):
 
 
 class Gate(nn.Module):
-    """The router: K experts per token and their weights (docs/v4.md#experts).
-
-    The experts are chosen by token id in hash layers, elsewhere by score plus bias.
-    """
+    """The router (docs/v4.md#experts): by token id in hash layers, else by score plus bias."""
 
     def __init__(self, args: ModelArgs, hashed: bool):
         super().__init__()
         self.args = args
         self.weight = nn.Parameter(torch.empty(args.n_routed_experts, args.dim))
-        tid2eid = bias = None
-        if hashed:
-            tid2eid = torch.empty(args.vocab_size, args.n_activated_experts, dtype=torch.int64)
-        else:
-            bias = torch.empty(args.n_routed_experts, dtype=torch.float32)
-            bias = nn.Parameter(bias, requires_grad=False)
-        self.register_buffer("tid2eid", tid2eid)
-        self.register_parameter("bias", bias)
+        tid2eid = torch.empty(args.vocab_size, args.n_activated_experts, dtype=torch.int64)
+        bias = nn.Parameter(torch.empty(args.n_routed_experts, dtype=torch.float32), False)
+        self.register_buffer("tid2eid", tid2eid if hashed else None)
+        self.register_parameter("bias", None if hashed else bias)
 
     def forward(self, x: torch.Tensor, tokens: torch.Tensor):
         """x [B T, d], tokens [B T] -> chosen [B T, K], their weights [B T, K], scores [B T, E]."""
@@ -583,7 +580,8 @@ class Experts(nn.Module):
 
     def forward(self, x: torch.Tensor, chosen: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """x [B T, d], chosen and weight [B T, K] -> [B T, d] fp32."""
-        args, w13, w2 = self.args, self.w13, self.w2
+        args = self.args
+        w13, w2 = self.w13, self.w2
         if args.expert_qat:
             w1_w3 = w13.unflatten(1, (2, -1))  # each has scales of its own
             w13 = fake_quant_ste(w1_w3, args.expert_qat).flatten(1, 2)
@@ -592,15 +590,11 @@ class Experts(nn.Module):
         return self.ops.moe(x, w13, w2, chosen, weight, *scales, args.swiglu_limit, args.act_quant)
 
 
-def dispatch_locally(experts: Experts, x, chosen, weight) -> torch.Tensor:
-    """All routed experts live in this process; parallel.py has the dispatcher for several."""
-    return experts(x, chosen, weight)
-
-
 class MoE(nn.Module):
     """Routed experts plus one shared expert (docs/v4.md#experts).
 
-    dispatch(experts, x, chosen, weight), as Experts.forward, brings tokens to their experts.
+    dispatch(experts, x, chosen, weight) brings tokens to their experts: a call of Experts, or
+    parallel.py's exchange between processes.
     """
 
     def __init__(self, args: ModelArgs, ops: Table, hashed: bool):
@@ -608,7 +602,7 @@ class MoE(nn.Module):
         self.gate = Gate(args, hashed)
         self.experts = Experts(args, ops)
         self.shared_experts = Expert(args, ops)
-        self.dispatch: Callable = dispatch_locally
+        self.dispatch: Callable = call
 
     def forward(self, x: torch.Tensor, tokens: torch.Tensor, plan: Plan):
         """x [B, T, d], tokens [B, T] -> [B, T, d], AuxOutputs."""
@@ -690,11 +684,6 @@ class MTPBlock(Block):
         return super().forward(X, tokens, plan)
 
 
-def call(function: Callable, *args):
-    """The default of run_block: a direct call."""
-    return function(*args)
-
-
 class MTP(nn.ModuleList):
     """`model.mtp`: the MTP blocks (none or one); uses the model's embedding, head and plans."""
 
@@ -762,7 +751,7 @@ class Transformer(nn.Module):
         self.cache_size = None  # (max_batch_size, max_seq_len, max_rewind)
         self.cache_generation = 0  # raised by whoever empties, replaces or takes over the caches
         weight = torch.empty(args.vocab_size, args.dim)
-        self.embed = nn.Embedding(args.vocab_size, args.dim, _weight=weight)
+        self.embed = nn.Embedding(*weight.shape, _weight=weight)
         self.layers = nn.ModuleList(Block(args, self.ops, i) for i in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.head = Linear(args, self.ops, args.dim, args.vocab_size)
