@@ -27,6 +27,7 @@ from ops.indexer_loss import indexer_recall
 from ops.registry import Table, require
 from ops.rope import rope_frequencies
 from ops.router_balance import router_balance
+from ops.swiglu import swiglu
 
 
 @dataclasses.dataclass
@@ -557,10 +558,8 @@ class Expert(nn.Module):
         self.w3 = Linear(args, ops, args.dim, args.moe_inter_dim, fp8=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        limit = self.args.swiglu_limit
-        gate = self.w1(x).float().clamp(max=limit)
-        up = self.w3(x).float().clamp(-limit, limit)
-        return self.w2((F.silu(gate) * up).to(x.dtype))
+        h = swiglu(self.w1(x).float(), self.w3(x).float(), self.args.swiglu_limit)
+        return self.w2(h.to(x.dtype))
 
 
 class Experts(nn.Module):

@@ -19,7 +19,7 @@ from bench.gpu_measure import Bench, Side, Skipped, against, backward_of, both, 
 from model import ModelArgs, layer_frequencies, make_plan
 from ops.formats import dequantize_fp4, dequantize_fp8, quantize_fp4, quantize_fp8, scale_to_float
 from ops.launch import INTERPRETING, jit, launch, power_of_two, tl
-from ops.moe_grouped import swiglu
+from ops.moe_grouped import activate
 from ops.registry import LAUNCHERS
 
 SLICE = 32  # tokens whose results are compared with fp64
@@ -958,7 +958,7 @@ def grouped_mm(
     ends = torch.searchsorted(
         experts, torch.arange(len(w13[0]), device=x.device), right=True, out_int32=True
     )
-    h = swiglu(product(x[order // K], ends, *w13), weight.flatten()[order, None], limit).to(x.dtype)
+    h = activate(product(x[order // K], ends, *w13), weight.flatten()[order, None], limit).to(x.dtype)
     y = product(h, ends, *w2)
     return torch.zeros(x.shape, dtype=torch.float32, device=x.device).index_add_(
         0, order // K, y.float()

@@ -26,6 +26,7 @@ import torch
 from . import cpp
 from .moe_decode import gathered, moe_decode
 from .moe_grouped import (
+    activate,
     backward_fake,
     backward_flops,
     backward_reference,
@@ -35,10 +36,10 @@ from .moe_grouped import (
     grouped,
     one_of,
     quantized,
-    swiglu,
 )
 from .moe_train import moe_train
 from .registry import Op, register, require
+from .swiglu import HAS_KERNELS
 from .triton.moe import backward, forward
 
 CHUNK = 1 << 24  # intermediate values held at a time
@@ -109,7 +110,7 @@ def reference(
     step, out = max(1, CHUNK // (E * (w13.shape[1] + w2.shape[1]))), []
     for c in range(0, N, step):
         h13 = x[c : c + step] @ w13.transpose(1, 2)  # [E, n, 2I]
-        h = swiglu(h13, route[c : c + step].T[..., None], limit).to(dtype)
+        h = activate(h13, route[c : c + step].T[..., None], limit).to(dtype)
         out.append((quantized(h, act_quant) @ w2.transpose(1, 2)).float().sum(0))
     return torch.cat(out)
 
@@ -128,6 +129,7 @@ _backward_op = register(
     kernel=backward,
     cpp="moe",
     supports_cpp=_supports_cpp,
+    native=HAS_KERNELS,
 )
 
 
@@ -155,6 +157,7 @@ _opaque = register(
     kernel=forward,
     cpp="moe",
     supports_cpp=_supports_cpp,
+    native=HAS_KERNELS,
 )
 
 
@@ -178,7 +181,7 @@ moe = Op(
     reference,
     _opaque,
     check,
-    cpu=_cpu,
+    cpu=_cpu if HAS_KERNELS else None,
     cpp={
         "decode": ("moe_decode",),
         "prefill": ("moe_decode", "moe"),

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import torch
 
-from .moe_grouped import quantized, swiglu
+from .moe_grouped import activate, quantized
 from .registry import Op, register
+from .swiglu import HAS_KERNELS
 
 
 def _materialized(x):
@@ -33,7 +34,7 @@ def gathered(
     """
     x, dtype = quantized(x, act_quant), x.dtype
     h13 = (w13.float() * _materialized(x).float()[:, None, None]).sum(-1).to(dtype)
-    h = swiglu(h13, weight[..., None], limit).to(dtype)
+    h = activate(h13, weight[..., None], limit).to(dtype)
     h = _materialized(quantized(h, act_quant))
     y = (w2.float() * h.float()[:, :, None]).sum(-1).to(dtype)
     return y.float().sum(1)
@@ -62,6 +63,7 @@ _opaque = register(
     fake=lambda x, *rest: x.new_empty(x.shape),
     flops=_flops,
     cpp="moe_decode",
+    native=HAS_KERNELS,
 )
 
 moe_decode = Op("moe_decode", reference, _opaque, check=None, internal=True)

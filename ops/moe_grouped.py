@@ -7,20 +7,20 @@ expert has must be known on the host, so this is not for tracing.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from .act_quant import reference as fake_quant
 from .formats import dequantize_fp4, dequantize_fp8
+from .swiglu import swiglu, swiglu_backward
 
 
 def quantized(x: torch.Tensor, act_quant: bool) -> torch.Tensor:
     return fake_quant(x, 128, "fp8") if act_quant else x
 
 
-def swiglu(h13: torch.Tensor, weight: torch.Tensor, limit: float) -> torch.Tensor:
-    """Pre-activations [..., 2I] and weights [..., 1] -> [..., I] fp32."""
+def activate(h13: torch.Tensor, weight: torch.Tensor, limit: float) -> torch.Tensor:
+    """Pre-activations [..., 2I] and weights [..., 1] -> h [..., I] fp32."""
     gate, up = h13.float().chunk(2, -1)
-    return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit) * weight
+    return swiglu(gate, up, limit) * weight
 
 
 def dequantize(w: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
@@ -71,7 +71,7 @@ def grouped(
         token = rows // idx.shape[1]
         # h [n, I] of the n pairs that chose e
         h13 = xq[token] @ dequantize13(w13[e], one_of(s13, e), x.dtype).T
-        h = swiglu(h13, flat_weight[rows, None], limit).to(x.dtype)
+        h = activate(h13, flat_weight[rows, None], limit).to(x.dtype)
         y_e = quantized(h, act_quant) @ dequantize(w2[e], one_of(s2, e), x.dtype).T
         y.index_add_(0, token, y_e.float())
     return y
@@ -100,17 +100,10 @@ def backward_reference(
         x_e, g_e = xq[token], g[token].to(dtype)
         w13_e = dequantize13(w13[e], one_of(s13, e), dtype)
         w2_e = dequantize(w2[e], one_of(s2, e), dtype)
-        # The forward again: h = silu(gate) up w
-        gate, up = (x_e @ w13_e.T).float().chunk(2, -1)
-        gate_c, up_c = gate.clamp(max=limit), up.clamp(-limit, limit)
-        sig = torch.sigmoid(gate_c)
-        silu = gate_c * sig
-        h = quantized((silu * up_c * w).to(dtype), act_quant)
-        # silu' = sigmoid (1 + gate - silu); no gradient passes where a value was clamped
+        gate, up = (x_e @ w13_e.T).float().chunk(2, -1)  # as in the forward
         g_h = (g_e @ w2_e).float()
-        g_weight[rows] = (g_h * silu * up_c).sum(-1)
-        g_gate = g_h * w * up_c * sig * (1 + gate_c - silu) * (gate <= limit)
-        g_up = g_h * w * silu * (up.abs() <= limit)
+        h, g_weight[rows], g_gate, g_up = swiglu_backward(g_h, w, gate, up, limit)
+        h = quantized(h.to(dtype), act_quant)
         g_13 = torch.cat((g_gate, g_up), -1).to(dtype)
         g_x.index_add_(0, token, (g_13 @ w13_e).float())
         if not frozen:

@@ -12,6 +12,7 @@ import torch
 from .cpp import supports_cpp
 from .moe_grouped import backward_fake, backward_reference, flops, grouped
 from .registry import Op, register
+from .swiglu import HAS_KERNELS
 
 LANES = 8  # of a vector: pre-activations are saved in whole ones
 
@@ -57,6 +58,7 @@ _backward_op = register(
     flops=_backward_flops,
     cpp="moe",
     supports_cpp=supports_cpp,
+    native=HAS_KERNELS,
 )
 
 
@@ -80,6 +82,7 @@ _opaque = register(
     backward=_backward,
     cpp="moe",
     supports_cpp=supports_cpp,
+    native=HAS_KERNELS,
 )
 
 moe_train = Op("moe_train", reference, lambda *args: _opaque(*args)[0], check=None, internal=True)

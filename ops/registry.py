@@ -46,6 +46,7 @@ def register(
     kernel: Callable | None = None,
     cpp: str | None = None,
     supports_cpp: Callable | None = None,
+    native: bool = True,
 ):
     """Define `torch.ops.dsv4.<name>` and return its overload.
 
@@ -57,8 +58,11 @@ def register(
     kernel          as impl, by Triton: runs instead of it on a GPU, and on CPU in Triton's interpreter
     cpp             library of a C++ kernel for CPU, see cpp.py: it runs once `build_cpu_kernels` has built it
     supports_cpp    whether the C++ takes these arguments; impl takes the others. None: it takes all
+    native          False: kernel and cpp are left out, impl runs everywhere
     """
     name = schema.split("(")[0]
+    if not native:
+        kernel = cpp = None
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, kernel or impl, "CUDA")
     if kernel:
