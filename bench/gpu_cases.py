@@ -1273,7 +1273,7 @@ def elementwise(b: Bench) -> None:
         b.at(4096, 64),
         (1 + b.normal(b.at(4096, 64), dtype=torch.float32, scale=0.1)),
     )
-    gate = lambda h, weight: swiglu(h, weight, 10.0).to(h.dtype)
+    gate = lambda h, weight: activate(h, weight, 10.0).to(h.dtype)
     norm = lambda x: (
         x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + EPS) * w
     ).to(x.dtype)
