@@ -36,7 +36,7 @@ from torch.distributed.tensor import DTensor, Shard
 from checkpoint import checkpoint_tensors, empty_model, save
 from compile_config import CompileConfig
 from model import Experts, Transformer
-from ops.muon import grad_norm, length, muon_direction
+from ops.muon import grad_norm, muon_direction, step_length
 from ops.registry import Table
 from training.optim import Optimizer
 
@@ -409,7 +409,9 @@ class Divided(Optimizer):
             )
             for (name, p), part in zip(found, u):
                 weight = self.state[name].get("master", p)
-                weight.mul_(1 - lr * self.decay).sub_(part[: len(p)] * (lr * length(shape, blocks)))
+                weight.mul_(1 - lr * self.decay).sub_(
+                    part[: len(p)] * (lr * step_length(shape, blocks))
+                )
                 if weight is not p:
                     p.copy_(weight)
 

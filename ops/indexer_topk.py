@@ -1,20 +1,16 @@
-"""indexer_topk: which compressed entries each token attends to (lightning indexer, docs/v4.md#indexer).
+"""indexer_topk: which compressed entries each token attends to (lightning indexer,
+docs/v4.md#indexer).
 
     I[t, e] = sum_h u[t, h] relu(q[t, h] . k[e])     for lo[t] <= e < hi[t]
-    idx[t]  = the entries with the K largest I; -1 where fewer than K are visible. Their order means nothing.
+    idx[t]  = the entries with the K largest I; -1 where fewer than K are visible; in any order
 
     q [B, T, Hi, Di]   k [B, E, Di]   u [B, T, Hi]   lo, hi [B, T] int64
     idx [B, T, K] int64, K = min(topk, E)
 
-fp32 arithmetic. No gradient: the choice is discrete. The reference walks tokens and entries in chunks, so that neither the
-scores per head of a long prefill nor an fp32 copy of a long cache exist at once. Errors: shapes that do not fit together, topk < 1.
-
-The kernel. A program takes a few neighbouring tokens with all their heads and walks the entries that any of them sees, once:
-one product per tile of keys, summed over heads while still in registers. The scores of CAP entries gather in a buffer of the
-program's own, which stays in the L2 cache; when it is full, the K best move to its front and the others are forgotten. The
-K-th best is found by bisection: some 15 counts over values in registers, no sort. Tokens that see no more than K entries
-get them all, unscored. Few tokens and a long cache: the visible entries are shared out among many programs, and a second
-kernel merges what they choose. Deterministic: the lowest of equal entries are chosen, and listed in ascending order.
+Here E counts entries and K those chosen. Equations 13 to 17 of arXiv 2606.19348; `Indexer` of
+DeepSeek's inference code. fp32 arithmetic. No gradient: the choice is discrete. The reference walks
+tokens and entries in chunks, so that neither the scores per head of a long prefill nor an fp32 copy
+of a long cache exist at once. Errors: shapes that do not fit together, topk < 1.
 """
 
 from __future__ import annotations
@@ -22,7 +18,8 @@ from __future__ import annotations
 import torch
 
 from .registry import Op, register, require
-from .triton.indexer_topk import LARGEST_K, kernels
+from .triton.indexer_topk import indexer_topk_kernels
+from .triton.indexer_topk_merge import LARGEST_K
 
 CHUNK = 1 << 24  # scores per head, or values of k, held at a time
 
@@ -35,16 +32,20 @@ def check(q, k, u, lo, hi, topk):
         and k.shape[::2] == (B, D)
         and u.shape == (B, T, H)
         and lo.shape == hi.shape == (B, T),
-        f"indexer_topk: q {tuple(q.shape)}, k {tuple(k.shape)}, u {tuple(u.shape)}, lo {tuple(lo.shape)} do not fit",
+        f"indexer_topk: q {tuple(q.shape)}, k {tuple(k.shape)}, u {tuple(u.shape)}, "
+        f"lo {tuple(lo.shape)} do not fit",
     )
     require(topk > 0, f"indexer_topk: topk must be positive, not {topk}")
 
 
 def scores(q: torch.Tensor, k: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """I [B, T, E] fp32, without visibility."""
-    (B, T, H, D), out, qf = q.shape, [], q.float().flatten(1, 2)
-    for part in k.split(max(1, CHUNK // (B * max(T * H, D))), 1):
-        s = (qf @ part.float().transpose(1, 2)).relu_().view(B, T, H, -1)
+    B, T, H, D = q.shape
+    q = q.float().flatten(1, 2)
+    step = max(1, CHUNK // (B * max(T * H, D)))  # entries at a time
+    out = []
+    for part in k.split(step, 1):
+        s = (q @ part.float().transpose(1, 2)).relu_().view(B, T, H, -1)
         out.append(torch.einsum("bth,bthe->bte", u.float(), s))
     return torch.cat(out, 2)
 
@@ -52,20 +53,16 @@ def scores(q: torch.Tensor, k: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
 def reference(
     q: torch.Tensor, k: torch.Tensor, u: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, topk: int
 ) -> torch.Tensor:
-    (B, T, H, _), E = q.shape, k.shape[1]
-    e, step, out = (
-        torch.arange(E, device=q.device),
-        max(1, CHUNK // (B * H * E)),
-        [],
-    )  # tokens at a time
-    for c in range(0, T, step):
-        now = slice(c, c + step)
-        hidden = (e < lo[:, now, None]) | (e >= hi[:, now, None])
-        top = (
-            scores(q[:, now], k, u[:, now])
-            .masked_fill(hidden, float("-inf"))
-            .topk(min(topk, E), -1, sorted=False)
-        )
+    B, T, H, _ = q.shape
+    E = k.shape[1]
+    e = torch.arange(E, device=q.device)
+    step = max(1, CHUNK // (B * H * E))  # tokens at a time
+    out = []
+    for start in range(0, T, step):
+        tokens = slice(start, start + step)
+        hidden = (e < lo[:, tokens, None]) | (e >= hi[:, tokens, None])
+        s = scores(q[:, tokens], k, u[:, tokens]).masked_fill(hidden, float("-inf"))
+        top = s.topk(min(topk, E), -1, sorted=False)
         out.append(torch.where(top.values > float("-inf"), top.indices, -1))
     return torch.cat(out, 1)
 
@@ -73,8 +70,9 @@ def reference(
 def kernel(
     q: torch.Tensor, k: torch.Tensor, u: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, topk: int
 ) -> torch.Tensor:
-    form = reference if min(topk, k.shape[1]) > LARGEST_K else kernels
-    return form(q, k, u, lo, hi, topk)
+    if min(topk, k.shape[1]) > LARGEST_K:
+        return reference(q, k, u, lo, hi, topk)
+    return indexer_topk_kernels(q, k, u, lo, hi, topk)
 
 
 def _flops(q, k, *args, out_shape=None, **kw):
@@ -91,9 +89,12 @@ _opaque = register(
     kernel=kernel,
 )
 
-indexer_topk = Op(
-    "indexer_topk",
-    lambda q, k, u, *rest: reference(q.detach(), k.detach(), u.detach(), *rest),
-    lambda q, k, u, *rest: _opaque(q.detach(), k.detach(), u.detach(), *rest),
-    check,
-)
+
+def _detached(form):
+    def call(q, k, u, lo, hi, topk):
+        return form(q.detach(), k.detach(), u.detach(), lo, hi, topk)
+
+    return call
+
+
+indexer_topk = Op("indexer_topk", _detached(reference), _detached(_opaque), check)

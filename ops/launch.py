@@ -1,10 +1,11 @@
-"""Launching Triton kernels: the one door that every kernel of ops/ goes through.
+"""Launching Triton kernels: every kernel of ops/ is launched through here.
 
-A launch runs on the GPU that its tensors are on, or in Triton's interpreter on CPU tensors (TRITON_INTERPRET=1). Within
-`record(arch)` it is only noted down, specialised as Triton's launcher would, so that it can be compiled ahead of time for
-a GPU that is not there: tensors may then be fake.
+A launch runs on the GPU that its tensors are on, or in Triton's interpreter on CPU tensors
+(TRITON_INTERPRET=1). Within `record(arch)` it is only noted, specialised as Triton's launcher would
+do it, so that it can be compiled ahead of time for a GPU that is not there: tensors may then be
+fake.
 
-Tiles are never searched for at run time: `tiles` takes them from tuned.json.
+Block sizes are never searched for at run time: `get_config` takes them from tuned.json.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ import torch
 try:
     import triton
     import triton.language as tl
-except ImportError:  # no Triton for this platform, and no GPU that it could serve: kernels are defined, never launched
+except ImportError:
+    # No Triton for this platform, and no GPU that it could serve: kernels are defined, never
+    # launched
     triton = tl = None
 
 INTERPRETING = triton is not None and bool(triton.knobs.runtime.interpret)
 TUNED = Path(__file__).with_name("tuned.json")
-# Multiprocessors (compute units) of the largest part of an architecture: how many programs keep it busy.
+# Multiprocessors (compute units) of the largest GPU of an architecture
 PROCESSORS = {
     "sm_80": 108,
     "sm_90": 132,
@@ -36,8 +39,8 @@ PROCESSORS = {
     "gfx942": 304,
     "gfx950": 256,
 }
-# Architectures whose tiles suit one that has no table of its own.
-LIKE = {
+# Architectures without configs of their own, and those whose configs they take
+SIMILAR = {
     "sm_86": "sm_120",
     "sm_89": "sm_120",
     "sm_103": "sm_100",
@@ -57,10 +60,10 @@ TYPES = {
     torch.bool: "i1",
 }
 
-_recorded: list[Launch] | None = None
+_recorded: list[Launch] | None = None  # of `record`
 _recorded_arch = ""
-_chosen: dict[str | tuple[str, str], dict] = {}
-_asked: dict[tuple[str, str], list[dict]] | None = None
+_overrides: dict[str | tuple[str, str], dict] = {}  # of `override_config`
+_requested: dict[tuple[str, str], list[dict]] | None = None  # of `record_configs`
 
 
 def jit(function):
@@ -78,7 +81,9 @@ def power_of_two(n: int, least: int = 1) -> int:
 
 
 class Launch(NamedTuple):
-    """One recorded launch: positional arguments (fake tensors, ints, floats), then constants and options by name."""
+    """One recorded launch: positional arguments (fake tensors, ints, floats), then constants and
+    options by name.
+    """
 
     kernel: object
     grid: tuple[int, ...]
@@ -89,48 +94,58 @@ class Launch(NamedTuple):
     def name(self) -> str:
         return self.kernel.fn.__name__
 
-    def specialization(
-        self,
-    ) -> tuple[dict[str, str], dict[str, object], tuple[str, ...], dict[str, int]]:
-        """(types by argument, constants, arguments divisible by 16, options): what Triton compiles, and its key in a cache."""
-        given = {
-            **dict(zip(self.kernel.arg_names, self.args)),
-            **{k: v for k, v in self.meta.items() if k in self.kernel.arg_names},
-        }
-        options = {k: v for k, v in self.meta.items() if k not in self.kernel.arg_names}
-        types, constants, aligned = {}, {}, []
+    def specialization(self) -> tuple[dict, dict, tuple, dict]:
+        """What Triton compiles for these arguments, and the key in its cache.
+
+        -> types by argument, constants by argument, arguments divisible by 16, compiler options
+        """
+        parameters = self.kernel.arg_names
+        values = dict(zip(parameters, self.args, strict=False))  # constants may follow, in meta
+        values.update({name: v for name, v in self.meta.items() if name in parameters})
+        options = {name: v for name, v in self.meta.items() if name not in parameters}
+        types: dict[str, str] = {}
+        constants: dict[str, object] = {}
+        aligned = []
         for param in self.kernel.params:
-            value = given[param.name] if param.name in given else param.default
-            if param.is_constexpr or value is None or type(value) is int and value == 1:
-                types[param.name], constants[param.name] = "constexpr", value
+            name = param.name
+            value = values.get(name, param.default)
+            is_one = type(value) is int and value == 1
+            if param.is_constexpr or value is None or is_one:
+                types[name] = "constexpr"
+                constants[name] = value
             elif isinstance(value, torch.Tensor):
-                types[param.name] = "*" + TYPES[value.dtype]
+                types[name] = "*" + TYPES[value.dtype]
                 if value.storage_offset() * value.dtype.itemsize % 16 == 0:
-                    aligned.append(param.name)
+                    aligned.append(name)
             elif isinstance(value, float):
-                types[param.name] = "fp32"
+                types[name] = "fp32"
             else:
-                types[param.name] = "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
+                types[name] = "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
                 if value % 16 == 0:
-                    aligned.append(param.name)
+                    aligned.append(name)
         return types, constants, tuple(aligned), options
 
 
 def launch(kernel, grid: tuple[int, ...], *args, **meta) -> None:
-    """`kernel[grid](*args, **meta)` on the device of its first tensor; an empty grid launches nothing."""
+    """`kernel[grid](*args, **meta)` on the device of its first tensor; an empty grid launches
+    nothing.
+    """
     if 0 in grid:
         return
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, args, meta))
         return
     device = next(a.device for a in args if isinstance(a, torch.Tensor))
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with on_device:
         kernel[grid](*args, **meta)
 
 
 @contextlib.contextmanager
 def record(arch: str):
-    """Within the block launches are appended to the list that it yields, as if the GPU were an `arch` ("sm_90")."""
+    """Within the block launches are appended to the list that it yields, not run, as if the GPU
+    were an `arch` ("sm_90").
+    """
     global _recorded, _recorded_arch
     before = _recorded, _recorded_arch
     _recorded, _recorded_arch = [], arch
@@ -154,14 +169,16 @@ def _processors(index: int) -> int:
 
 
 def arch(x: torch.Tensor) -> str:
-    """ "sm_90", "gfx942" and the like: what x is on, or what launches are being recorded for; "cpu" in the interpreter."""
+    """Architecture that x is on ("sm_90", "gfx942"), or that launches are recorded for; "cpu" in
+    the interpreter.
+    """
     if _recorded is not None:
         return _recorded_arch
     return _arch(x.device.index) if x.device.type == "cuda" else "cpu"
 
 
 def processors(x: torch.Tensor) -> int:
-    """How many programs of one kernel keep the GPU of x busy; a small number in the interpreter."""
+    """Multiprocessors of the GPU of x: programs that keep it busy. 4 in the interpreter."""
     if _recorded is None and x.device.type == "cuda":
         return _processors(x.device.index)
     return PROCESSORS.get(arch(x), 4)
@@ -172,54 +189,68 @@ def _table() -> dict:
     return json.loads(TUNED.read_text()) if TUNED.exists() else {}
 
 
+LOAD = re.compile(r"~(\d+)")  # the number in a key that may differ from that of the table's entry
+
+
+def _load(key: str) -> float:
+    match = LOAD.search(key)
+    return math.log2(int(match[1])) if match else 0.0
+
+
 @functools.cache
-def _tuned(name: str, where: str, key: str) -> dict | None:
-    """The table's tiles for a kernel on an architecture, or one like it."""
-    by_arch, number = _table().get(name, {}), re.compile(r"~(\d+)")
-    found = by_arch.get(where, by_arch.get(LIKE.get(where), {}))
-    alike = [k for k in found if number.sub("~", k) == number.sub("~", key)]
-    size = lambda k: math.log2(int(number.search(k)[1])) if "~" in k else 0.0
-    return found[min(alike, key=lambda k: abs(size(k) - size(key)))] if alike else None
+def _tuned(name: str, arch: str, key: str) -> dict | None:
+    """The table's config of a kernel for an architecture, or for a similar one."""
+    by_arch = _table().get(name, {})
+    by_key = by_arch.get(arch, by_arch.get(SIMILAR.get(arch), {}))
+    same = [k for k in by_key if LOAD.sub("~", k) == LOAD.sub("~", key)]
+    if not same:
+        return None
+    return by_key[min(same, key=lambda k: abs(_load(k) - _load(key)))]
 
 
 @contextlib.contextmanager
 def record_configs():
-    """Yields a dict of what `tiles` is asked for within the block: candidates by (name, key), in order."""
-    global _asked
-    before, _asked = _asked, {}
+    """Yields a dict of the calls of `get_config` within the block: candidates by (name, key), in
+    order.
+    """
+    global _requested
+    before, _requested = _requested, {}
     try:
-        yield _asked
+        yield _requested
     finally:
-        _asked = before
+        _requested = before
 
 
 @contextlib.contextmanager
-def override_config(tiles_by_kernel: dict[str | tuple[str, str], dict]):
-    """Within the block these kernels, or (name, key), take these tiles, whatever the table says: to test and compare them."""
-    before = dict(_chosen)
-    _chosen.update(tiles_by_kernel)
+def override_config(configs: dict[str | tuple[str, str], dict]):
+    """Within the block these kernels, or (name, key), take these configs instead of the table's: to
+    test and compare them.
+    """
+    before = dict(_overrides)
+    _overrides.update(configs)
     try:
         yield
     finally:
-        _chosen.clear()
-        _chosen.update(before)
+        _overrides.clear()
+        _overrides.update(before)
 
 
 def get_config(name: str, key: str, candidates: list[dict], x: torch.Tensor) -> dict:
-    """Tile sizes and launch options of a kernel.
+    """Block sizes and launch options of a kernel.
 
     name        of the kernel
-    key         what of the shapes and dtypes matters to the choice, "H64 D512 bf16"
-    candidates  all that are valid for these shapes, from the largest to the smallest
+    key         the shapes and dtypes that matter to the choice, "H64 D512 bf16"
+    candidates  all configs that are valid for these shapes, from the largest to the smallest
     x           a tensor on the GPU in question
 
-    A number after "~" in a key may differ from that of the table's entry, of which the nearest is taken. An architecture or
-    a key that is not in the table takes the last candidate, which must fit everywhere.
+    A number after "~" in a key may differ from that of the table's entry, of which the nearest is
+    taken. An architecture or a key that is not in the table takes the last candidate, which must
+    fit everywhere.
     """
-    if _asked is not None:
-        _asked[name, key] = candidates
-    chosen = _chosen.get((name, key), _chosen.get(name))
-    if chosen is not None:
-        return chosen
-    found = _tuned(name, arch(x), key)
-    return found if found in candidates else candidates[-1]
+    if _requested is not None:
+        _requested[name, key] = candidates
+    override = _overrides.get((name, key), _overrides.get(name))
+    if override is not None:
+        return override
+    tuned = _tuned(name, arch(x), key)
+    return tuned if tuned in candidates else candidates[-1]

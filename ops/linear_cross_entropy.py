@@ -1,17 +1,13 @@
-"""linear_cross_entropy: the loss of a linear head, without ever holding all logits.
+"""linear_cross_entropy: the loss of a linear head, without ever holding all logits
+(docs/v4.md#training).
 
-    logits = x W^T in fp32;   loss_i = logsumexp(logits_i) - logits_i[target_i], 0 where target_i < 0
+    logits = x W^T in fp32;   loss_i = logsumexp(logits_i) - logits_i[target_i], 0 if target_i < 0
 
     x [N, d]   weight [V, d]   target [N] int64, negative = ignored
     loss [N] fp32   lse [N] fp32
 
-Logits are held in chunks, forward and backward; the backward recomputes them and takes the softmax from lse.
-Errors: shapes that do not fit together.
-
-On a GPU all rows meet some columns of the vocabulary at a time: the library multiplies bf16 into fp32 logits, faster than
-a kernel that fuses the rest, and one pass over them updates maximum, sum and target logit of each row, or writes
-p = (softmax - onehot) g in the dtype of x. With whole columns the gradient of weight needs no fp32 copy: each chunk is
-final, rounded once. That of x is added up in fp32. Sums have a fixed order: the results are deterministic.
+Logits are held in chunks, forward and backward; the backward recomputes them and takes the softmax
+from lse. Errors: shapes that do not fit together.
 """
 
 from __future__ import annotations
@@ -19,7 +15,7 @@ from __future__ import annotations
 import torch
 
 from .registry import Op, register, require
-from .triton.linear_cross_entropy import backward, forward
+from .triton.linear_cross_entropy import backward_kernels, forward_kernels
 
 CHUNK = 1 << 24  # logits held at a time by the reference
 
@@ -30,26 +26,29 @@ def check(x, weight, target):
         and weight.dim() == 2
         and x.shape[1] == weight.shape[1]
         and target.shape == x.shape[:1],
-        f"linear_cross_entropy: x {tuple(x.shape)}, weight {tuple(weight.shape)}, target {tuple(target.shape)} do not fit",
+        f"linear_cross_entropy: x {tuple(x.shape)}, weight {tuple(weight.shape)}, "
+        f"target {tuple(target.shape)} do not fit",
     )
 
 
 def _chunks(N, V):
+    """Slices of rows."""
     step = max(1, CHUNK // V)
-    return [slice(c, min(c + step, N)) for c in range(0, max(N, 1), step)]
+    return [slice(start, min(start + step, N)) for start in range(0, max(N, 1), step)]
 
 
 def forward_reference(
     x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """-> loss, lse"""
-    w, losses, lses = weight.float(), [], []
-    for now in _chunks(x.shape[0], weight.shape[0]):
-        logits, t = x[now].float() @ w.T, target[now]
+    w = weight.float()
+    losses, lses = [], []
+    for rows in _chunks(x.shape[0], weight.shape[0]):
+        logits = x[rows].float() @ w.T
         lse = logits.logsumexp(-1)
-        losses.append(
-            torch.where(t < 0, 0.0, lse - logits.gather(1, t.clamp(min=0)[:, None])[:, 0])
-        )
+        t = target[rows]
+        target_logit = logits.gather(1, t.clamp(min=0)[:, None])[:, 0]
+        losses.append(torch.where(t < 0, 0.0, lse - target_logit))
         lses.append(lse)
     return torch.cat(losses), torch.cat(lses)
 
@@ -57,19 +56,17 @@ def forward_reference(
 def backward_reference(
     g: torch.Tensor, lse: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor
 ):
-    """Gradients of x and weight."""
-    w, g_x, g_w = (
-        weight.float(),
-        x.new_empty(x.shape),
-        torch.zeros(weight.shape, dtype=torch.float32, device=weight.device),
-    )
-    for now in _chunks(x.shape[0], weight.shape[0]):
-        xc, t = x[now].float(), target[now]
-        p = (xc @ w.T - lse[now, None]).exp_()
+    """Gradients of x and weight: those of the logits are p = (softmax - onehot(target)) g."""
+    w = weight.float()
+    g_x = x.new_empty(x.shape)
+    g_w = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+    for rows in _chunks(x.shape[0], weight.shape[0]):
+        x_rows, t = x[rows].float(), target[rows]
+        p = (x_rows @ w.T - lse[rows, None]).exp_()
         p.scatter_add_(1, t.clamp(min=0)[:, None], p.new_full((len(t), 1), -1.0))
-        p *= torch.where(t < 0, 0.0, g[now])[:, None]
-        g_x[now] = (p @ w).to(x.dtype)
-        g_w += p.T @ xc
+        p *= torch.where(t < 0, 0.0, g[rows])[:, None]
+        g_x[rows] = (p @ w).to(x.dtype)
+        g_w += p.T @ x_rows
     return g_x, g_w.to(weight.dtype)
 
 
@@ -78,17 +75,19 @@ def _flops(x, weight, *args, out_shape=None, **kw):
 
 
 _backward_op = register(
-    "linear_cross_entropy_backward(Tensor g, Tensor lse, Tensor x, Tensor weight, Tensor target) -> (Tensor, Tensor)",
+    "linear_cross_entropy_backward(Tensor g, Tensor lse, Tensor x, Tensor weight, Tensor target) "
+    "-> (Tensor, Tensor)",
     impl=backward_reference,
-    kernel=backward,
+    kernel=backward_kernels,
     fake=lambda g, lse, x, weight, target: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
     flops=lambda g, lse, x, weight, *args, out_shape=None, **kw: 3 * _flops(x, weight),
 )
 
 
 def _setup(ctx, inputs, output):
-    ctx.save_for_backward(output[1], *inputs)
-    ctx.mark_non_differentiable(output[1])
+    _, lse = output
+    ctx.save_for_backward(lse, *inputs)
+    ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
 
 
@@ -102,7 +101,7 @@ _opaque = register(
     fake=lambda x, weight, target: tuple(
         x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2)
     ),
-    kernel=forward,
+    kernel=forward_kernels,
     flops=_flops,
     setup_context=_setup,
     backward=_backward,

@@ -6,11 +6,10 @@
     cos, sin  [B, T, r/2] fp32
     y         as x; rotated in fp32, one cast back
 
-The backward is the inverse rotation. `rotate_` is for callers that need x no more: without gradients it overwrites the
-last r dims and leaves the others alone, which is D / r times less traffic. Errors: r > D, mismatched leading dims.
-
-One kernel for all: a program takes some vectors x[b, t, h], loads their last r dims as pairs that lie in one thread's
-registers, turns them and stores them; out of place it copies the other dims on the side, untouched.
+`apply_rotary_emb` of DeepSeek's inference code (partial rotation: arXiv 2606.19348, section 2.3).
+The backward is the inverse rotation. `rotate_` is for callers that need x no more: without
+gradients it overwrites the last r dims and leaves the others alone, which moves D / r times fewer
+bytes. Errors: r > D, mismatched leading dims.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import math
 import torch
 
 from .registry import Op, register, require
-from .triton.rope import kernel, kernel_
+from .triton.rope import rope_kernel, rope_kernel_
 
 
 def check(x, cos, sin, inverse):
@@ -34,27 +33,30 @@ def check(x, cos, sin, inverse):
     )
 
 
-def _turned(pairs, cos, sin, inverse):
+def _rotate(pairs, cos, sin, inverse):
+    """pairs [B, T, r] or [B, T, H, r] -> rotated, in their dtype."""
     if pairs.dim() == 4:
         cos, sin = cos[:, :, None], sin[:, :, None]
-    sin = -sin if inverse else sin
+    if inverse:
+        sin = -sin
     a, b = pairs.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(pairs.dtype)
+    rotated = torch.stack((a * cos - b * sin, a * sin + b * cos), -1)
+    return rotated.flatten(-2).to(pairs.dtype)
 
 
 def reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool) -> torch.Tensor:
     nope, pairs = x.tensor_split([x.shape[-1] - 2 * cos.shape[-1]], -1)
-    return torch.cat((nope, _turned(pairs, cos, sin, inverse)), -1)
+    return torch.cat((nope, _rotate(pairs, cos, sin, inverse)), -1)
 
 
 def reference_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool) -> None:
     pairs = x[..., x.shape[-1] - 2 * cos.shape[-1] :]
-    pairs.copy_(_turned(pairs, cos, sin, inverse))
+    pairs.copy_(_rotate(pairs, cos, sin, inverse))
 
 
 def _setup(ctx, inputs, output):
-    ctx.save_for_backward(inputs[1], inputs[2])
-    ctx.inverse = inputs[3]
+    _, cos, sin, ctx.inverse = inputs
+    ctx.save_for_backward(cos, sin)
 
 
 def _backward(ctx, grad):
@@ -62,6 +64,7 @@ def _backward(ctx, grad):
 
 
 def _flops(x, cos, *args, out_shape=None, **kw):
+    """Elementwise: no matrix products are counted."""
     return 0
 
 
@@ -72,14 +75,14 @@ _opaque = register(
     flops=_flops,
     setup_context=_setup,
     backward=_backward,
-    kernel=kernel,
+    kernel=rope_kernel,
 )
 _in_place = register(
     "rope_(Tensor(a!) x, Tensor cos, Tensor sin, bool inverse) -> ()",
     impl=reference_,
     fake=lambda x, cos, sin, inverse: None,
     flops=_flops,
-    kernel=kernel_,
+    kernel=rope_kernel_,
 )
 
 rope = Op("rope", reference, _opaque, check)
@@ -88,11 +91,14 @@ rope = Op("rope", reference, _opaque, check)
 def rotate_(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool, mode: str | None = None
 ) -> torch.Tensor:
-    """rope(x, ...) for callers that need x no more: where the form is opaque and gradients are off, x itself, overwritten.
+    """rope(x, ...) for callers that need x no more. Returns x itself, overwritten, where the op is
+    opaque and gradients are off; else a new tensor.
 
-    mode is the table's choice of form for rope (registry.Op.bind). Compiled code writes in place too, without a copy.
+    mode is the table's choice for rope (registry.Op.bind). Compiled code writes in place too,
+    without a copy.
     """
-    if torch.is_grad_enabled() or mode == "reference" or (mode is None and x.device.type == "cpu"):
+    traced = mode == "reference" or (mode is None and x.device.type == "cpu")
+    if traced or torch.is_grad_enabled():
         return rope.bind(mode)(x, cos, sin, inverse)
     if not torch.compiler.is_compiling():
         check(x, cos, sin, inverse)

@@ -1,19 +1,31 @@
-"""The Triton kernels of indexer_topk (see indexer_topk.py)."""
+"""The Triton kernels of indexer_topk (see ops/indexer_topk.py).
+
+A program takes a few neighbouring tokens with all their heads and walks the entries that any of
+them sees, once: one product per block of index keys, summed over heads while still in registers.
+The scores of CAP entries gather in a buffer of the program's own, which stays in the L2 cache; when
+it is full, the K best move to its front and the others are forgotten. The K-th best is found by
+bisection: some 15 counts over values in registers, no sort. Tokens that see no more than K entries
+get them all, unscored. With few tokens and a long cache the visible entries are split among many
+programs, and a second kernel merges the candidates of all splits. Deterministic: the lowest of
+equal entries are chosen, and listed in ascending order.
+
+A score is kept as an int32 "key" that orders as the fp32 does; HIDDEN, the least, stands for an
+entry that is not seen.
+"""
 
 from __future__ import annotations
 
 import torch
 
 from ..launch import TYPES, cdiv, get_config, jit, launch, power_of_two, processors, tl
+from .indexer_topk_merge import indexer_topk_store_state, make_lists, merge
+from .indexer_topk_select import HIDDEN, indexer_topk_choose_all, indexer_topk_select
 
-LARGEST_K = 4096  # more are left to the reference
-DENSE = 2048  # entries of a split whose scores go to the merge all
-WIDEST = 16384  # scores that one program merges
-assert WIDEST >= 2 * LARGEST_K  # so that every round of merging leaves fewer lists
+DENSE = 2048  # up to this many entries in a split, all their keys go to the merge
 
-# Columns (tokens x heads) and rows (entries) of a product; scores of the buffer (more for large K) and of a step of moving them;
-# programs per processor.
-CANDIDATES = [
+# N: columns (tokens x heads) and BC: rows (entries) of a product; CAP: keys of the buffer (more for
+# large K); C: keys of a step of moving them; PER: programs per processor.
+CONFIGS = [
     dict(N=256, BC=64, CAP=2048, C=2048, PER=2, num_warps=4, num_stages=3),
     dict(N=128, BC=64, CAP=2048, C=2048, PER=2, num_warps=4, num_stages=3),
     dict(N=64, BC=128, CAP=4096, C=2048, PER=2, num_warps=4, num_stages=3),
@@ -23,257 +35,201 @@ CANDIDATES = [
 ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Kernels. A key is an int32 that orders as the score does; HIDDEN, the least, stands for an entry that is not seen.
-
-HIDDEN = tl.constexpr(-(1 << 31)) if tl else None
+@jit
+def indexer_topk_keys(k, q_t, u, BC: tl.constexpr, BQ: tl.constexpr, HP: tl.constexpr):
+    """k [BC, DP], q_t [DP, BQ HP], u [BQ HP] -> keys of the scores sum_h u relu(q . k), [BC, BQ]"""
+    s = tl.dot(k.to(q_t.dtype), q_t, input_precision="ieee")  # [BC, BQ HP]
+    s = tl.maximum(s, 0.0) * u[None, :]
+    s = tl.sum(tl.reshape(s, (BC, BQ, HP)), 2)
+    bits = s.to(tl.int32, bitcast=True)
+    return tl.minimum(tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits), 2147483646)
 
 
 @jit
-def indexer_topk_best(key, K: tl.constexpr):
-    """Bounds of the K largest of each row of keys [R, N], or of all where fewer are seen -> above, n, least, found [R]:
-
-    the n keys >= above belong to them, and the first found - n of those in least <= key < above, which are all equal.
-    """
-    seen = key > HIDDEN
-    found = tl.sum(seen.to(tl.int32), 1)
-    least = tl.min(tl.where(seen, key, 2147483646), 1)
-    above = tl.where(found > K, tl.max(key, 1) + 1, least)
-    n = tl.where(found > K, 0, found)
-    while tl.max((above > least + 1).to(tl.int32), 0) > 0:
-        middle = (least >> 1) + (above >> 1) + (least & above & 1)
-        count = tl.sum((key >= middle[:, None]).to(tl.int32), 1)
-        above, n = tl.where(count > K, above, middle), tl.where(count > K, n, count)
-        least = tl.where(count < K, least, middle)
-    return above, n, least, tl.minimum(found, K)
-
-
-@jit
-def indexer_topk_move(
-    keys,
-    entries,
-    listed,
-    base,
-    count,
-    above,
-    n,
-    least,
-    found,
-    to_keys,
-    to_entries,
-    KP: tl.constexpr,
-    C: tl.constexpr,
+def indexer_topk_score(
+    # index keys of a batch [E, D], and which of them: begin <= e < stop
+    k_ptr,
+    k_stride_e,
+    begin,
+    stop,
+    # queries [DP, BQ HP] and weights [BQ HP]
+    q_t,
+    u,
+    # of each token [BQ]: visible entries, whether it needs scores, whether it exists
+    first,
+    visible,
+    scored,
+    mask_q,
+    # destination: a list for each token, from `held` on
+    keys_ptr,
+    offs_list,
+    held,
+    D: tl.constexpr,
+    HP: tl.constexpr,
+    DP: tl.constexpr,
+    BQ: tl.constexpr,
+    BC: tl.constexpr,
 ):
-    """Copy the chosen of a list of `count` keys, in their order, to the front of another list; it may be the same one.
-
-    The first `listed` entries are read, the others follow from their place: base + i. A list of keys is padded to KP.
-    """
-    passed = 0  # in 16 bits each: keys from `above`, keys from `least`
-    for start in range(0, count, C):
-        i = tl.max_contiguous(
-            start + tl.arange(0, C), 1
-        )  # one key a thread, as the stores want it: no change of layout
-        key = tl.load(keys + i, mask=i < count, other=HIDDEN)
-        over, level = (key >= above).to(tl.int32), ((key >= least) & (key < above)).to(tl.int32)
-        both = over + (level << 16)
-        order = passed + tl.cumsum(both, 0)
-        passed += tl.sum(both, 0)
-        chosen = (over > 0) | (level > 0) & ((order >> 16) <= found - n)
-        place = (order & 0xFFFF) + tl.minimum(order >> 16, found - n) - 1  # <= i
-        entry = tl.load(entries + i, mask=chosen & (i < listed), other=0)
-        entry = tl.where(i < listed, entry, base + i)
-        tl.debug_barrier()  # all is read that will now be overwritten
-        if to_keys is not None:
-            tl.store(to_keys + place, key, mask=chosen)
-        tl.store(to_entries + place, entry.to(to_entries.dtype.element_ty), mask=chosen)
-    if to_keys is not None:
-        c = tl.arange(0, KP)
-        tl.store(to_keys + c, tl.full((KP,), HIDDEN, tl.int32), mask=c >= found)
-
-
-@jit
-def indexer_topk_select(
-    keys,
-    entries,
-    rows,
-    listed,
-    base,
-    count,
-    last,
-    to_keys,
-    to_entries,
-    stride,
-    K: tl.constexpr,
-    KP: tl.constexpr,
-    CAP: tl.constexpr,
-    R: tl.constexpr,
-    C: tl.constexpr,
-):
-    """The K best of each of `rows` lists of keys: to its front or, at last, to lists elsewhere, which may be without keys."""
-    j, i = tl.arange(0, R), tl.arange(0, CAP)
-    for r in range(0, rows, R):
-        there = (r + j < rows)[:, None] & (i < count)[None, :]
-        key = tl.load(keys + (r + j)[:, None] * CAP + i[None, :], mask=there, other=HIDDEN)
-        above, n, least, found = indexer_topk_best(key, K)
-        for x in range(0, tl.minimum(R, rows - r)):
-            a, m = tl.sum(tl.where(j == x, above, 0), 0), tl.sum(tl.where(j == x, n, 0), 0)
-            l, f = tl.sum(tl.where(j == x, least, 0), 0), tl.sum(tl.where(j == x, found, 0), 0)
-            mine, mine_entry, to = keys + (r + x) * CAP, entries + (r + x) * KP, (r + x) * stride
-            if to_keys is None and last:
-                indexer_topk_move(
-                    mine, mine_entry, listed, base, count, a, m, l, f, None, to_entries + to, KP, C
-                )
-            else:
-                dest, dest_entry = mine, mine_entry
-                if to_keys is not None:
-                    if last:
-                        dest, dest_entry = to_keys + to, to_entries + to
-                indexer_topk_move(
-                    mine, mine_entry, listed, base, count, a, m, l, f, dest, dest_entry, KP, C
-                )
+    """Store the keys of entries begin .. stop."""
+    offs_c = tl.arange(0, BC)
+    offs_d = tl.arange(0, DP)
+    offs_k = offs_c[:, None] * k_stride_e + offs_d[None, :]
+    for e in range(begin, stop, BC):
+        offs_e = e + offs_c
+        mask_e = (offs_e < stop)[:, None]
+        k_ptrs = k_ptr + tl.cast(e, tl.int64) * k_stride_e + offs_k
+        k = tl.load(k_ptrs, mask=mask_e & (offs_d < D)[None, :], other=0.0)
+        key = indexer_topk_keys(k, q_t, u, BC, BQ, HP)
+        inside = (offs_e[:, None] >= first[None, :]) & (
+            offs_e[:, None] < (first + visible)[None, :]
+        )
+        key = tl.where(inside & scored[None, :], key, HIDDEN)
+        out_ptrs = keys_ptr + offs_list[None, :] + (held + offs_e - begin)[:, None]
+        tl.store(out_ptrs, key, mask=mask_e & mask_q[None, :])
 
 
 @jit
 def indexer_topk_forward(
-    q,
-    k,
-    u,
-    lo,
-    hi,
-    buffer,
-    buffer_entry,
-    idx,
-    best,
-    best_entry,
-    state,
+    # inputs: q [B, T, H, D], k [B, E, D], u [B, T, H], lo, hi [B, T]
+    q_ptr,
+    k_ptr,
+    u_ptr,
+    lo_ptr,
+    hi_ptr,
+    # a program's own lists: keys [BQ, CAP], entries [BQ, KP]
+    buffer_ptr,
+    buffer_entry_ptr,
+    # result [B, T, K]; with splits, lists for the merge [B T, width], and their state [B T, 2]
+    idx_ptr,
+    best_ptr,
+    best_entry_ptr,
+    state_ptr,
+    # shapes
     B,
     T,
     E,
     splits,
     width,
     dense,
-    k_b,
-    k_e,
+    k_stride_b,
+    k_stride_e,
     H: tl.constexpr,
     D: tl.constexpr,
     HP: tl.constexpr,
     DP: tl.constexpr,
     K: tl.constexpr,
     KP: tl.constexpr,
+    # 0: one split; 1: splits that are longer than `dense`; 2: splits that are not
     SPLIT: tl.constexpr,
+    # block sizes: tokens, lists at a time, entries, keys of the buffer, keys at a time
     BQ: tl.constexpr,
     R: tl.constexpr,
     BC: tl.constexpr,
     CAP: tl.constexpr,
     C: tl.constexpr,
 ):
-    pid, programs, blocks = tl.program_id(0), tl.num_programs(0), (T + BQ - 1) // BQ
-    buffer += pid.to(tl.int64) * (BQ * CAP)
-    buffer_entry += pid.to(tl.int64) * (BQ * KP)
-    j, n, d, c, near = (
-        tl.arange(0, BQ),
-        tl.arange(0, BQ * HP),
-        tl.arange(0, DP),
-        tl.arange(0, KP),
-        tl.arange(0, BC),
-    )
-    for turn in range(0, (B * blocks * splits + programs - 1) // programs):
-        # Later tokens see more: they come first, and every other turn is dealt out backwards.
-        item = turn * programs + (pid if turn % 2 == 0 else programs - 1 - pid)
-        if item < B * blocks * splits:
-            split, block = item % splits, item // splits
-            b, t = block % B, (blocks - 1 - block // B) * BQ
-            row, real = (b * T + t).to(tl.int64), t + j < T
-            first = tl.maximum(tl.load(lo + row + j, mask=real, other=0), 0).to(tl.int32)
-            visible = tl.minimum(tl.load(hi + row + j, mask=real, other=0), E).to(tl.int32) - first
+    """Scores of BQ tokens and of the entries of a split. One split: the choice. More: lists of
+    candidates for the merge.
+    """
+    pid = tl.program_id(0)
+    programs = tl.num_programs(0)
+    token_blocks = (T + BQ - 1) // BQ
+    buffer_ptr += pid.to(tl.int64) * (BQ * CAP)
+    buffer_entry_ptr += pid.to(tl.int64) * (BQ * KP)
+    offs_q = tl.arange(0, BQ)
+    offs_qh = tl.arange(0, BQ * HP)
+    offs_d = tl.arange(0, DP)
+    for round in range(0, (B * token_blocks * splits + programs - 1) // programs):
+        # Later tokens see more: they come first, and every other round is dealt out backwards.
+        item = round * programs + (pid if round % 2 == 0 else programs - 1 - pid)
+        if item < B * token_blocks * splits:
+            split = item % splits
+            block = item // splits
+            b = block % B
+            t = (token_blocks - 1 - block // B) * BQ
+            row = (b * T + t).to(tl.int64)
+            mask_q = t + offs_q < T
+
+            # Visible entries of each token [BQ]; begin .. end: those of any token that needs scores
+            first = tl.maximum(tl.load(lo_ptr + row + offs_q, mask=mask_q, other=0), 0).to(tl.int32)
+            stop_entry = tl.minimum(tl.load(hi_ptr + row + offs_q, mask=mask_q, other=0), E)
+            visible = stop_entry.to(tl.int32) - first
             scored = visible > K
-            begin = tl.min(
-                tl.where(scored, first, E), 0
-            )  # of what any of the tokens needs scores of
+            begin = tl.min(tl.where(scored, first, E), 0)
             end = tl.max(tl.where(scored, first + visible, 0), 0)
             part = ((tl.maximum(end - begin, 0) + splits - 1) // splits + BC - 1) // BC * BC
+
             if split == 0:
-                every = tl.where(c[None, :] < visible[:, None], first[:, None] + c[None, :], -1).to(
-                    tl.int64
-                )
-                tl.store(
-                    idx + (row + j)[:, None] * K + c[None, :],
-                    every,
-                    mask=(real & ~scored)[:, None] & (c < K)[None, :],
-                )
-                if SPLIT:  # what the merge finds: how many keys, and the entry of the first if their entries are not listed
-                    size = tl.where(
-                        part <= dense,
-                        end - begin,
-                        (end - begin + part - 1) // tl.maximum(part, 1) * KP,
+                indexer_topk_choose_all(idx_ptr, row, first, visible, scored, mask_q, BQ, K, KP)
+                if SPLIT:
+                    indexer_topk_store_state(
+                        state_ptr, row, begin, end, part, dense, scored, mask_q, BQ, KP
                     )
-                    tl.store(state + 2 * (row + j), tl.where(scored, size, 0), mask=real)
-                    tl.store(
-                        state + 2 * (row + j) + 1,
-                        tl.where(j >= 0, tl.where(part <= dense, begin, -1), 0),
-                        mask=real,
-                    )
+
             begin += split * part
             end = tl.minimum(end, begin + part)
             if begin < end:
-                exists = (t + n // HP < T) & (n % HP < H)
-                nh = (row + n // HP) * H + n % HP
-                qt = tl.load(
-                    q + nh[:, None] * D + d[None, :],
-                    mask=exists[:, None] & (d < D)[None, :],
+                # Queries of all tokens and heads, [DP, BQ HP]
+                mask_qh = (t + offs_qh // HP < T) & (offs_qh % HP < H)
+                offs_head = (row + offs_qh // HP) * H + offs_qh % HP
+                q = tl.load(
+                    q_ptr + offs_head[:, None] * D + offs_d[None, :],
+                    mask=mask_qh[:, None] & (offs_d < D)[None, :],
                     other=0.0,
                 )
-                qt = tl.trans(qt)  # [DP, BQ * HP]
-                keys, offset = k + b.to(tl.int64) * k_b, near[:, None] * k_e + d[None, :]
-                target, lane, room = buffer, (j * CAP).to(tl.int64), CAP
+                q_t = tl.trans(q)
+                batch_ptr = k_ptr + b.to(tl.int64) * k_stride_b
+
+                # Where keys gather: the buffer, or at once the lists for the merge
+                keys_ptr = buffer_ptr
+                offs_list = (offs_q * CAP).to(tl.int64)
+                capacity = CAP
                 if SPLIT:
                     if part <= dense:
-                        target, lane = best, (row + j) * width + split * part
-                    room = tl.where(part <= dense, part, CAP)
-                held = 0
+                        keys_ptr = best_ptr
+                        offs_list = (row + offs_q) * width + split * part
+                    capacity = tl.where(part <= dense, part, CAP)
+                held = 0  # keys at the front, from before
                 while begin < end:
-                    w = tl.load(u + nh, mask=exists, other=0.0).to(tl.float32)
-                    stop = tl.minimum(end, begin + (room - held) // BC * BC)
-                    for e in range(begin, stop, BC):
-                        at = e + near
-                        ahead = (at < stop)[:, None]
-                        kt = tl.load(
-                            keys + tl.cast(e, tl.int64) * k_e + offset,
-                            mask=ahead & (d < D)[None, :],
-                            other=0.0,
-                        )
-                        s = tl.dot(kt.to(qt.dtype), qt, input_precision="ieee")  # [BC, BQ * HP]
-                        s = tl.maximum(s, 0.0) * w[None, :]
-                        s = tl.sum(tl.reshape(s, (BC, BQ, HP)), 2)
-                        bits = s.to(tl.int32, bitcast=True)
-                        key = tl.minimum(tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits), 2147483646)
-                        inside = (at[:, None] >= first[None, :]) & (
-                            at[:, None] < (first + visible)[None, :]
-                        )
-                        key = tl.where(inside & scored[None, :], key, HIDDEN)
-                        tl.store(
-                            target + lane[None, :] + (held + at - begin)[:, None],
-                            key,
-                            mask=ahead & real[None, :],
-                        )
-                    last, base, count, rows = (
-                        stop == end,
-                        begin - held,
-                        held + stop - begin,
-                        tl.minimum(BQ, T - t),
+                    u = tl.load(u_ptr + offs_head, mask=mask_qh, other=0.0).to(tl.float32)
+                    stop = tl.minimum(end, begin + (capacity - held) // BC * BC)
+                    indexer_topk_score(
+                        batch_ptr,
+                        k_stride_e,
+                        begin,
+                        stop,
+                        q_t,
+                        u,
+                        first,
+                        visible,
+                        scored,
+                        mask_q,
+                        keys_ptr,
+                        offs_list,
+                        held,
+                        D,
+                        HP,
+                        DP,
+                        BQ,
+                        BC,
                     )
+                    last = stop == end
+                    base = begin - held
+                    count = held + stop - begin
+                    rows = tl.minimum(BQ, T - t)
+                    # Barriers: all keys are written before they are read, and read before the next
                     if SPLIT == 0:
-                        tl.debug_barrier()  # all scores are written, before they are read, and read before the next ones
+                        tl.debug_barrier()
                         indexer_topk_select(
-                            buffer,
-                            buffer_entry,
+                            buffer_ptr,
+                            buffer_entry_ptr,
                             rows,
                             held,
                             base,
                             count,
                             last,
                             None,
-                            idx + row * K,
+                            idx_ptr + row * K,
                             K,
                             K,
                             KP,
@@ -285,17 +241,17 @@ def indexer_topk_forward(
                     elif SPLIT == 1:
                         if part > dense:
                             tl.debug_barrier()
-                            to = row * width + split * KP
+                            offs_out = row * width + split * KP
                             indexer_topk_select(
-                                buffer,
-                                buffer_entry,
+                                buffer_ptr,
+                                buffer_entry_ptr,
                                 rows,
                                 held,
                                 base,
                                 count,
                                 last,
-                                best + to,
-                                best_entry + to,
+                                best_ptr + offs_out,
+                                best_entry_ptr + offs_out,
                                 width,
                                 K,
                                 KP,
@@ -308,168 +264,73 @@ def indexer_topk_forward(
                     held = K
 
 
-@jit
-def indexer_topk_merge(
-    best,
-    best_entry,
-    state,
-    idx,
-    better,
-    better_entry,
-    better_state,
-    width,
-    wide,
-    K: tl.constexpr,
-    KP: tl.constexpr,
-    N: tl.constexpr,
-    C: tl.constexpr,
-):
-    """The K best of each N keys of a row: the choice if there are no more, else, listed, to be merged again."""
-    row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    count, base = tl.load(state + 2 * row), tl.load(state + 2 * row + 1)
-    if better is not None:
-        if group == 0:
-            tl.store(better_state + 2 * row, tl.where(count > N, (count + N - 1) // N * KP, 0))
-            tl.store(better_state + 2 * row + 1, -1)
-    if group * N < count:
-        at, mine = row * width + group * N, tl.minimum(count - group * N, N)
-        listed, base = tl.where(base < 0, mine, 0), base + group * N
-        if better is None or count <= N:
-            indexer_topk_select(
-                best + at,
-                best_entry + at,
-                1,
-                listed,
-                base,
-                mine,
-                True,
-                None,
-                idx + row * K,
-                0,
-                K,
-                KP,
-                N,
-                1,
-                C,
-            )
-        else:
-            to = row * wide + group * KP
-            indexer_topk_select(
-                best + at,
-                best_entry + at,
-                1,
-                listed,
-                base,
-                mine,
-                True,
-                better + to,
-                better_entry + to,
-                0,
-                K,
-                KP,
-                N,
-                1,
-                C,
-            )
-
-
-def kernels(
+def indexer_topk_kernels(
     q: torch.Tensor, k: torch.Tensor, u: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, topk: int
 ) -> torch.Tensor:
-    (B, T, H, D), E = q.shape, k.shape[1]
-    K, dtype = min(topk, E), torch.promote_types(q.dtype, k.dtype)
+    """-> idx. min(topk, E) is at most LARGEST_K."""
+    B, T, H, D = q.shape
+    E = k.shape[1]
+    K = min(topk, E)
+    dtype = torch.promote_types(q.dtype, k.dtype)
     idx = lo.new_empty(B, T, K)
     if 0 in idx.shape:
         return idx
     q, u, lo, hi = q.to(dtype).contiguous(), u.contiguous(), lo.contiguous(), hi.contiguous()
-    k = k if k.stride(2) == 1 else k.contiguous()  # a cache is read where it lies
-    cfg = dict(
-        get_config(
-            "indexer_topk_forward",
-            f"H{H} D{D} T{min(power_of_two(T), 8)} {TYPES[dtype]}",
-            CANDIDATES,
-            q,
-        )
-    )
+    if k.stride(2) != 1:  # else a cache is read where it lies
+        k = k.contiguous()
+    key = f"H{H} D{D} T{min(power_of_two(T), 8)} {TYPES[dtype]}"
+    config = dict(get_config("indexer_topk_forward", key, CONFIGS, q))
+
+    # Block sizes. The configs are made for rows of up to 256 bytes, bf16 with D = 128
     HP, DP, KP = power_of_two(H), power_of_two(D, 16), power_of_two(K)
-    scale = cdiv(
-        DP * dtype.itemsize, 256
-    )  # rows longer than those of bf16 with D = 128, for which the candidates are made
-    BQ, BC = (
-        max(1, min(cfg.pop("N") // scale // HP, 16, power_of_two(T))),
-        max(16, cfg.pop("BC") // scale**2),
-    )
+    scale = cdiv(DP * dtype.itemsize, 256)
+    BQ = max(1, min(config.pop("N") // scale // HP, 16, power_of_two(T)))
+    BC = max(16, config.pop("BC") // scale**2)
     HP = max(HP, 16 // BQ)
-    programs, blocks = cfg.pop("PER") * processors(q), B * cdiv(T, BQ)
+
+    # Programs, and splits of the entries if there are too few blocks of tokens
+    programs = config.pop("PER") * processors(q)
+    blocks = B * cdiv(T, BQ)
     splits = max(1, min(programs // blocks, cdiv(E, BC)))
     programs = min(programs, blocks * splits)
-    part, dense = cdiv(cdiv(E, splits), BC) * BC, max(DENSE, KP)
-    CAP, C = power_of_two(min(part, max(cfg.pop("CAP"), min(4 * KP, 8192), K + BC))), cfg.pop("C")
-    scratch = lambda *shape: lo.new_empty(shape, dtype=torch.int32)
-    lists = lambda width: (
-        scratch(B * T, width),
-        scratch(B * T, width),
-        scratch(B * T, 2),
-    )  # keys, entries, state
+    part = cdiv(cdiv(E, splits), BC) * BC  # entries of a split, at most
+    dense = max(DENSE, KP)
+    CAP = power_of_two(min(part, max(config.pop("CAP"), min(4 * KP, 8192), K + BC)))
+    C = config.pop("C")
+
+    # Scratch memory: buffers, and lists for the merge
+    buffer = lo.new_empty(programs, BQ, CAP, dtype=torch.int32)
+    buffer_entry = lo.new_empty(programs, BQ, KP, dtype=torch.int32)
     width = cdiv(E, 16) * 16
-    width = (
-        min(splits * part, width) if part <= dense else min(splits * dense, max(splits * KP, width))
-    )
-    best = lists(width) if splits > 1 else (None,) * 3
-    buffer = scratch(programs, BQ, CAP), scratch(programs, BQ, KP)  # keys, entries
+    if part <= dense:
+        split_form = 2
+        width = min(splits * part, width)
+    else:
+        split_form = 1
+        width = min(splits * dense, max(splits * KP, width))
+    if splits == 1:
+        split_form = 0
+    best = make_lists(lo, B * T, width) if splits > 1 else (None,) * 3
     launch(
         indexer_topk_forward,
         (programs,),
-        q,
-        k,
-        u,
-        lo,
-        hi,
-        *buffer,
-        idx,
+        *(q, k, u, lo, hi, buffer, buffer_entry, idx),
         *best,
-        B,
-        T,
-        E,
-        splits,
-        width,
-        dense,
-        k.stride(0),
-        k.stride(1),
+        *(B, T, E, splits, width, dense, k.stride(0), k.stride(1)),
         H=H,
         D=D,
         HP=HP,
         DP=DP,
         K=K,
         KP=KP,
-        SPLIT=0 if splits == 1 else 1 if part > dense else 2,
+        SPLIT=split_form,
         BQ=BQ,
         R=min(BQ, max(1, 4 * C // CAP)),
         BC=BC,
         CAP=CAP,
         C=min(C, CAP),
-        **cfg,
+        **config,
     )
-    while splits > 1:
-        N = power_of_two(width)  # one round of merging, or two of about the same width
-        N = N if N <= WIDEST else min(WIDEST, max(2 * KP, power_of_two(int((width * KP) ** 0.5))))
-        groups, warps = cdiv(width, N), max(4, min(16, N // 512))
-        better = lists(groups * KP) if groups > 1 else (None,) * 3
-        launch(
-            indexer_topk_merge,
-            (B * T, groups),
-            *best,
-            idx,
-            *better,
-            width,
-            groups * KP,
-            K=K,
-            KP=KP,
-            N=N,
-            C=min(N, 4096),
-            num_warps=warps,
-        )
-        if groups == 1:
-            break
-        best, width = better, groups * KP
+    if splits > 1:
+        merge(best, idx, width, K, KP)
     return idx

@@ -56,7 +56,7 @@ FAULTS = {
         r"[Dd]ata-dependent[\s\S]*model\.py",
     ),
     "expand and gather in sparse attention": Fault(
-        "ops/sparse_attn.py",
+        "ops/sparse_attn_reference.py",
         "def forward_reference(",
         "def forward_reference(*args):\n"
         "    entries, idx = args[6], args[9]\n    if idx is not None:\n"
@@ -74,8 +74,8 @@ FAULTS = {
     ),
     "a wrong fake shape": Fault(
         "ops/compress.py",
-        "*end.shape, weight.shape[0], dtype=dtype)",
-        "*end.shape, weight.shape[0] + 1, dtype=dtype)",
+        "*end.shape, weight.shape[0], dtype=dtype",
+        "*end.shape, weight.shape[0] + 1, dtype=dtype",
         "tests/ops/test_ops.py::test_ops_pass_opcheck[compress-3-5-4-6-4-contiguous]",
         r"compress[\s\S]*(shape|size)",
     ),

@@ -13,6 +13,7 @@ from ops.launch import override_config, record
 
 op_module = importlib.import_module("ops.indexer_topk")
 module = importlib.import_module("ops.triton.indexer_topk")
+merge_module = importlib.import_module("ops.triton.indexer_topk_merge")
 SMALL = dict(N=32, BC=16, CAP=16, C=16, PER=1, num_warps=4, num_stages=2)
 
 
@@ -20,7 +21,7 @@ SMALL = dict(N=32, BC=16, CAP=16, C=16, PER=1, num_warps=4, num_stages=2)
 def tight(monkeypatch):
     """Splits list their best already from 16 entries, and a merge takes 64: long caches in small."""
     monkeypatch.setattr(module, "DENSE", 16)
-    monkeypatch.setattr(module, "WIDEST", 64)
+    monkeypatch.setattr(merge_module, "WIDEST", 64)
 
 
 def run(*args, **tiles) -> torch.Tensor:
@@ -131,7 +132,7 @@ def test_a_buffer_that_overflows_keeps_the_best(order, T, tight):
 def test_splits_change_nothing(T, E, K, dense, widest, monkeypatch):
     """All, some or nothing is visible of the caches that a few programs share."""
     monkeypatch.setattr(module, "DENSE", dense)
-    monkeypatch.setattr(module, "WIDEST", widest)
+    monkeypatch.setattr(merge_module, "WIDEST", widest)
     lo, hi = torch.tensor([[0, 7, 0, 0], [E, E // 2, K, 0]])[..., None].repeat(1, 1, T)
     hi[2] += torch.arange(T)
     args = (whole(4, T, 2, 3), whole(4, E, 3), whole(4, T, 2), lo, hi, K)
@@ -229,7 +230,7 @@ def test_scratch_is_small(arch):
                 torch.empty(shape, dtype=torch.bfloat16)
                 for shape in ((B, T, 64, 128), (B, E, 128), (B, T, 64))
             )
-            module.kernels(q, k, u, *torch.empty(2, B, T, dtype=torch.int64), K)
+            module.indexer_topk_kernels(q, k, u, *torch.empty(2, B, T, dtype=torch.int64), K)
         tensors = {
             id(a): a
             for launch in launches

@@ -44,9 +44,9 @@ def compare(x, weight, target, g=None, tolerance=2e-6, low=8e-3):
     """Forward and backward of the kernels against fp64."""
     g = torch.ones(len(x)) if g is None else g
     loss, lse, g_x, g_w = exact(x, weight, target, g)
-    got, got_lse = module.forward(x, weight, target)
+    got, got_lse = module.forward_kernels(x, weight, target)
     assert rms(got, loss) < tolerance and rms(got_lse, lse) < tolerance
-    for a, b in zip(module.backward(g, got_lse, x, weight, target), (g_x, g_w)):
+    for a, b in zip(module.backward_kernels(g, got_lse, x, weight, target), (g_x, g_w)):
         assert rms(a, b) < (low if a.dtype.itemsize == 2 else 10 * tolerance)
         assert bool((a[b == 0] == 0).all())  # rows without a target, exactly
 
@@ -54,7 +54,7 @@ def compare(x, weight, target, g=None, tolerance=2e-6, low=8e-3):
 @pytest.fixture
 def tiny_chunks(monkeypatch):
     """Chunks of 128 columns, whatever the rows."""
-    monkeypatch.setattr(module, "HELD", 1)
+    monkeypatch.setattr(module, "MAX_LOGITS", 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -71,7 +71,7 @@ def test_chunks_of_the_vocabulary_add_up(tiny_chunks, N, V, d, dtype):
 
 
 @pytest.mark.parametrize(
-    "tile", [*module.CANDIDATES[::2], TINY], ids=lambda c: f"{c['ROWS']}x{c['BLOCK']}"
+    "tile", [*module.CONFIGS[::2], TINY], ids=lambda c: f"{c['ROWS']}x{c['BLOCK']}"
 )
 def test_every_tile_gives_the_same(tiny_chunks, tile):
     with override_config(
@@ -83,9 +83,9 @@ def test_every_tile_gives_the_same(tiny_chunks, tile):
 def test_chunking_changes_only_the_order_of_sums(monkeypatch):
     args, results = inputs(6, 700, 9), []
     for held in (1 << 27, 6 * 300, 1):
-        monkeypatch.setattr(module, "HELD", held)
-        loss, lse = module.forward(*args)
-        results.append((loss, lse, *module.backward(torch.ones(6), lse, *args)))
+        monkeypatch.setattr(module, "MAX_LOGITS", held)
+        loss, lse = module.forward_kernels(*args)
+        results.append((loss, lse, *module.backward_kernels(torch.ones(6), lse, *args)))
     for other in results[1:]:
         assert all(rms(a, b) < 1e-6 for a, b in zip(results[0], other))
 
@@ -98,14 +98,16 @@ def test_huge_logits_do_not_overflow(tiny_chunks, sharp, dtype):
     target[5] = (x[5].double() @ weight.double().T).argmax()
     with override_config({"linear_cross_entropy_forward": TINY}):
         compare(x, weight, target)
-        assert module.forward(x, weight, target)[0][5] == 0
+        assert module.forward_kernels(x, weight, target)[0][5] == 0
 
 
 def test_tiny_and_equal_logits(tiny_chunks):
     """ln V when all logits are the same, however large that one value is."""
     weight = torch.ones(300, 4)
     for value in (0.0, -1e4, 2.0**14):
-        loss, lse = module.forward(torch.full((3, 4), value), weight, torch.tensor([0, 150, 299]))
+        loss, lse = module.forward_kernels(
+            torch.full((3, 4), value), weight, torch.tensor([0, 150, 299])
+        )
         expected = torch.tensor(300.0).log()
         assert torch.allclose(lse, 4 * value + expected, rtol=1e-6)
         assert ((loss - expected).abs() < 1e-5 + 2e-7 * abs(4 * value)).all()
@@ -127,14 +129,14 @@ def test_ignored_rows_read_no_gradient(tiny_chunks):
     target[:] = torch.tensor([-1, 3, -100, 149, -1, 0])
     x[0], g = float("inf"), torch.tensor([float("inf"), 1.0, float("nan"), 2.0, 0.0, -1.0])
     x[0, 1] = float("nan")
-    _, lse = module.forward(x, weight, target)
-    g_x, g_w = module.backward(g, lse, x, weight, target)
+    _, lse = module.forward_kernels(x, weight, target)
+    g_x, g_w = module.backward_kernels(g, lse, x, weight, target)
     assert not g_x[target < 0].any()
     kept = target >= 0
     assert rms(g_x[kept], exact(x[kept], weight, target[kept], g[kept])[2]) < 2e-5
     x[0] = 0  # what is not finite here would make any product with it so, the reference's too
     for a, b in zip(
-        module.backward(g, lse, x, weight, target),
+        module.backward_kernels(g, lse, x, weight, target),
         exact(x[kept], weight, target[kept], g[kept])[2:],
     ):
         assert rms(a[kept] if len(a) == 6 else a, b) < 2e-5
@@ -147,8 +149,8 @@ def test_other_dtypes_meet_in_fp32(tiny_chunks, types):
     x, weight, target = inputs(7, 150, 5)
     types = tuple(getattr(torch, name) for name in types)
     compare(x.to(types[0]), weight.to(types[1]), target, low=2e-3)
-    _, lse = module.forward(x.to(types[0]), weight.to(types[1]), target)
-    grads = module.backward(torch.ones(7), lse, x.to(types[0]), weight.to(types[1]), target)
+    _, lse = module.forward_kernels(x.to(types[0]), weight.to(types[1]), target)
+    grads = module.backward_kernels(torch.ones(7), lse, x.to(types[0]), weight.to(types[1]), target)
     assert tuple(g.dtype for g in grads) == types
 
 
@@ -156,8 +158,8 @@ def test_the_same_call_gives_the_same_bits(tiny_chunks):
     x, weight, target = inputs(9, 300, 8, torch.bfloat16)
     results = []
     for _ in range(2):
-        loss, lse = module.forward(x, weight, target)
-        results.append((loss, lse, *module.backward(loss, lse, x, weight, target)))
+        loss, lse = module.forward_kernels(x, weight, target)
+        results.append((loss, lse, *module.backward_kernels(loss, lse, x, weight, target)))
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
@@ -178,9 +180,9 @@ class Largest(TorchDispatchMode):
 
 
 def test_no_more_logits_are_held_than_allowed(monkeypatch):
-    monkeypatch.setattr(module, "HELD", 8 * 256)
+    monkeypatch.setattr(module, "MAX_LOGITS", 8 * 256)
     x, weight, target = inputs(8, 2100, 1, torch.bfloat16)
     with Largest() as largest, record("sm_90") as launches:
-        _, lse = module.forward(x, weight, target)
-        module.backward(torch.ones(8), lse, x, weight, target)
+        _, lse = module.forward_kernels(x, weight, target)
+        module.backward_kernels(torch.ones(8), lse, x, weight, target)
     assert largest.numel == max(2100, 8 * 256) and len(launches) == 2 * 9

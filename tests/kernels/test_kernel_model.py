@@ -19,7 +19,7 @@ FORWARD = {
     "hc_pre_finish",
     "hc_post_pre_mix",
     "hc_post_forward",
-    "rope_turn",
+    "rope_rotate",
     "compress_forward",
     "indexer_topk_forward",
     "sparse_attn_forward",

@@ -99,7 +99,7 @@ def test_expanded_inputs():
 @pytest.mark.parametrize("BN", (1, 2, 16, 64))
 def test_tiles_change_nothing(BN):
     x, (cos, sin) = torch.randn(2, 5, 3, 24), angles(2, 5, 12)
-    with override_config({"rope_turn": {"BN": BN, "num_warps": 4}}):
+    with override_config({"rope_rotate": {"BN": BN, "num_warps": 4}}):
         y = ops.rope.opaque(x, cos, sin, False)
         agree(y, x, cos, sin, False)
         in_place(x, cos, sin, False)
@@ -126,7 +126,7 @@ def test_nothing_to_rotate(shape):
 def test_tiles_can_be_chosen_by_time():
     before = TUNED.read_text()
     table = by_time(["G1.7"], toy=INTERPRETING)
-    assert {name for name, _ in table} == {"rope_turn"} and len(table) >= 2
+    assert {name for name, _ in table} == {"rope_rotate"} and len(table) >= 2
     assert (
         all(set(tile) == {"BN", "num_warps"} for tile in table.values())
         and TUNED.read_text() == before

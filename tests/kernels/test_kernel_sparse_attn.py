@@ -13,6 +13,7 @@ from testing import rms
 op = importlib.import_module("ops.sparse_attn")  # the package's attribute of this name is the op
 forward_module = importlib.import_module("ops.triton.sparse_attn")
 backward_module = importlib.import_module("ops.triton.sparse_attn_backward")
+backward_kv_module = importlib.import_module("ops.triton.sparse_attn_backward_kv")
 forward_reference = op.forward_reference
 backward_reference = op.backward_reference
 forward_kernel = op.forward_kernel
@@ -28,7 +29,7 @@ def arguments(B=1, T=9, H=5, D=24, r=8, W=20, kind="window", E=40, K=21, dtype=t
         torch.randn(B, E + 3, D)[:, :E],
     )
     angle = torch.rand(B, T, r // 2) * 6
-    seen = torch.randint(1, W + 1, (B, T))
+    window_len = torch.randint(1, W + 1, (B, T))
     lo = torch.randint(-2, E // 2, (B, T))  # padding may lie outside of what there is
     hi = lo + torch.randint(0, E // 2 + 4, (B, T))
     hi[:, ::4] = lo[:, ::4]  # nothing visible
@@ -40,7 +41,7 @@ def arguments(B=1, T=9, H=5, D=24, r=8, W=20, kind="window", E=40, K=21, dtype=t
         "range": (entries, lo, hi, None),
         "chosen": (entries, lo, hi, idx),
     }[kind]
-    args = (q, kv, torch.randn(2 * H)[::2], seen, angle.cos(), angle.sin(), *rest, 1e-6)
+    args = (q, kv, torch.randn(2 * H)[::2], window_len, angle.cos(), angle.sin(), *rest, 1e-6)
     return tuple(
         a.to(dtype)
         if isinstance(a, torch.Tensor) and a.is_floating_point() and i in (0, 1, 6)
@@ -57,7 +58,7 @@ def noted(monkeypatch, constant):
         values.append(meta.get(constant))
         launch(*args, **meta)
 
-    for module in (forward_module, backward_module):
+    for module in (forward_module, backward_module, backward_kv_module):
         monkeypatch.setattr(module, "launch", noting)
     return values
 

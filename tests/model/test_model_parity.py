@@ -227,8 +227,8 @@ def skip_inverse_rope(model):
         model,
         "sparse_attn",
         lambda op: (
-            lambda q, kv, sink, seen, cos, sin, *rest: ops.rope(
-                op(q, kv, sink, seen, cos, sin, *rest), cos, sin, False
+            lambda q, kv, sink, window_len, cos, sin, *rest: ops.rope(
+                op(q, kv, sink, window_len, cos, sin, *rest), cos, sin, False
             )
         ),
     )

@@ -110,9 +110,9 @@ def spec_compress(rows, end, index, weight, cos, sin, ratio, eps, dtype):
 
 def visible(args, b, t):
     """-> the rows of kv, and of entries, that a token sees."""
-    q, kv, _, seen, _, _, entries, lo, hi, idx, _ = args
+    q, kv, _, window_len, _, _, entries, lo, hi, idx, _ = args
     end = t + 1 + kv.shape[1] - q.shape[1]
-    return range(end - seen[b, t], end), [] if entries is None else entries_of(lo, hi, idx, b, t)
+    return range(end - window_len[b, t], end), [] if entries is None else entries_of(lo, hi, idx, b, t)
 
 
 def entries_of(lo, hi, idx, b, t):
@@ -323,13 +323,13 @@ def sparse_attn(B, T, W, kind, H=3, D=6, E=9, K=7):
         2 * normal(H),
         normal(B, E, D),
     )
-    seen, (lo, hi), idx = integers(1, W + 1, (B, T)), ranges(B, T, E), choices(B, T, E, K)
+    window_len, (lo, hi), idx = integers(1, W + 1, (B, T)), ranges(B, T, E), choices(B, T, E, K)
     given = {
         "window": (None,) * 4,
         "dense": (entries, lo, hi, None),
         "idx": (entries, lo, hi, idx),
     }[kind]
-    return q, kv, sink, seen, *angles(B, T, max(2, D // 4 * 2)), *given, 1e-3
+    return q, kv, sink, window_len, *angles(B, T, max(2, D // 4 * 2)), *given, 1e-3
 
 
 def indexer_topk(B, T, E, topk, H=17, D=4):
@@ -414,7 +414,9 @@ class Case(NamedTuple):
 
     @property
     def module(self):
-        return importlib.import_module(f"ops.{self.op}")
+        """Where the references are."""
+        name = "sparse_attn_reference" if self.op == "sparse_attn" else self.op
+        return importlib.import_module(f"ops.{name}")
 
 
 def cases(build, *rows):
@@ -1107,25 +1109,25 @@ def test_hidden_keys_have_no_influence_and_zero_gradient(case, form):
 @pytest.mark.parametrize("form", [ops.sparse_attn.reference, ops.sparse_attn.opaque])
 def test_a_sink_takes_its_share(form):
     """With one visible key o = k e^s / (e^s + e^sink): all of k for a low sink, nothing, and no overflow, for a high one."""
-    q, kv, _, seen, cos, sin, *rest = Case(
+    q, kv, _, window_len, cos, sin, *rest = Case(
         "sparse_attn", sparse_attn, (1, 2, 4, "window", 3)
     ).args()
-    seen = torch.ones_like(seen)
+    window_len = torch.ones_like(window_len)
     own = kv[:, -2:, None].expand_as(q)
     unit = spec_rope(q / (q.square().mean(-1, keepdim=True) + rest[-1]).sqrt(), cos, sin, False)
     s = (unit * own).sum(-1, keepdim=True) * 6**-0.5
     for sink in (torch.full((3,), -1e4), torch.tensor([-1.0, 0, 3]), torch.full((3,), 1e4)):
         expected = spec_rope(own * torch.sigmoid(s - sink[:, None]), cos, sin, True)
-        torch.testing.assert_close(form(q, kv, sink, seen, cos, sin, *rest), expected)
+        torch.testing.assert_close(form(q, kv, sink, window_len, cos, sin, *rest), expected)
 
 
 def test_probabilities_are_rounded_before_the_values_but_not_in_the_denominator():
     """By the reference: the kernel rounds them against the maximum so far, and does not round the queries' norm."""
     case = Case("sparse_attn", sparse_attn, (2, 65, 1, "dense", 3, 6, 20))
-    q, kv, sink, seen, cos, sin, entries, *_, eps = low(case)
+    q, kv, sink, window_len, cos, sin, entries, *_, eps = low(case)
     cos, sin = torch.ones_like(cos), torch.zeros_like(sin)  # rotation is another rounding
     everything = torch.full((2, 65), 0), torch.full((2, 65), 20)
-    args = (q, kv, sink, seen, cos, sin, entries, *everything, None, eps)
+    args = (q, kv, sink, window_len, cos, sin, entries, *everything, None, eps)
     q = (q.float() * torch.rsqrt(q.float().square().mean(-1, keepdim=True) + eps)).bfloat16()
     q, kv, sink, entries = tensors(torch.Tensor.double, (q, kv, sink, entries))
     keys = torch.cat((kv[:, :, None], entries[:, None].expand(-1, 65, -1, -1)), 2)  # [B, T, 21, D]
@@ -1192,7 +1194,7 @@ def test_an_index_that_tells_the_attention_s_choice_costs_nothing(form, kind):
     """The target is what the softmax of sparse_attn, window and sink included, gives to entries, averaged over heads."""
     torch.manual_seed(0)
     B, T, E = 2, 7, 9
-    q, kv, sink, seen, cos, sin, entries, lo, hi, idx, eps = args = sparse_attn(B, T, 5, kind)
+    q, kv, sink, window_len, cos, sin, entries, lo, hi, idx, eps = args = sparse_attn(B, T, 5, kind)
     hi[:, 3] = lo[:, 3]  # these see no entry
     lse, share = ops.sparse_attn(*args, True)[1], torch.zeros(B, T, E)
     turned = spec_rope(q / (q.square().mean(-1, keepdim=True) + eps).sqrt(), cos, sin, False)
