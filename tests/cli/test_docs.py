@@ -41,7 +41,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def citations(text: str) -> list[tuple[str, str]]:
-    """`docs/page.md#one, #two` -> ("page.md", "one"), ("page.md", "two")."""
+    """Citations of sections, `#one, #two` after a page counting as two -> (page, anchor)."""
     found = []
     for page, rest in re.findall(r"docs/([\w-]+\.md)((?:(?:,\s*)?#[\w-]+)+)", text):
         found += [(page, anchor) for anchor in re.findall(r"#([\w-]+)", rest)]
