@@ -1,33 +1,35 @@
-"""Training by several processes: `torchrun --nproc-per-node N train_step.py ...`, on GPUs by NCCL, on CPUs by gloo.
+"""Training by several processes: `torchrun --nproc-per-node N train_step.py ...`, on GPUs by NCCL,
+on CPUs by gloo.
 
-    rows      each process takes its share of a step's rows; losses are means over the counts of all of them
-    FSDP2     a block's matrices, and embedding and head, are gathered while they are used; of each, a process keeps some rows
-              with their gradients and moments. What is small is whole everywhere: vectors, mHC, `ape` and routers
-    experts   each process of a group of --ep holds some of the routed experts. Tokens go to them and come back by
-              all-to-all, within the block's graph: each process sends all its tokens to each other one, so that shapes are
-              static and no token is dropped; experts see only the pairs that are theirs. Groups divide their experts
-              further, as FSDP2 does
-    Muon      whole matrices: every process puts one of as many together by all-to-all, and hands its direction back
-    saved     resumable checkpoints by torch.distributed.checkpoint, each process its part; the released layout by the first
-              process, which is handed one tensor at a time
+    rows      each process trains on its part of a step's rows; losses are means over the counts of
+              all processes
+    FSDP2     the matrices of a block, the embedding and the head are gathered while they are used;
+              a process keeps some rows of each, with their gradients and moments. Small parameters
+              are replicated: vectors, mHC, `ape` and routers
+    experts   each process of a group of --ep holds some of the routed experts. Tokens go to them
+              and come back by all-to-all within the block's graph (see AllToAllDispatch); no token
+              is dropped. Groups divide their experts further, as FSDP2 does
+    Muon      needs whole matrices: each process assembles one of a batch by all-to-all, and returns
+              its direction likewise
+    saved     resumable checkpoints by torch.distributed.checkpoint, each process its part; the
+              released layout by the first process, which receives one tensor at a time
 
-Nothing here is known to the model. Gradients are sums over processes: each one's loss is its share of the mean. Each process
-runs hooks of FSDP2 around the compiled layers, whose full graphs hold the exchange of tokens.
+The model knows one seam of this, MoE.dispatch. Gradients are sums over processes, because each loss
+is a part of the mean. FSDP2 gathers around the compiled blocks, whose full graphs hold the exchange
+of tokens.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
-from pathlib import Path
-from typing import Callable
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -38,32 +40,36 @@ from compile_config import CompileConfig
 from model import Experts, Transformer
 from ops.muon import grad_norm, muon_direction, step_length
 from ops.registry import Table
+from training.dataset import Rows
 from training.optim import Optimizer
 
-WHOLE = re.compile(
-    r"(^|\.)hc_|\.ape$|\.gate\."
-)  # parameters that every process holds, beside vectors
-FACTS = "facts.json"
-EXPERT = re.compile(
-    r"(.*\.experts)\.(?:(w13|w2)|(\d+)\.(w[123])\.weight)$"
-)  # in the model; released
+T = TypeVar("T")
+
+# Parameters that every process holds whole, beside vectors.
+REPLICATED = re.compile(r"(^|\.)hc_|\.ape$|\.gate\.")
+# Routed experts: stacked, as the model holds them, or one by one, as they are released.
+EXPERT = re.compile(r"(.*\.experts)\.(?:(w13|w2)|(\d+)\.(w[123])\.weight)$")
 
 
-def local(t: torch.Tensor) -> torch.Tensor:
-    """This process's part."""
+def to_local(t: torch.Tensor) -> torch.Tensor:
+    """This process's part of a tensor."""
     return t.to_local() if isinstance(t, DTensor) else t
 
 
-def exchange(x: torch.Tensor, group: str) -> torch.Tensor:
-    """[ways, ...] -> [ways, ...]: the i-th goes to process i of the group, and comes from it. Differentiable."""
+def all_to_all(x: torch.Tensor, group: str) -> torch.Tensor:
+    """[processes, ...] -> the same shape: row i goes to process i of the group, and comes from it.
+    Differentiable.
+    """
     return functional.all_to_all_single_autograd(x.contiguous(), None, None, group)
 
 
 class AllToAllDispatch:
-    """Runs the routed experts of the `ep_size` processes of a group on the tokens of all of them (see MoE.dispatch).
+    """Runs the routed experts of the `ep_size` processes of a group on the tokens of all of them
+    (see MoE.dispatch).
 
-    Each process holds E / ep_size experts, in the order of the group. It sends all its tokens to each process, so that
-    shapes are static; a process computes the pairs of token and expert that are its own.
+    Each process holds E / ep_size experts, in the order of the group. It sends all its tokens to
+    each process, so that shapes are static; a process computes the pairs of token and expert that
+    are its own.
     """
 
     def __init__(self, group: str, ep_size: int):
@@ -78,130 +84,198 @@ class AllToAllDispatch:
         # Of a pair that is not the receiver's, the expert is `local_experts`: none.
         expert = torch.where(owned, chosen - process * local_experts, local_experts)
         pairs = torch.cat([expert, torch.where(owned, weight, 0.0)], -1)  # [ep_size, N, 2K]
-        x = exchange(x.expand(self.ep_size, -1, -1), self.group)
-        pairs = exchange(pairs, self.group)
+        x = all_to_all(x.expand(self.ep_size, -1, -1), self.group)
+        pairs = all_to_all(pairs, self.group)
         y = experts(
             x.flatten(0, 1),
             pairs[..., :K].flatten(0, 1).long(),
             pairs[..., K:].flatten(0, 1).contiguous(),
         )
-        return exchange(y.unflatten(0, (self.ep_size, -1)), self.group).sum(0)
+        return all_to_all(y.unflatten(0, (self.ep_size, -1)), self.group).sum(0)
 
 
-class Share:
-    """Of the rows asked for, those of this process."""
+class RankRows:
+    """Of the rows of a step, those of one process: an equal part, in order."""
 
-    def __init__(self, rows, rank: int, size: int):
+    def __init__(self, rows: Rows, rank: int, size: int):
         self.rows, self.length, self.rank, self.size = rows, rows.length, rank, size
 
-    def __call__(self, rows: range):
-        part = len(rows) // self.size
-        return self.rows(rows[self.rank * part : (self.rank + 1) * part])
+    def __call__(self, numbers: range) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        part = len(numbers) // self.size
+        return self.rows(numbers[self.rank * part : (self.rank + 1) * part])
 
 
 class Ranks:
-    """The processes that torchrun started, as train_step.py sees them (train_step.Solo is one process).
+    """The processes of a training run: those that torchrun started, or this one alone.
 
-    mesh   [processes]: what FSDP2 divides parameters by
-    grid   [ep, processes / ep]: the first divides the routed experts, the second divides what is left of them
+    Alone, there is no process group: collectives return their arguments, and model and optimizer
+    stay as they are.
+
+    distributed  whether torchrun started this process (it may have started one only)
+    rank, size   this process's number, and how many there are; is_main: the first
+    device       "cpu" or "cuda"
+    mesh         [size]: FSDP2 shards parameters over it
+    expert_mesh  [ep_size, size / ep_size]: routed experts are divided by the first, and what is
+                 left of them by the second
     """
 
     def __init__(self, device: str, batch: int, ep: int | None = None):
-        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.lead, self.ep = self.rank == 0, ep
+        """batch: rows of a step. ep: processes that share the routed experts; None: those of a
+        machine, if that divides.
+
+        ValueError if the processes cannot share the rows evenly, or if there is ep and no torchrun.
+        """
+        self.distributed = {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
+        self.rank, self.size, self.ep = 0, 1, ep
+        if self.distributed:
+            self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        elif ep:
+            raise ValueError(
+                f"--ep {ep}: start the processes with torchrun --nproc-per-node N train_step.py ..."
+            )
+        self.is_main = self.rank == 0
+        self.device = torch.device(device)
         if batch % self.size:
             raise ValueError(f"--batch {batch}: {self.size} processes cannot share its rows evenly")
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
-        self.device, self.mesh = torch.device(device), init_device_mesh(device, (self.size,))
-        self.group = self.mesh.get_group().group_name
+        if self.distributed:
+            if device == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+            self.mesh = init_device_mesh(device, (self.size,))
+            self.group = self.mesh.get_group().group_name
 
     def __enter__(self) -> Ranks:
         return self
 
     def __exit__(self, *error) -> None:
-        dist.destroy_process_group()
+        if self.distributed:
+            dist.destroy_process_group()
 
-    # What processes agree on
+    # Collectives
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process; all wait for each other."""
+        """Whether the flag is set in any process. All processes wait for each other here."""
+        if not self.distributed:
+            return flag
         flags = torch.tensor(int(flag))
         dist.all_reduce(flags, dist.ReduceOp.MAX)
         return bool(flags)
 
-    def first(self, make: Callable):
-        """make(), in the first process before the others, which find what it cached."""
-        if not self.lead:
-            self.any(False)
+    def barrier(self) -> None:
+        """All processes wait for each other."""
+        self.any(False)
+
+    def main_first(self, make: Callable[[], T]) -> T:
+        """make(), in the first process before the others, which find the files that it cached."""
+        if not self.is_main:
+            self.barrier()
             return make()
         try:
             return make()
         finally:
-            self.any(False)
+            self.barrier()
 
-    def total(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    def all_reduce_sum(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         """Sums over all processes, fp32."""
+        if not self.distributed:
+            return tensors
         flat = torch.cat([t.detach().flatten().float() for t in tensors])
         dist.all_reduce(flat, group=self.mesh.get_group())
-        return [
-            part.view(t.shape) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors)
-        ]
+        parts = flat.split([t.numel() for t in tensors])
+        return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
 
-    def share(self, rows) -> Share:
-        return Share(rows, self.rank, self.size)
+    # A run's parts, as this process needs them
+
+    def rows(self, rows: Rows) -> RankRows:
+        """This process's rows of each step."""
+        return RankRows(rows, self.rank, self.size)
 
     def preset(self, cfg: CompileConfig) -> CompileConfig:
-        """Hooks run between layers, so that these are what is compiled."""
-        return dataclasses.replace(cfg, region="layer")
+        """How to compile: FSDP2 gathers between the blocks, so that blocks are compiled."""
+        return dataclasses.replace(cfg, region="layer") if self.distributed else cfg
+
+    def optimizer(self, model: Transformer, kind: str, **options) -> Optimizer:
+        """Options as in Optimizer."""
+        if self.distributed:
+            return ShardedOptimizer(self, model, kind, **options)
+        return Optimizer(model, kind, **options)
 
     # The model
 
     def shard(self, model: Transformer) -> Transformer:
-        """Divide a model that all processes have made alike, block by block; what is left of it lies on the device."""
-        blocks, self.experts = (*model.layers, *model.mtp), model.args.n_routed_experts
-        near = int(os.environ["LOCAL_WORLD_SIZE"])
-        ep = self.ep or (near if self.experts % near == 0 else 1)
-        if self.size % ep or self.experts % ep:
-            raise ValueError(
-                f"--ep {ep}: choose a divisor of {self.size} processes and of {self.experts} experts"
-            )
-        ranks = torch.arange(self.size).view(-1, ep).T.contiguous()  # groups are neighbours
-        self.ep, self.grid = ep, DeviceMesh(self.device.type, ranks, mesh_dim_names=("ep", "rest"))
-        if ep > 1:
-            position = self.grid.get_local_rank("ep")
-            dispatch = AllToAllDispatch(self.grid.get_group("ep").group_name, ep)
-            for ffn in (block.ffn for block in blocks):
-                for name in ("w13", "w2"):
-                    part = getattr(ffn.experts, name).detach().chunk(ep)[position]
-                    part = torch.nn.Parameter(part.to(self.device, copy=True))
-                    setattr(ffn.experts, name, part)
-                ffn.dispatch = dispatch
-                # The opaque form is the one that knows pairs without an expert.
-                ffn.experts.ops = Table({**ffn.experts.ops.modes, "moe": "opaque"})
-        named = dict(model.named_parameters())
-        whole = {
-            p
-            for name, p in named.items()
-            if p.dim() == 1 or WHOLE.search(name) or ep == self.size > 1 and EXPERT.match(name)
-        }
-        for tensor in (*whole, *model.buffers()):
+        """Divide a model, which all processes have made with equal weights on the CPU; its parts
+        lie on the device.
+
+        ValueError if --ep divides neither the processes nor the experts.
+        """
+        if not self.distributed:
+            return model
+        blocks = [*model.layers, *model.mtp]
+        self.n_experts = model.args.n_routed_experts
+        self._make_expert_mesh()
+        if self.ep_size > 1:
+            self._keep_own_experts(blocks)
+        replicated = {p for name, p in model.named_parameters() if self._is_replicated(name, p)}
+        for tensor in (*replicated, *model.buffers()):
             tensor.data = tensor.data.to(self.device)
-        how = dict(mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+
+        # Gradients are summed in fp32. Experts have a mesh of their own where groups divide them
+        # further.
+        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
         for block in blocks:
-            if 1 < ep < self.size:
-                self._shard_with(
-                    block, fully_shard(block.ffn.experts, mesh=self.grid["rest"], **how)
-                )
-            fully_shard(block, mesh=self.mesh, ignored_params=whole, **how)
-        fully_shard(model, mesh=self.mesh, ignored_params=whole, reshard_after_forward=False, **how)
+            if 1 < self.ep_size < self.size:
+                mesh = self.expert_mesh["rest"]
+                experts = fully_shard(block.ffn.experts, mesh=mesh, mp_policy=policy)
+                self._shard_with(block, experts)
+            fully_shard(block, mesh=self.mesh, mp_policy=policy, ignored_params=replicated)
+        fully_shard(
+            model,
+            mesh=self.mesh,
+            mp_policy=policy,
+            ignored_params=replicated,
+            reshard_after_forward=False,
+        )
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
-        model._get_fsdp_state()._lazy_init()  # while all parameters learn: those of a later stage are known then, too
+        # Now, while all parameters require gradients: those of a later stage of the run must be
+        # known, too.
+        model._get_fsdp_state()._lazy_init()
         return model
+
+    def _make_expert_mesh(self) -> None:
+        per_machine = int(os.environ["LOCAL_WORLD_SIZE"])
+        ep = self.ep or (per_machine if self.n_experts % per_machine == 0 else 1)
+        if self.size % ep or self.n_experts % ep:
+            raise ValueError(
+                f"--ep {ep}: choose a divisor of {self.size} processes "
+                f"and of {self.n_experts} experts"
+            )
+        self.ep_size = ep
+        ranks = torch.arange(self.size).view(-1, ep).T.contiguous()  # a group's ranks are adjacent
+        self.expert_mesh = DeviceMesh(self.device.type, ranks, mesh_dim_names=("ep", "rest"))
+
+    def _keep_own_experts(self, blocks: list[torch.nn.Module]) -> None:
+        position = self.expert_mesh.get_local_rank("ep")
+        group = self.expert_mesh.get_group("ep").group_name
+        dispatch = AllToAllDispatch(group, self.ep_size)
+        for ffn in (block.ffn for block in blocks):
+            for name in ("w13", "w2"):
+                part = getattr(ffn.experts, name).detach().chunk(self.ep_size)[position]
+                part = torch.nn.Parameter(part.to(self.device, copy=True))
+                setattr(ffn.experts, name, part)
+            ffn.dispatch = dispatch
+            # The opaque form is the one that knows pairs without an expert.
+            ffn.experts.ops = Table({**ffn.experts.ops.modes, "moe": "opaque"})
+
+    def _is_replicated(self, name: str, p: torch.Tensor) -> bool:
+        """Whether FSDP2 leaves a parameter alone: experts that a group of all processes divides are
+        ready as well.
+        """
+        if EXPERT.match(name):
+            return self.ep_size == self.size > 1
+        return p.dim() == 1 or REPLICATED.search(name) is not None
 
     @staticmethod
     def _shard_with(block: torch.nn.Module, experts: FSDPModule) -> None:
@@ -212,217 +286,201 @@ class Ranks:
         block.register_forward_pre_hook(state._pre_forward, prepend=True, with_kwargs=True)
         block.register_forward_hook(state._post_forward)
 
-    def describe(self, name: str, part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """This process's part of what has the name and shape of a parameter, as a part; `like` is the parameter."""
+    # Saving
+
+    def as_dtensor(self, name: str, part: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+        """This process's part of a tensor that is sharded as the parameter of that name is, as a
+        DTensor.
+        """
         if EXPERT.match(name):
-            mesh, shape = self.grid, torch.Size((self.experts, *part.shape[1:]))
-        elif isinstance(like, DTensor):
-            mesh, shape = like.device_mesh, like.shape
+            mesh = self.expert_mesh
+            shape = torch.Size((self.n_experts, *part.shape[1:]))
+        elif isinstance(parameter, DTensor):
+            mesh, shape = parameter.device_mesh, parameter.shape
         else:
             return part
-        stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(
-            part, mesh, [Shard(0)] * mesh.ndim, run_check=False, shape=shape, stride=stride
+            part,
+            mesh,
+            [Shard(0)] * mesh.ndim,
+            run_check=False,
+            shape=shape,
+            stride=torch.empty(shape, device="meta").stride(),
         )
 
-    def whole(self, model: Transformer) -> Callable[[str], torch.Tensor]:
-        """-> get(released name) -> the tensor; all processes call it together."""
+    def gather_full(self, model: Transformer) -> Callable[[str], torch.Tensor]:
+        """-> get(released name) -> the whole tensor; all processes call it together."""
         tensors = model.state_dict()
 
         def get(name: str) -> torch.Tensor:
-            if not (match := EXPERT.match(name)):
-                return (
-                    tensors[name].full_tensor()
-                    if isinstance(tensors[name], DTensor)
-                    else tensors[name]
-                )
-            prefix, _, e, part = match.groups()
-            stack, held = (
-                local(tensors[f"{prefix}.{'w2' if part == 'w2' else 'w13'}"]),
-                self.experts // self.ep,
-            )
-            i, e = divmod(
-                int(e), held
-            )  # the group's process, and its expert, of which it has kept `each`
-            each = -(-held // self.grid.shape[1])
-            owner = int(self.grid.mesh[i, e // each])
-            expert = stack[e % each] if self.rank == owner else stack.new_empty(stack.shape[1:])
-            if part != "w2":
-                expert = expert.chunk(2)[part == "w3"]
+            match = EXPERT.match(name)
+            if match is None:
+                tensor = tensors[name]
+                return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            prefix, _, number, matrix = match.groups()
+            stack = to_local(tensors[f"{prefix}.{'w2' if matrix == 'w2' else 'w13'}"])
+            owner, index = self._locate_expert(int(number))
+            expert = stack[index] if self.rank == owner else stack.new_empty(stack.shape[1:])
+            if matrix != "w2":
+                w1, w3 = expert.chunk(2)
+                expert = w1 if matrix == "w1" else w3
             expert = expert.contiguous()
             dist.broadcast(expert, owner, group=self.mesh.get_group())
             return expert
 
         return get
 
+    def _locate_expert(self, number: int) -> tuple[int, int]:
+        """-> the process that holds a routed expert, and its place in that process's stack."""
+        per_group = self.n_experts // self.ep_size
+        per_process = -(-per_group // self.expert_mesh.shape[1])  # FSDP2 shards in equal chunks
+        column, index = divmod(number % per_group, per_process)
+        return int(self.expert_mesh.mesh[number // per_group, column]), index
+
     @torch.no_grad()
     def save(self, model: Transformer, path, **layout) -> None:
-        """As checkpoint.save, by the first process."""
-        empty, get = empty_model(model.args, model.embed.weight.dtype), self.whole(model)
+        """checkpoint.save of the whole model, written by the first process."""
+        if not self.distributed:
+            save(model, path, **layout)
+            return
+        empty = empty_model(model.args, model.embed.weight.dtype)
         empty.source = getattr(model, "source", None)
-        if self.lead:
+        get = self.gather_full(model)
+        if self.is_main:
             save(empty, path, get=get, **layout)
         else:
             for name in checkpoint_tensors(empty):
                 get(name)
 
-    def optimizer(self, model: Transformer, kind: str, **options) -> Divided:
-        return Divided(self, model, kind, **options)
-
-    def checkpoints(self, base: type) -> type:
-        """train_step.Checkpoints, of which each process writes its part."""
-        ranks = self
-
-        class Shared(base):
-            @torch.no_grad()
-            def save(
-                self, model: Transformer, optimizer: Divided, step: int, facts: dict, **layout
-            ) -> Path:
-                temporary = self.begin(step) if ranks.lead else self.folder / f".step-{step:06d}"
-                ranks.any(False)
-                ranks.save(model, temporary, **layout)
-                dcp.save(ranks.state(model, optimizer), checkpoint_id=temporary)
-                if ranks.lead:
-                    (temporary / FACTS).write_text(json.dumps({"step": step, "facts": facts}))
-                    self.finish(temporary, step)
-                ranks.any(False)
-                return self.path(step)
-
-            @torch.no_grad()
-            def load(self, model: Transformer, optimizer: Divided, facts: dict) -> int:
-                path = self.path(self.steps()[-1])
-                try:
-                    about = json.loads((path / FACTS).read_text())
-                except (OSError, ValueError):
-                    raise ValueError(
-                        f"{path}: was not saved by several processes: name another folder"
-                    ) from None
-                self.compare(path, about["facts"], facts)
-                try:
-                    dcp.load(ranks.state(model, optimizer), checkpoint_id=path)
-                except Exception as error:  # a torn checkpoint fails in as many ways
-                    raise ValueError(
-                        f"{path}: cannot be read ({str(error).splitlines()[0]}); remove it"
-                    ) from None
-                return about["step"]
-
-        return Shared
-
-    def state(self, model: Transformer, optimizer: Divided) -> dict[str, torch.Tensor]:
-        """All that a checkpoint holds, as parts of whole tensors, in the memory where training has it."""
+    def checkpoint_state(self, model: Transformer, optimizer: Optimizer) -> dict[str, torch.Tensor]:
+        """The tensors of a distributed checkpoint, which share the memory of model and optimizer:
+        reading writes to it.
+        """
         weights = {
-            f"weight.{name}": self.describe(name, local(t), t)
+            f"weight.{name}": self.as_dtensor(name, to_local(t), t)
             for name, t in model.state_dict().items()
         }
         return weights | {f"optimizer.{name}": t for name, t in optimizer.state_dict().items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The optimizer
+class ShardedOptimizer(Optimizer):
+    """Updates this process's parts of the parameters, and all replicated parameters as every other
+    process does.
 
-
-class Divided(Optimizer):
-    """Updates this process's parts. What is whole everywhere is updated everywhere, alike.
-
-    parameters  name -> parameter, as the model holds it; all else here is local
-    alike       names of those that are whole everywhere
-    rounds      divided matrices of one shape, at most as many as processes: their rows, blocks, and [(name, part)]
+    parameters    name -> parameter, as the model holds it; all other tensors here are local parts
+    replicated    names of the replicated parameters
+    muon_batches  sharded matrices of one shape, at most as many as processes: shape, blocks of
+                  rows, [(name, local part)]
     """
 
     @torch.no_grad()
     def __init__(self, ranks: Ranks, model: Transformer, *args, **options):
         super().__init__(model, *args, **options)
         self.ranks, self.size, self.group = ranks, ranks.size, ranks.group
-        self.parameters, shapes = {name: p for name, p, *_ in (*self.muon, *self.adam)}, {}
-        self.alike = {
+        self.parameters = {name: p for name, p, *_ in (*self.muon, *self.adam)}
+        self.replicated = {
             name
             for name, p in self.parameters.items()
             if not isinstance(p, DTensor) and not EXPERT.match(name)
         }
+
+        by_shape: dict[tuple[torch.Size, int], list[tuple[str, torch.Tensor]]] = {}
         for name, p, blocks in self.muon:
             if isinstance(p, DTensor) and p.dim() == 2:
-                shapes.setdefault((p.shape, blocks), []).append((name, local(p)))
-        self.rounds = [
-            (shape, blocks, found[at : at + self.size])
-            for (shape, blocks), found in shapes.items()
-            for at in range(0, len(found), self.size)
+                by_shape.setdefault((p.shape, blocks), []).append((name, to_local(p)))
+        self.muon_batches = [
+            (shape, blocks, matrices[i : i + self.size])
+            for (shape, blocks), matrices in by_shape.items()
+            for i in range(0, len(matrices), self.size)
         ]
-        divided = {name for *_, found in self.rounds for name, _ in found}
+
+        sharded = {name for *_, matrices in self.muon_batches for name, _ in matrices}
         self.muon = [
-            (name, local(p), blocks) for name, p, blocks in self.muon if name not in divided
+            (name, to_local(p), blocks) for name, p, blocks in self.muon if name not in sharded
         ]
-        self.adam = [(name, local(p)) for name, p in self.adam]
+        self.adam = [(name, to_local(p)) for name, p in self.adam]
         self.state = {
-            name: {key: local(t) for key, t in state.items()} for name, state in self.state.items()
+            name: {key: to_local(t) for key, t in state.items()}
+            for name, state in self.state.items()
         }
 
-    def compile(self, compiler: Callable) -> None:
-        """Eager where parts differ in size: graphs that differ might communicate in another order."""
-        if all(
-            len(p) % p.device_mesh.size() == 0
-            for p in self.parameters.values()
-            if isinstance(p, DTensor)
-        ):
+    def compile(self, compiler: Callable[[Callable, str], Callable]) -> None:
+        """As Optimizer.compile, but eager where parts differ in size: other graphs might
+        communicate in another order.
+        """
+        sharded = [p for p in self.parameters.values() if isinstance(p, DTensor)]
+        if all(len(p) % p.device_mesh.size() == 0 for p in sharded):
             super().compile(compiler)
 
     def gradients(self) -> dict[str, torch.Tensor]:
+        """This process's parts; FSDP2 has summed those of sharded parameters."""
         grads = {}
         for name, p in self.parameters.items():
             if p.grad is not None:
-                grads[name], p.grad = local(p.grad), None
-        alike = [name for name in grads if name in self.alike]
-        return grads | dict(zip(alike, self.ranks.total([grads[name] for name in alike])))
+                grads[name], p.grad = to_local(p.grad), None
+        names = [name for name in grads if name in self.replicated]
+        sums = self.ranks.all_reduce_sum([grads[name] for name in names])
+        return grads | dict(zip(names, sums, strict=True))
 
     def norm(self, grads: dict[str, torch.Tensor]) -> torch.Tensor:
-        alike, parts = (
-            [g for name, g in grads.items() if (name in self.alike) == which]
-            for which in (True, False)
-        )
-        return (
-            functional.all_reduce(grad_norm(parts).square(), "sum", self.group)
-            + grad_norm(alike).square()
-        ).sqrt()
+        """sqrt(sum over processes |parts|^2 + |replicated|^2), () fp32."""
+        replicated = [g for name, g in grads.items() if name in self.replicated]
+        parts = [g for name, g in grads.items() if name not in self.replicated]
+        squares = functional.all_reduce(grad_norm(parts).square(), "sum", self.group)
+        return (squares + grad_norm(replicated).square()).sqrt()
 
     def update_matrices(
         self, grads: dict[str, torch.Tensor], scale: torch.Tensor, lr: torch.Tensor
     ) -> None:
         super().update_matrices(grads, scale, lr)
-        for shape, blocks, found in self.rounds:
-            found, each, sent = (
-                [(name, p) for name, p in found if name in grads],
-                -(-shape[0] // self.size),
-                [],
-            )
-            if not found:
-                continue
-            for name, p in found:
-                first, g = self.state[name]["first"], grads[name].float() * scale
-                first.mul_(self.momentum).add_(g)
-                sent.append(F.pad(g + self.momentum * first, (0, 0, 0, each - len(p))))
-            sent += [torch.zeros_like(sent[0])] * (self.size - len(sent))
-            u = muon_direction(
-                exchange(torch.stack(sent), self.group).flatten(0, 1)[: shape[0]], blocks
-            )
-            u = exchange(
-                F.pad(u, (0, 0, 0, each * self.size - shape[0])).unflatten(0, (self.size, each)),
-                self.group,
-            )
-            for (name, p), part in zip(found, u):
-                weight = self.state[name].get("master", p)
-                weight.mul_(1 - lr * self.decay).sub_(
-                    part[: len(p)] * (lr * step_length(shape, blocks))
-                )
-                if weight is not p:
-                    p.copy_(weight)
+        for shape, blocks, matrices in self.muon_batches:
+            matrices = [(name, p) for name, p in matrices if name in grads]
+            if matrices:
+                self._update_batch(shape, blocks, matrices, grads, scale, lr)
+
+    def _update_batch(
+        self,
+        shape: torch.Size,
+        blocks: int,
+        matrices: list[tuple[str, torch.Tensor]],
+        grads: dict[str, torch.Tensor],
+        scale: torch.Tensor,
+        lr: torch.Tensor,
+    ) -> None:
+        """Muon on up to `size` matrices [rows, columns] of one shape, of each of which this process
+        has some rows.
+        """
+        rows = shape[0]
+        part_rows = -(-rows // self.size)  # of a part; the last ones may be shorter or empty
+
+        # M = momentum M + scale G; sent: momentum M + scale G, [size, part_rows, columns]
+        sent = []
+        for name, p in matrices:
+            first, g = self.state[name]["first"], grads[name].float() * scale
+            first.mul_(self.momentum).add_(g)
+            sent.append(F.pad(g + self.momentum * first, (0, 0, 0, part_rows - len(p))))
+        sent += [torch.zeros_like(sent[0])] * (self.size - len(sent))
+
+        # Process i assembles matrix i, and returns the rows of its direction, X:
+        # [size, part_rows, columns]
+        whole = all_to_all(torch.stack(sent), self.group).flatten(0, 1)[:rows]
+        u = muon_direction(whole, blocks)
+        u = F.pad(u, (0, 0, 0, part_rows * self.size - rows)).unflatten(0, (self.size, part_rows))
+        u = all_to_all(u, self.group)
+
+        # W = W (1 - lr decay) - lr step_length X
+        distance = lr * step_length(shape, blocks)
+        for (name, p), part in zip(matrices, u, strict=False):
+            weight = self.state[name].get("master", p)
+            weight.mul_(1 - lr * self.decay).sub_(part[: len(p)] * distance)
+            if weight is not p:
+                p.copy_(weight)
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """As parts of whole tensors."""
-        state = {(name, key): t for name, entry in self.state.items() for key, t in entry.items()}
-        return {
-            "count": self.count,
-            **{
-                f"{name}.{key}": self.ranks.describe(name, t, self.parameters[name])
-                for (name, key), t in state.items()
-            },
-        }
+        """As Optimizer.state_dict, with DTensors for parts."""
+        state = {"count": self.count}
+        for name, entry in self.state.items():
+            for key, t in entry.items():
+                state[f"{name}.{key}"] = self.ranks.as_dtensor(name, t, self.parameters[name])
+        return state

@@ -19,8 +19,8 @@ from bench.record import RESULTS, record
 from checkpoint import load
 from generate import ROOT
 from tools.stats import choose_threads
-from train_step import held_out_loss
 from training.dataset import HELD_OUT, prepare, read_text
+from training.evaluation import held_out_loss
 
 TINY, LENGTH, BATCH = ROOT / "assets" / "tiny", 1024, 4
 

@@ -35,7 +35,7 @@ def test_a_text_of_long_lines_is_cut_where_it_must_be(text):
 
 
 def test_a_vocabulary_is_fitted_to_lines_of_any_length(tmp_path, monkeypatch):
-    monkeypatch.setattr(D, "LONGEST", 1000)
+    monkeypatch.setattr(D, "MAX_PIECE", 1000)
     D.train_tokenizer(TEXT[:60_000].replace("\n", " "), tmp_path, 512)
     assert load_tokenizer(tmp_path).vocab_size == 512
 

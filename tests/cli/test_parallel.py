@@ -19,10 +19,12 @@ import train_step as S
 from checkpoint import checkpoint_tensors, empty_model, load, save
 from compile_config import CompileConfig, CompileCount, compile_train_step
 from model import Transformer
-from parallel import WHOLE, Ranks
+from parallel import REPLICATED, Ranks
 from testing import randomize, small
 from training import dataset as D
+from training.evaluation import held_out_loss
 from training.losses import LossWeights
+from training.resume import Checkpoints
 
 STEPS, BATCH, LENGTH = 5, 4, 64
 
@@ -81,14 +83,13 @@ def rows(numbers: range) -> tuple[torch.Tensor, ...]:
 rows.length = LENGTH
 
 
-def trained(
-    case: Case, ranks, steps: range = range(STEPS), checkpoints: S.Checkpoints | None = None
-):
+def trained(case: Case, ranks, steps: range = range(STEPS), checkpoints: Checkpoints | None = None):
     """Train a model over some steps -> the model, its optimizer, and the metrics of each step."""
     model = ranks.shard(case.model())
     for name, p in model.named_parameters():
         p.requires_grad_(not name.endswith("gate.bias"))
-    optimizer, share = ranks.optimizer(model, case.kind, clip=0.5, eps=1e-3), ranks.share(rows)
+    optimizer = ranks.optimizer(model, case.kind, clip=0.5, eps=1e-3)
+    rank_rows = ranks.rows(rows)
     if steps.start:
         assert checkpoints.load(model, optimizer, {"case": "this"}) == steps.start
     step = compile_train_step(
@@ -97,11 +98,12 @@ def trained(
         ranks.preset(CompileConfig(backend=case.backend)),
         weights=LossWeights(balance=0.1),
         micro_batch=case.micro_batch,
-        add_up=ranks.total,
+        add_up=ranks.all_reduce_sum,
     )
     metrics = []
     for i in steps:
-        found = step(*share(range(i * BATCH, (i + 1) * BATCH)), torch.tensor(1e-2 / (i + 1)))
+        batch = rank_rows(range(i * BATCH, (i + 1) * BATCH))
+        found = step(*batch, torch.tensor(1e-2 / (i + 1)))
         metrics.append({name: value.item() for name, value in found.items()})
     return model, optimizer, metrics
 
@@ -110,7 +112,7 @@ def trained(
 def whole(model: Transformer, ranks=None) -> dict[str, torch.Tensor]:
     """All tensors by their released names."""
     views = checkpoint_tensors(empty_model(model.args) if ranks else model)
-    get = ranks.whole(model) if ranks else lambda name: views[name][1]
+    get = ranks.gather_full(model) if ranks else lambda name: views[name][1]
     return {name: get(name).clone() for name in views}
 
 
@@ -147,7 +149,7 @@ def process(rank: int, size: int, port: int, folder: str, cases: dict[str, Case]
         }
         if name in ("experts", "both"):
             ranks.save(model, f"{folder}/out", dtype=torch.float32)
-            checkpoints = ranks.checkpoints(S.Checkpoints)(f"{folder}/checkpoints", 2)
+            checkpoints = Checkpoints(f"{folder}/checkpoints", 2, ranks)
             _, _, before = kept = trained(case, ranks, range(3))
             checkpoints.save(kept[0], kept[1], 3, {"case": "this"})
             resumed, _, after = trained(case, ranks, range(3, STEPS), checkpoints)
@@ -209,7 +211,7 @@ def alone():
         case = dataclasses.replace(case, ep=1, backend=None, micro_batch=None)
         key = repr(case)
         if key not in found:
-            model, _, metrics = trained(case, S.Solo)
+            model, _, metrics = trained(case, Ranks("cpu", BATCH))
             found[key] = metrics, whole(model), whole(case.model())
         return found[key]
 
@@ -256,7 +258,7 @@ def test_processes_hold_parts(two, four):
     whole_ = sum(
         p.numel()
         for name, p in Case(1).model().named_parameters()
-        if p.dim() == 1 or WHOLE.search(name)
+        if p.dim() == 1 or REPLICATED.search(name)
     )
     total = sum(p.numel() for p in Case(1).model().parameters())
     for name, results, size in (("fsdp", two[1], 2), ("experts", two[1], 2), ("both", four[1], 4)):
@@ -353,7 +355,7 @@ def test_torchrun_trains_stops_together_and_goes_on(tmp_path):
                 run.send_signal(signal.SIGTERM)
                 break
         rest = run.stdout.read()
-    saved = S.Checkpoints(str(tmp_path / "run"), 3).steps()
+    saved = Checkpoints(str(tmp_path / "run"), 3, Ranks("cpu", 1)).steps()
     assert (
         len(saved) == 1
         and f"saved {tmp_path}/run/step-{saved[0]:06d}" in rest
@@ -381,8 +383,7 @@ def test_torchrun_trains_stops_together_and_goes_on(tmp_path):
     model = load(tmp_path / "out", dtype=torch.float32)
     data = D.prepare((tmp_path / "text.txt").read_text(), tmp_path / "cache", 256)
     assert (
-        abs(S.held_out_loss(model, data.held_out[:96], 48, 2, 0) / report["held_out_loss"] - 1)
-        < 2e-3
+        abs(held_out_loss(model, data.held_out[:96], 48, 2, 0) / report["held_out_loss"] - 1) < 2e-3
     )  # out is bf16
     lines = [
         json.loads(line)["step"]

@@ -20,11 +20,14 @@ from bench.dense import Dense, active_parameters, dense_loss
 from checkpoint import load, open_folder, save
 from compile_config import PRESETS, CompileConfig, CompileCount, compile_train_step
 from model import Aux, ModelArgs, Transformer
+from parallel import Ranks
 from testing import randomize, small
 from tools import stats
 from training import dataset as D
+from training import resume
 from training.losses import LossWeights
 from training.optim import Optimizer
+from training.resume import Checkpoints
 
 TEXT = (S.ROOT / "data" / "shakespeare.txt").read_text()
 
@@ -178,6 +181,10 @@ def test_the_command_line_trains_saves_and_reports(capsys, folder):
     )
 
 
+def checkpoints_in(folder: str | Path, keep: int = 3) -> Checkpoints:
+    return Checkpoints(str(folder), keep, Ranks("cpu", 1))
+
+
 def state_of(folder: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(folder / f"step-{step:06d}" / "state.safetensors")
 
@@ -239,7 +246,7 @@ def test_a_save_that_is_killed_anywhere_leaves_what_was_saved(tmp_path, monkeypa
     model, facts = Transformer(small(n_layers=1, n_hash_layers=0, compress_ratios=(0, 0))), {"a": 1}
     optimizer, saved, left, dead = (
         Optimizer(model),
-        S.Checkpoints(str(tmp_path / "run"), keep),
+        checkpoints_in(tmp_path / "run", keep),
         -1,
         False,
     )
@@ -259,12 +266,14 @@ def test_a_save_that_is_killed_anywhere_leaves_what_was_saved(tmp_path, monkeypa
 
     for step in (1, 2):
         saved.save(model, optimizer, step, facts)
-    remove, write = shutil.rmtree, S.save_file
+    remove, write = shutil.rmtree, resume.save_file
     monkeypatch.setattr(
         shutil, "rmtree", dying(remove, lambda path, *rest: next(Path(path).iterdir()).unlink())
     )
     monkeypatch.setattr(
-        S, "save_file", dying(write, lambda tensors, path, *rest: Path(path).write_bytes(b"torn"))
+        resume,
+        "save_file",
+        dying(write, lambda tensors, path, *rest: Path(path).write_bytes(b"torn")),
     )
     for name in ("rename", "replace"):
         monkeypatch.setattr(os, name, dying(getattr(os, name), lambda *args: None))
@@ -337,7 +346,7 @@ def test_an_interrupted_run_saves_and_a_killed_one_loses_nothing_saved(folder, n
                 run.send_signal(number)
                 break
         rest = run.stdout.read()
-    saved = S.Checkpoints(str(folder / "run"), 3)
+    saved = checkpoints_in(folder / "run")
     assert 3 <= saved.steps()[-1] < 500
     if number == signal.SIGKILL:
         assert run.returncode == -number
@@ -363,19 +372,19 @@ def test_an_interrupted_run_saves_and_a_killed_one_loses_nothing_saved(folder, n
 
 def test_a_run_without_checkpoints_is_saved_when_interrupted(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
-    log = S.Log.__call__
+    log = S.MetricsLog.__call__
     monkeypatch.setattr(
-        S.Log,
+        S.MetricsLog,
         "__call__",
         lambda self, metrics: (log(self, metrics), signal.raise_signal(signal.SIGINT)),
     )
     assert S.main(command(folder)) == 130
-    assert "interrupted/step-000001" in capsys.readouterr().out and S.Checkpoints(
-        "interrupted", 1
+    assert "interrupted/step-000001" in capsys.readouterr().out and checkpoints_in(
+        "interrupted"
     ).steps() == [1]
     assert S.main(command(folder)) == 130  # another run's state is not mixed with it
-    assert "interrupted-2/step-000001" in capsys.readouterr().out and S.Checkpoints(
-        "interrupted", 1
+    assert "interrupted-2/step-000001" in capsys.readouterr().out and checkpoints_in(
+        "interrupted"
     ).steps() == [1]
 
 
@@ -401,7 +410,7 @@ def test_a_signal_that_ends_the_compiler_too_is_an_interruption(folder, monkeypa
     monkeypatch.setattr(S, "compile_train_step", compiled)
     assert S.main(argv) == 130
     assert "Traceback" not in capsys.readouterr().err
-    assert S.Checkpoints(str(folder / "run"), 3).steps() == [2]
+    assert checkpoints_in(folder / "run").steps() == [2]
     assert whole.exists() and not torn.exists()
     monkeypatch.setattr(
         S, "compile_train_step", lambda *args, **kw: lambda *batch: torch.ones(2) @ torch.ones(3)
@@ -426,13 +435,13 @@ def test_a_finished_run_still_gives_its_model(folder):
 @pytest.mark.parametrize("interrupted", (False, True))
 def test_a_full_disk_is_said_in_one_line(folder, monkeypatch, capsys, interrupted):
     def full(*args):
-        raise S.SafetensorError("I/O error: No space left on device")
+        raise resume.SafetensorError("I/O error: No space left on device")
 
-    monkeypatch.setattr(S, "save_file", full)
+    monkeypatch.setattr(resume, "save_file", full)
     if interrupted:
-        log = S.Log.__call__
+        log = S.MetricsLog.__call__
         monkeypatch.setattr(
-            S.Log,
+            S.MetricsLog,
             "__call__",
             lambda self, metrics: (log(self, metrics), signal.raise_signal(signal.SIGINT)),
         )
@@ -448,13 +457,14 @@ def test_a_full_disk_is_said_in_one_line(folder, monkeypatch, capsys, interrupte
 @pytest.mark.parametrize("where", ("held_out_loss", "save"))
 def test_what_was_trained_is_saved_before_it_is_judged(folder, monkeypatch, capsys, where):
     """Interrupted when training has ended, a run still saves --out."""
-    before = getattr(S.Solo if where == "save" else S, where)
-    interrupted = lambda *args, **kw: (signal.raise_signal(signal.SIGINT), before(*args, **kw))[1]
-    monkeypatch.setattr(
-        S.Solo if where == "save" else S,
-        where,
-        staticmethod(interrupted) if where == "save" else interrupted,
-    )
+    owner = S.Ranks if where == "save" else S
+    function = getattr(owner, where)
+
+    def interrupted(*args, **kw):
+        signal.raise_signal(signal.SIGINT)
+        return function(*args, **kw)
+
+    monkeypatch.setattr(owner, where, interrupted)
     ignored = signal.signal(
         signal.SIGINT, signal.default_int_handler
     )  # where tests run in the background, it is ignored
@@ -486,7 +496,7 @@ def test_what_is_not_finite_is_never_saved(folder, monkeypatch, capsys, key):
         == 2
     )
     assert f"the {key} is nan at step 3: choose a lower --lr" in capsys.readouterr().err
-    assert S.Checkpoints(str(folder / "run"), 3).steps() == [1, 2]
+    assert checkpoints_in(folder / "run").steps() == [1, 2]
 
 
 def test_a_gpu_that_is_too_small_is_told_the_remedy(folder, monkeypatch, capsys):
@@ -502,13 +512,12 @@ def test_a_gpu_that_is_too_small_is_told_the_remedy(folder, monkeypatch, capsys)
 def test_flags_reach_what_they_are_about(folder, monkeypatch):
     """What the command line gives to the optimizer and the step, in both stages of a run."""
     optimizers, steps, make = [], [], S.compile_train_step
-    monkeypatch.setattr(
-        S.Solo,
-        "optimizer",
-        staticmethod(
-            lambda *args, **kw: (optimizers.append((*args[1:], kw)), Optimizer(*args, **kw))[1]
-        ),
-    )
+
+    def optimizer(ranks, model, *args, **kw):
+        optimizers.append((*args, kw))
+        return Optimizer(model, *args, **kw)
+
+    monkeypatch.setattr(S.Ranks, "optimizer", optimizer)
     monkeypatch.setattr(
         S,
         "compile_train_step",

@@ -24,6 +24,7 @@ from ops.router_balance import router_balance
 from testing import randomize, rms, small
 from tools.report import MODEL_OPS
 from training.losses import LossWeights, make_targets, training_loss
+from training.optim import Optimizer
 
 ROUTERS, CHOSEN, DENSE = Aux(), Aux(index_loss=True), Aux(index_loss=True, dense=True)
 
@@ -184,7 +185,7 @@ def test_recall_rises_when_the_indexers_are_trained():
     )
     for name, p in model.named_parameters():
         p.requires_grad_("indexer" in name)
-    step = compile_train_step(model, S.Optimizer(model), CompileConfig(backend=None), aux=DENSE)
+    step = compile_train_step(model, Optimizer(model), CompileConfig(backend=None), aux=DENSE)
     rows = S.dataset.Rows(ids, 256, 0)
     for i in range(40):
         step(*rows(range(4 * i, 4 * i + 4)), torch.tensor(2e-3))
@@ -204,7 +205,7 @@ def test_recomputation_changes_memory_not_gradients(how, region):
     for recompute in ("none", how):
         model = randomize(Transformer(args, ops={name: "opaque" for name in MODEL_OPS}), seed=1)
         step = compile_train_step(
-            model, S.Optimizer(model, "adamw", eps=1e-3), cfg, recompute=recompute, aux=CHOSEN
+            model, Optimizer(model, "adamw", eps=1e-3), cfg, recompute=recompute, aux=CHOSEN
         )
         count, saved = CompileCount(), []
         with torch.autograd.graph.saved_tensors_hooks(
@@ -252,7 +253,7 @@ def test_selective_recomputation_runs_the_heavy_ops_once(how, times, forms):
         ),
         seed=1,
     )
-    step = compile_train_step(model, S.Optimizer(model, "adamw"), PRESETS["eager"], recompute=how)
+    step = compile_train_step(model, Optimizer(model, "adamw"), PRESETS["eager"], recompute=how)
     with Count():
         step(*batch(), torch.tensor(1e-2))
     assert counts["moe" if forms else "moe_train"] == times and all(
