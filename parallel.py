@@ -63,6 +63,35 @@ def all_to_all(x: torch.Tensor, group: str) -> torch.Tensor:
     return functional.all_to_all_single_autograd(x.contiguous(), None, None, group)
 
 
+# FSDP2 acts by hooks on the calls of modules. These functions use its private state instead:
+# https://github.com/pytorch/pytorch/blob/v2.13.0/torch/distributed/fsdp/_fully_shard/_fsdp_state.py
+
+
+def gather_around(run: Callable) -> Callable:
+    """run(block, *args), which calls the block's forward alone -> the same as FSDP2's hooks have it.
+
+    A full graph cannot hold hooks, so parameters of the block and of its experts, where these have
+    a mesh of their own, are gathered before a compiled block, and resharded after it.
+    """
+
+    def run_gathered(block: torch.nn.Module, *args):
+        modules = [m for m in (block, block.ffn.experts) if isinstance(m, FSDPModule)]
+        states = [m._get_fsdp_state() for m in modules]
+        for state in states:
+            args, _ = state._pre_forward(block, args, {})
+        output = run(block, *args)
+        for state in reversed(states):
+            output = state._post_forward(block, args, output)
+        return output
+
+    return run_gathered
+
+
+def initialize_fsdp(model: FSDPModule) -> None:
+    """Collect all parameters that require gradients at any time of the run, as all do now."""
+    model._get_fsdp_state()._lazy_init()
+
+
 class AllToAllDispatch:
     """Runs the routed experts of the `ep_size` processes of a group on the tokens of all of them
     (see MoE.dispatch).
@@ -194,6 +223,11 @@ class Ranks:
         """How to compile: FSDP2 gathers between the blocks, so that blocks are compiled."""
         return dataclasses.replace(cfg, region="layer") if self.distributed else cfg
 
+    @property
+    def wrap_block(self) -> Callable[[Callable], Callable] | None:
+        """As in compile_train_step."""
+        return gather_around if self.distributed else None
+
     def optimizer(self, model: Transformer, kind: str, **options) -> Optimizer:
         """Options as in Optimizer."""
         if self.distributed:
@@ -239,9 +273,7 @@ class Ranks:
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
-        # Now, while all parameters require gradients: those of a later stage of the run must be
-        # known, too.
-        model._get_fsdp_state()._lazy_init()
+        initialize_fsdp(model)
         return model
 
     def _make_expert_mesh(self) -> None:
