@@ -15,6 +15,21 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
+class Progress:
+    """Messages on standard error: lines; on a terminal a note that the next one wipes out."""
+
+    def __init__(self):
+        self.shown = 0
+
+    def __call__(self, message: str) -> None:
+        if sys.stderr.isatty():
+            sys.stderr.write("\b" * self.shown + " " * self.shown + "\b" * self.shown + message)
+            self.shown = len(message)
+        elif message:
+            sys.stderr.write(message.strip() + "\n")
+        sys.stderr.flush()
+
+
 def main(
     program: str, run: Callable[[list[str] | None], int | None], argv: list[str] | None
 ) -> int:

@@ -9,8 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from generate import Sampling
-from generate import sample as draw
+from generation.engine import Engine
 from model import Aux, Transformer
 from training.dataset import packed
 from training.losses import make_targets, training_loss
@@ -73,17 +72,9 @@ def index_recall(
 @torch.no_grad()
 def sample_text(model: Transformer, tokenizer, prompt: str, count: int, seed: int) -> str:
     """The prompt, and `count` tokens after it or fewer until EOS, drawn at temperature 0.8."""
-    device = model.embed.weight.device
     prompt_ids = tokenizer.encode(prompt, bos=True)
-    model.eval().setup_caches(1, len(prompt_ids) + count + 1)
-    sampling = Sampling.of(0.8, 0, 1.0, seed, device)
-    tokens = torch.tensor([prompt_ids], device=device)
-    position = torch.zeros(1, dtype=torch.int64, device=device)  # of the first of `tokens`
-    generated: list[int] = []
-    while len(generated) < count and tokenizer.eos_id not in generated:
-        logits = model(tokens, position, logits="last")
-        position = position + tokens.shape[1]
-        token = draw(logits[:, -1], position, sampling, filtered=False)
-        generated.append(int(token))
-        tokens = token[:, None]
+    room = min(len(prompt_ids) + count + 1, model.args.max_seq_len)
+    engine = Engine(model, "eager", max_batch_size=1, max_seq_len=room)
+    settings = dict(max_new_tokens=count, temperature=0.8, seed=seed, eos_id=tokenizer.eos_id)
+    generated = [token for _, token in engine.stream([prompt_ids], **settings)]
     return prompt + tokenizer.decode(generated).removesuffix("\n")

@@ -1,9 +1,11 @@
-"""Contracts of generate.py: greedy equals Transformers, sampling equals softmax, no recompiles, clear errors, true reports."""
+"""Contracts of generate.py: the engine's streams, sampling, no recompiles, clear errors, true reports."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
+import itertools
 import json
 import subprocess
 import sys
@@ -14,7 +16,11 @@ import torch
 
 import checkpoint
 import generate as G
-from compile_config import PRESETS, CompileConfig
+from compile_config import CompileConfig
+from generation import engine as engine_module
+from generation import sampling as S
+from generation.engine import Engine
+from generation.session import StreamSession
 from model import ModelArgs, Transformer
 from testing import Margins, hf_model, judged, randomize, rms
 from tools import stats
@@ -22,8 +28,8 @@ from tools import stats
 ROOT = Path(__file__).resolve().parent.parent.parent
 TINY = ROOT / "assets" / "tiny"
 KEYS = (
-    "prompt_tokens tokens text stop_reason tok_per_s ttft_s ttft_warm_s compile_s graphs breaks recompiles accepted_per_step seed "
-    "dtype device preset threads act_quant versions"
+    "prompt_tokens tokens text stop_reason tok_per_s ttft_s ttft_warm_s compile_s graphs breaks "
+    "recompiles accepted_per_step seed dtype device preset threads act_quant versions"
 ).split()
 
 
@@ -41,13 +47,16 @@ def folder(model, tmp_path_factory) -> str:
 
 
 def ids_of(length: int, seed: int = 0) -> list[int]:
-    return torch.randint(
-        2, 256, (length,), generator=torch.Generator().manual_seed(1000 * seed + length)
-    ).tolist()
+    random = torch.Generator().manual_seed(1000 * seed + length)
+    return torch.randint(2, 256, (length,), generator=random).tolist()
+
+
+def comma(ids: list[int]) -> str:
+    return ",".join(map(str, ids))
 
 
 def greedy_by_transformers(hf, prompt: list[int], count: int) -> tuple[list[int], list[bool]]:
-    """The most likely continuation, and for each token whether every choice on the way had a clear margin."""
+    """The most likely continuation; for each token whether every choice had a clear margin."""
     ids, sure = list(prompt), []
     with torch.no_grad():
         for _ in range(count):
@@ -60,16 +69,16 @@ def greedy_by_transformers(hf, prompt: list[int], count: int) -> tuple[list[int]
 
 
 def clear(tokens: list[int], sure: list[bool]) -> tuple[list[int], int]:
-    """The tokens before the first one that a rounding could change, and how many they are: enough to tell."""
+    """The tokens before the first one that a rounding could change, and how many they are."""
     count = next((i for i, ok in enumerate(sure) if not ok), len(sure))
-    assert count >= 6
+    assert count >= 6  # enough to tell
     return tokens[:count], count
 
 
-def run(capsys, *argv, code: int = 0):
-    """main(argv --json) -> its JSON object; with a code other than 0, the one line of its message."""
+def run(capsys, command: str, *argv: str, code: int = 0):
+    """main(command --json) -> its JSON object; with another code, the one line of its message."""
     capsys.readouterr()
-    assert G.main([*argv, "--json"]) == code, capsys.readouterr().err
+    assert G.main([*command.split(), *argv, "--json"]) == code, capsys.readouterr().err
     captured = capsys.readouterr()
     if code:
         lines = captured.err.strip().splitlines()
@@ -78,29 +87,28 @@ def run(capsys, *argv, code: int = 0):
     return json.loads(captured.out.strip().splitlines()[-1])
 
 
-def eager(model, batch=1, max_seq_len=512, **kw) -> G.Generator:
-    """On a model of its own: generators of one model would share its caches."""
-    return G.Generator(copy.deepcopy(model), PRESETS["eager"], batch, max_seq_len, **kw)
+def eager(model, rows: int = 1, max_seq_len: int = 512) -> Engine:
+    """An engine on a copy of the model."""
+    return Engine(copy.deepcopy(model), "eager", max_batch_size=rows, max_seq_len=max_seq_len)
 
 
-GREEDY = G.Sampling.of(0.0, 256, 1.0, 0, "cpu")
+def ahead_of_host(model, rows: int = 1) -> Engine:
+    """The same, with eight decode steps between two reads, as on a GPU."""
+    engine = eager(model, rows)
+    engine.steps_per_sync, engine.max_rewind = 8, 15
+    engine.model.reset_caches()  # so that the next stream makes caches for this rewind
+    return engine
 
 
-def collect(
-    generator: G.Generator, prompts: list[list[int]], count: int, how=GREEDY
-) -> list[list[int]]:
+def collect(engine: Engine, prompts: list[list[int]], count: int, **settings) -> list[list[int]]:
     """The first `count` tokens of every row."""
     rows = [[] for _ in prompts]
-
-    def done(row, token):
+    for row, token in engine.stream(prompts, max_new_tokens=count, **settings):
         rows[row].append(token)
-        return len(rows[row]) == count
-
-    generator(prompts, how, done)
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Greedy
 
 
@@ -108,76 +116,299 @@ def collect(
 def test_greedy_tokens_equal_transformers(capsys, model, folder, length):
     prompt = ids_of(length)
     expected, sure = greedy_by_transformers(hf_model(model), prompt, 12)
-    result = run(
-        capsys,
-        "--checkpoint",
-        folder,
-        "--prompt-ids",
-        ",".join(map(str, prompt)),
-        "--max-new-tokens",
-        "12",
-        "--no-compile",
-        "--ignore-eos",
-        "--max-seq-len",
-        "512",
-    )
+    flags = "--max-new-tokens 12 --no-compile --ignore-eos --max-seq-len 512"
+    result = run(capsys, f"--checkpoint {folder} --prompt-ids {comma(prompt)} {flags}")
     expected, count = clear(expected, sure)
     assert result["tokens"][:count] == expected
-    assert (
-        result["prompt_tokens"] == length
-        and result["stop_reason"] == "length"
-        and result["text"] is None
-    )
+    assert result["prompt_tokens"] == length
+    assert result["stop_reason"] == "length" and result["text"] is None
 
 
 def test_a_ragged_batch_gives_what_each_prompt_gives_alone(model):
     prompts = [ids_of(n) for n in (1, 5, 130, 290)]
-    batch = collect(eager(model, batch=4), prompts, 10)
-    assert batch == [collect(eager(model), [prompt], 10)[0] for prompt in prompts]
+    alone = [collect(eager(model), [prompt], 10)[0] for prompt in prompts]
+    assert collect(eager(model, rows=4), prompts, 10) == alone
+    assert collect(ahead_of_host(model, rows=4), prompts, 10) == alone
 
 
-def test_rows_that_end_early_leave_the_others_alone(model):
-    prompts, counts, rows = [ids_of(n) for n in (9, 40, 70)], (2, 12, 5), [[] for _ in range(3)]
-
-    def done(row, token):
-        rows[row].append(token)
-        return len(rows[row]) == counts[row]
-
-    eager(model, batch=3)(prompts, GREEDY, done)
-    assert rows == [
-        collect(eager(model), [prompt], count)[0] for prompt, count in zip(prompts, counts)
-    ]
+@pytest.mark.parametrize("build", (eager, ahead_of_host))
+def test_rows_that_end_early_leave_the_others_alone(model, build):
+    prompts = [ids_of(n) for n in (9, 40, 70)]
+    alone = [collect(eager(model), [prompt], 12)[0] for prompt in prompts]
+    eos_id = alone[1][2]  # ends the second row, and others that meet it
+    ended = [row[: row.index(eos_id) + 1] if eos_id in row else row for row in alone]
+    assert len({len(row) for row in ended}) > 1
+    engine = build(model, rows=3)
+    assert collect(engine, prompts, 12, eos_id=eos_id) == ended
+    # they hold what they were fed: going on without an end needs one token of each row
+    longer = [prompt + row for prompt, row in zip(prompts, ended, strict=True)]
+    expected = [row[len(end) :] for row, end in zip(alone, ended, strict=True)]
+    assert [
+        got[: len(rest)] for got, rest in zip(collect(engine, longer, 12), expected, strict=True)
+    ] == expected
+    assert engine.stats["fed_tokens"] == 3
 
 
 @pytest.mark.parametrize(
-    "change", ("continues", "goes back a little", "goes back far", "starts anew")
+    "change, fed",
+    (("continues", 21), ("goes back a little", 20), ("goes back far", 120), ("starts anew", 60)),
 )
-def test_a_later_prompt_reuses_what_the_cache_holds(model, change):
-    """A second turn feeds only what is new, or rewinds, or starts again, and gives what a fresh cache gives."""
-    generator, first = eager(model), ids_of(150)
-    answer = collect(generator, [first], 6)[0]
+def test_a_later_prompt_reuses_what_the_cache_holds(model, change, fed):
+    """A second turn feeds only what is new, or rewinds, or starts again: as a fresh cache gives."""
+    engine, first = eager(model), ids_of(150)
+    answer = collect(engine, [first], 6)[0]
     second = {
         "continues": first + answer + ids_of(20, 1),
         "goes back a little": first + answer[:2] + ids_of(20, 1),
         "goes back far": first[:100] + ids_of(20, 1),
         "starts anew": ids_of(60, 2),
     }[change]
-    fed = []
-    prefill = generator.prefill
-    generator.prefill = lambda tokens, pos, lengths, *how: (
-        fed.append(int(lengths.sum())),
-        prefill(tokens, pos, lengths, *how),
-    )[1]
-    assert collect(generator, [second], 6) == collect(eager(model), [second], 6)
-    assert (
-        sum(fed)
-        == {"continues": 21, "goes back a little": 20, "goes back far": 120, "starts anew": 60}[
-            change
-        ]
-    )
+    assert collect(engine, [second], 6) == collect(eager(model), [second], 6)
+    assert engine.stats["fed_tokens"] == fed
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def test_rewinding_again_and_again_stays_within_what_the_caches_hold(model, monkeypatch):
+    """Each step back is small, all together are deep: the furthest position that was fed counts."""
+    logits, sample = [], S.sample
+    monkeypatch.setattr(S, "sample", lambda x, *rest: logits.append(x) or sample(x, *rest))
+    engine, ids, fed = eager(model), ids_of(400), []
+    for length in (400, 393, 386, 379, 372, 371):
+        collect(engine, [ids[:length]], 1)
+        reused = logits[-1]
+        fed.append(engine.stats["fed_tokens"])
+        collect(eager(model), [ids[:length]], 1)
+        assert rms(reused, logits[-1]) < 1e-5
+    assert fed == [400, 1, 386, 1, 372, 1]  # every second step back is too deep
+
+
+def test_steps_run_ahead_of_the_host_are_rewound(model):
+    """With several decode steps between reads, a row may be fed more than was wanted."""
+    engine, ids = ahead_of_host(model), ids_of(300)
+    assert collect(engine, [ids], 2) == collect(eager(model), [ids], 2)
+    for length in (294, 299, 301):
+        again = (ids + ids_of(9, 3))[:length]
+        assert collect(engine, [again], 10) == collect(eager(model), [again], 10)
+
+
+# --------------------------------------------------------------------------------------------------
+# Engine: leaving early, shared models, limits
+
+
+class Failure(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def failing(engine: Engine, where: str, call: int, error: type[BaseException]):
+    """Raise in call number `call` of a phase ("prefill" or "decode") of the engine.
+
+    where: "prefill before", nothing has run; "prefill inside", some layers have written caches;
+    "prefill after", the caches are written and the engine does not know; likewise "decode ...".
+    """
+    name, moment = where.split()
+    attribute = f"_{name}_phase"
+    phase, calls = getattr(engine, attribute), itertools.count(1)
+
+    def hook(*_):
+        raise error
+
+    def run(*args):
+        if next(calls) != call:
+            return phase(*args)
+        if moment == "inside":
+            handle = engine.model.layers[2].register_forward_pre_hook(hook)
+            try:
+                return phase(*args)
+            finally:
+                handle.remove()
+        if moment == "after":
+            phase(*args)
+        raise error
+
+    setattr(engine, attribute, run)
+    try:
+        with pytest.raises(error):
+            yield
+    finally:
+        setattr(engine, attribute, phase)
+
+
+def assert_like_fresh(engine: Engine, model, prompts: list[list[int]]) -> None:
+    """Whatever comes next, the prompts cut, as before, continued or others: the tokens are right."""
+    for change in ("cut by 1", "cut by 12", "the same", "continued", "others"):
+        after = {
+            "cut by 1": [prompt[:-1] for prompt in prompts],
+            "cut by 12": [prompt[:-12] for prompt in prompts],
+            "the same": prompts,
+            "continued": [prompt + ids_of(30, 8) for prompt in prompts],
+            "others": [ids_of(40, 9) for _ in prompts],
+        }[change]
+        got = collect(copy.deepcopy(engine), after, 4)
+        assert got == collect(eager(model, len(prompts)), after, 4), change
+
+
+@pytest.mark.parametrize("error", (KeyboardInterrupt, Failure))
+@pytest.mark.parametrize("moment", ("before", "inside", "after"))
+@pytest.mark.parametrize(
+    "phase, call", (("prefill", 1), ("prefill", 2), ("decode", 1), ("decode", 3))
+)
+def test_an_error_anywhere_leaves_the_engine_consistent(model, phase, call, moment, error):
+    prompts = [ids_of(300), ids_of(20)]
+    build = ahead_of_host if error is Failure else eager
+    engine = build(model, rows=2)
+    collect(engine, [ids_of(60, 4), ids_of(33, 4)], 5)  # rows of an earlier conversation
+    with failing(engine, f"{phase} {moment}", call, error):
+        collect(engine, prompts, 30)
+    assert_like_fresh(engine, model, prompts)
+
+
+@pytest.mark.parametrize("phase, fed", (("prefill", 300 - 256), ("decode", 1)))
+def test_tokens_that_were_fed_are_not_fed_again_after_an_interrupt(model, phase, fed):
+    """A prompt goes on from the last chunk that was fed whole, an answer from its last token."""
+    engine, prompt = eager(model), ids_of(300)
+    with failing(engine, f"{phase} before", 2, KeyboardInterrupt):
+        collect(engine, [prompt], 9)
+    engine.high_water[0] = len(engine.cached_tokens[0])  # it failed before it wrote anything
+    assert collect(engine, [prompt], 9) == collect(eager(model), [prompt], 9)
+    assert engine.stats["fed_tokens"] == fed
+
+
+@pytest.mark.parametrize("build", (eager, ahead_of_host))
+@pytest.mark.parametrize("count", (1, 2, 7))
+def test_leaving_a_stream_early_keeps_what_was_fed(model, build, count):
+    """By break, and by close() while it waits."""
+    prompts = [ids_of(150), ids_of(21)]
+    full = collect(eager(model, rows=2), prompts, 12)
+    for leave in ("break", "close"):
+        engine = build(model, rows=2)
+        stream, rows = engine.stream(prompts, max_new_tokens=12), [[], []]
+        for i, (row, token) in enumerate(stream):
+            rows[row].append(token)
+            if i == 2 * count:  # a token more of the first row than of the second
+                break
+        if leave == "close":
+            stream.close()
+        assert rows == [full[0][: count + 1], full[1][:count]]
+        assert_like_fresh(engine, model, prompts)
+        longer = [prompt + row for prompt, row in zip(prompts, rows, strict=True)]
+        rest = collect(engine, longer, 5)
+        assert rest == [full[0][count + 1 : count + 6], full[1][count : count + 5]]
+        # one token a row, and in the first the one that no step had fed when the stream was left
+        assert engine.stats["fed_tokens"] <= 2 + (build is eager)
+
+
+def test_a_stream_starts_with_its_first_token(model):
+    """Streams that nobody iterates over change nothing."""
+    engine, prompt = eager(model), ids_of(50)
+    first = collect(engine, [prompt], 5)
+    engine.stream([ids_of(20)], max_new_tokens=3)
+    engine.stream([ids_of(20)], max_new_tokens=3).close()
+    assert collect(engine, [prompt], 5) == first and engine.stats["fed_tokens"] == 1
+
+
+@pytest.mark.parametrize("sizes", (((1, 512), (1, 512)), ((1, 512), (3, 256))))
+def test_two_engines_over_one_model_notice_each_other(model, sizes):
+    shared = copy.deepcopy(model)
+    a, b = (Engine(shared, "eager", max_batch_size=n, max_seq_len=m) for n, m in sizes)
+    expected = {n: collect(eager(model), [ids_of(n)], 6) for n in (40, 47, 90)}
+    for engine, n in ((a, 40), (b, 90), (a, 40), (b, 47), (b, 90), (a, 47), (a, 47)):
+        assert collect(engine, [ids_of(n)], 6) == expected[n]
+    assert a.stats["fed_tokens"] == 1  # nobody else had come between
+    assert collect(b, [ids_of(47)], 6) == expected[47] and b.stats["fed_tokens"] == 47
+
+
+@pytest.mark.parametrize("change", ("reset", "setup", "setup smaller", "to", "float"))
+def test_caches_that_were_emptied_or_replaced_are_noticed(model, change):
+    engine, prompt = eager(model), ids_of(90)
+    first = collect(engine, [prompt], 6)
+    {
+        "reset": engine.model.reset_caches,
+        "setup": lambda: engine.model.setup_caches(*engine.model.cache_size),
+        "setup smaller": lambda: engine.model.setup_caches(1, 64),
+        "to": lambda: engine.model.to("cpu"),
+        "float": engine.model.float,
+    }[change]()
+    assert collect(engine, [prompt], 6) == first and engine.stats["fed_tokens"] == 90
+
+
+@pytest.mark.parametrize("change", ("another engine", "another stream", "reset", "to"))
+def test_a_stream_whose_caches_were_taken_says_so(model, change):
+    engine = eager(model)
+    stream = engine.stream([ids_of(30)], max_new_tokens=9)
+    next(stream)
+    if change == "another engine":
+        Engine(engine.model, "eager", max_batch_size=1, max_seq_len=512)
+    elif change == "another stream":
+        collect(engine, [ids_of(20)], 3)
+    elif change == "reset":
+        engine.model.reset_caches()
+    else:
+        engine.model.to("cpu")
+    with pytest.raises(RuntimeError, match="finish or close"):
+        next(stream)
+    assert_like_fresh(engine, model, [ids_of(30)])
+
+
+def test_fewer_prompts_than_rows_leave_the_other_rows_alone(model):
+    prompts = [ids_of(n) for n in (60, 20, 90)]
+    engine = eager(model, rows=4)
+    rows = collect(engine, prompts, 5)
+    assert rows == [collect(eager(model), [prompt], 5)[0] for prompt in prompts]
+    other = ids_of(33, 2)
+    assert collect(engine, [other], 5) == collect(eager(model), [other], 5)
+    longer = [other, prompts[1] + rows[1], prompts[2] + rows[2]]
+    assert collect(engine, longer, 5) == collect(eager(model, rows=3), longer, 5)
+    assert engine.stats["fed_tokens"] == 3
+
+
+@pytest.mark.parametrize("build", (eager, ahead_of_host))
+def test_the_context_ends_a_stream(model, build):
+    """Rows give at most max_seq_len - len(prompt) tokens, those of a larger context."""
+    prompts, engine = [ids_of(30), ids_of(39), ids_of(12)], build(model, rows=3)
+    engine.max_seq_len = 40
+    engine.model.reset_caches()
+    rows = collect(engine, prompts, 99)
+    assert engine.model.cache_size[1] == 40
+    assert [len(row) for row in rows] == [10, 1, 28]
+    larger = collect(eager(model, rows=3), prompts, 28)
+    assert rows == [full[: len(row)] for full, row in zip(larger, rows, strict=True)]
+    assert collect(engine, prompts, 3) == [row[:3] for row in rows]
+
+
+def test_impossible_streams_are_refused_before_anything_runs(model):
+    with pytest.raises(ValueError, match="context is 2048"):
+        Engine(model, "eager", max_batch_size=1, max_seq_len=2049)
+    with pytest.raises(ValueError, match="fastest.*choose from eager"):
+        Engine(model, "fastest", max_batch_size=1, max_seq_len=64)
+    engine = eager(model, rows=2, max_seq_len=64)
+    kept = collect(engine, [ids_of(9)], 2)
+    for prompts, says in (
+        ([], "no prompt"),
+        ([[1], []], "empty"),
+        ([[1], [2], [3]], "2 rows.*max_batch_size"),
+        ([ids_of(64)], "64 tokens.*raise max_seq_len"),
+        ([[256]], "256.*vocabulary"),
+        ([[-1]], "-1.*vocabulary"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            engine.stream(prompts, max_new_tokens=1)
+    for wrong in (
+        dict(max_new_tokens=0),
+        dict(temperature=-1.0),
+        dict(temperature=float("nan")),
+        dict(top_k=0),
+        dict(top_p=0.0),
+        dict(top_p=1.5),
+        dict(seed=-1),
+        dict(seed=1 << 63),
+    ):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            engine.stream([[1]], **{"max_new_tokens": 1, **wrong})
+    assert len(collect(engine, [ids_of(63)], 9)[0]) == 1  # a prompt may leave room for one token
+    assert collect(engine, [ids_of(9)], 2) == kept
+
+
+# --------------------------------------------------------------------------------------------------
 # Sampling
 
 
@@ -191,221 +422,191 @@ def chi_square(counts: torch.Tensor, p: torch.Tensor) -> float:
     ((1.0, None, None), (0.5, None, None), (1.3, 5, None), (1.0, None, 0.7), (0.7, 6, 0.8)),
 )
 def test_sampling_follows_the_softmax(temperature, top_k, top_p):
-    """20000 draws over 12 tokens, across positions and seeds: chi-square below its 99.9 % quantile (about 31 for 11 degrees)."""
+    """Draws over 12 tokens: chi-square below its 99.9 % quantile (about 31 for 11 degrees)."""
     V, N = 12, 20000
     logits = torch.randn(V, generator=torch.Generator().manual_seed(3)) * 1.5
     p = (logits / temperature).softmax(-1)
-    order = p.argsort(descending=True)
     keep = torch.zeros(V, dtype=torch.bool)
     total = 0.0
-    for rank, token in enumerate(order):
+    for rank, token in enumerate(p.argsort(descending=True)):
         keep[token] = (top_k is None or rank < top_k) and (top_p is None or total < top_p)
         total += float(p[token])
     p = p.masked_fill(~keep, 0) / p[keep].sum()
-    how = G.Sampling.of(temperature, top_k or V, top_p or 1.0, 7, "cpu")
-    for pos in (
-        torch.arange(N),
-        torch.full((N,), 5),
-    ):  # over positions, and over rows at one position
-        drawn = (
-            torch.cat(
-                [
-                    G.sample(logits.expand(1, V), at[None], how, bool(top_k or top_p))
-                    for at in pos[:2000]
-                ]
-            )
-            if pos[0] != pos[1]
-            else G.sample(logits.expand(N, V), pos, how, bool(top_k or top_p))
-        )
+    sampling = S.Sampling.of(temperature, top_k or V, top_p or 1.0, 7, "cpu")
+
+    def draw(prompt, pos):
+        scores = logits.expand(len(pos), V)
+        return S.sample(scores, prompt, pos, sampling, bool(top_k or top_p))
+
+    index = torch.arange(N)
+    for drawn in (
+        torch.cat([draw(torch.zeros(1, dtype=torch.int64), pos[None]) for pos in index[:2000]]),
+        draw(torch.zeros(N, dtype=torch.int64), index),  # over positions of one prompt
+        draw(index, torch.full((N,), 5)),  # over prompts at one position
+    ):
         counts = torch.bincount(drawn, minlength=V).float()
         assert counts[~keep].sum() == 0
         assert chi_square(counts[keep], p[keep]) < 31.3
-    # neighbouring positions are independent: the joint counts of two of them follow the product
-    pairs = G.sample(logits.expand(N, V), torch.arange(N), how, bool(top_k or top_p))
-    joint = (
-        torch.bincount(pairs[:-1] * V + pairs[1:], minlength=V * V)
-        .float()
-        .view(V, V)[keep][:, keep]
-    )
+    # neighbouring prompts and positions are independent: joint counts follow the product
+    drawn = draw(index, index)
+    pairs = drawn[:-1] * V + drawn[1:]
+    joint = torch.bincount(pairs, minlength=V * V).float().view(V, V)[keep][:, keep]
     degrees = joint.numel() - 1
-    assert (
-        chi_square(joint.flatten(), (p[keep][:, None] * p[keep]).flatten())
-        < degrees + 5 * (2 * degrees) ** 0.5
-    )
+    product = (p[keep][:, None] * p[keep]).flatten()
+    assert chi_square(joint.flatten(), product) < degrees + 5 * (2 * degrees) ** 0.5
 
 
 def test_temperature_zero_is_greedy_and_top_k_one_too():
     logits = torch.randn(5, 50, generator=torch.Generator().manual_seed(0))
-    pos = torch.arange(5)
-    for how, filtered in (
-        (G.Sampling.of(0.0, 50, 1.0, 1, "cpu"), False),
-        (G.Sampling.of(0.0, 9, 0.9, 1, "cpu"), True),
-        (G.Sampling.of(2.0, 1, 1.0, 1, "cpu"), True),
+    index = torch.arange(5)
+    for sampling, filtered in (
+        (S.Sampling.of(0.0, 50, 1.0, 1, "cpu"), False),
+        (S.Sampling.of(0.0, 9, 0.9, 1, "cpu"), True),
+        (S.Sampling.of(2.0, 1, 1.0, 1, "cpu"), True),
     ):
-        assert torch.equal(G.sample(logits, pos, how, filtered), logits.argmax(-1))
+        drawn = S.sample(logits, index, index, sampling, filtered)
+        assert torch.equal(drawn, logits.argmax(-1))
 
 
-def test_noise_depends_on_seed_row_and_position():
-    noise = {
-        (seed, at): G.gumbel(torch.tensor(seed), torch.tensor([at, at]), 64)
+def test_noise_depends_on_seed_prompt_and_position():
+    def noise(seed, prompt, pos):
+        return S.gumbel(torch.tensor(seed), torch.tensor(prompt), torch.tensor(pos), 64)
+
+    rows = [
+        noise(seed, [prompt], [pos])[0]
         for seed in (0, 1, 1 << 40)
-        for at in (0, 1)
-    }
-    rows = [row for pair in noise.values() for row in pair]
+        for prompt in (0, 1)
+        for pos in (0, 1)
+    ]
     assert all(not torch.equal(a, b) for i, a in enumerate(rows) for b in rows[:i])
-    assert torch.equal(G.gumbel(torch.tensor(1), torch.tensor([1, 1]), 64), noise[1, 1]) and all(
-        r.isfinite().all() for r in rows
-    )
+    assert all(row.isfinite().all() for row in rows)
+    # not on the row of the batch, nor on the rows beside it
+    batch = noise(1, [1, 0, 1], [1, 0, 0])
+    assert torch.equal(batch, torch.stack([rows[7], rows[4], rows[6]]))
+
+
+def test_a_prompts_tokens_depend_on_its_index_alone(model):
+    """Not on the prompts beside it, on the engine's rows, nor on what was drawn before."""
+    prompts = [ids_of(n) for n in (20, 7, 40)]
+    settings = dict(temperature=1.0, top_k=200, seed=5)
+    engine = eager(model, rows=3)
+    rows = collect(engine, prompts, 8, **settings)
+    assert collect(engine, [prompts[0], ids_of(5), prompts[2]], 8, **settings)[::2] == rows[::2]
+    assert collect(eager(model), prompts[:1], 8, **settings) == rows[:1]
+    same = collect(eager(model, rows=2), [prompts[0], prompts[0]], 8, **settings)
+    assert same[0] == rows[0] != same[1]
 
 
 def test_the_seed_repeats_a_run_and_changes_it(capsys, folder):
-    argv = (
-        "--checkpoint",
-        folder,
-        "--prompt-ids",
-        "5,6,7",
-        "--no-compile",
-        "--temperature",
-        "1",
-        "--max-new-tokens",
-        "20",
-        "--seed",
+    command = (
+        f"--checkpoint {folder} --prompt-ids 5,6,7 --no-compile --temperature 1 "
+        "--max-new-tokens 20 --seed"
     )
-    first, again, other = (run(capsys, *argv, seed)["tokens"] for seed in ("3", "3", "4"))
+    first, again, other = (run(capsys, command, seed)["tokens"] for seed in ("3", "3", "4"))
     assert first == again != other
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Compiled
 
 
 def test_compiled_generation_does_not_recompile(model):
-    """Ragged batch of 4: prompts of 1 to 1500 tokens, 300 decoded tokens, two conversations, another temperature and seed."""
+    """Ragged batch of 4: prompts of 1 to 1500 tokens, 300 decoded, two conversations, sampling."""
     torch._dynamo.reset()
-    compiled = G.Generator(model, PRESETS["default"], 4, 2048, eos=None)
+    compiled = Engine(copy.deepcopy(model), "default", max_batch_size=4, max_seq_len=2048)
     slow, hf = eager(model, 4, 2048), hf_model(model)
     first = [ids_of(n) for n in (1, 40, 700, 1500)]
     rows = collect(compiled, first, 300)
     assert [row[:40] for row in rows] == collect(slow, first, 40)
-    for prompt, row in zip(first[:3], rows):
+    for prompt, row in zip(first[:3], rows, strict=False):
         expected, count = clear(*greedy_by_transformers(hf, prompt, 12))
         assert row[:count] == expected
-    second = [prompt + row + ids_of(30, 5) for prompt, row in zip(first, rows)]
+    second = [prompt + row + ids_of(30, 5) for prompt, row in zip(first, rows, strict=True)]
     assert collect(compiled, second, 20) == collect(slow, second, 20)
-    third = [ids_of(n, 9) for n in (3, 2, 260, 1)]
-    how = G.Sampling.of(0.9, 256, 1.0, 11, "cpu")
-    assert collect(compiled, third, 20, how) == collect(slow, third, 20, how)
-    assert compiled.count.breaks == 0 and compiled.count.recompiles == 0
-    kinds = 4  # layer kinds of the debug model; prefill runs one graph each, one before and one after, decode is one graph
-    assert compiled.count.graphs == kinds + 2 + 1 and compiled.compile_s > 0
+    third = [ids_of(n, 9) for n in (3, 2, 260)]  # fewer than rows
+    settings = dict(temperature=0.9, seed=11, eos_id=7)
+    assert collect(compiled, third, 20, **settings) == collect(slow, third, 20, **settings)
+    stats = compiled.stats
+    assert stats["breaks"] == 0 and stats["recompiles"] == 0 and stats["compile_s"] > 0
+    # prefill: one graph for each of four kinds of layers, one before and one after; decode: one
+    assert stats["graphs"] == 4 + 2 + 1
 
 
 def test_one_row_does_not_recompile_either(model):
-    """Prompts of 1 to 1500 tokens one after the other, 300 decoded tokens, then a second turn; AOT graphs without codegen."""
+    """Prompts of 1 to 1500 tokens one after the other, 300 decoded tokens, then a second turn."""
     torch._dynamo.reset()
-    compiled, slow = (
-        G.Generator(model, CompileConfig(backend="aot_eager"), 1, 2048),
-        eager(model, 1, 2048),
-    )
+    config = CompileConfig(backend="aot_eager")  # AOT graphs without code generation
+    compiled = Engine(copy.deepcopy(model), config, max_batch_size=1, max_seq_len=2048)
+    slow = eager(model, 1, 2048)
     for n in (1, 40, 700, 1500):
         assert collect(compiled, [ids_of(n)], 3) == collect(slow, [ids_of(n)], 3)
     row = collect(compiled, [ids_of(1500)], 300)[0]
     assert row[:3] == collect(slow, [ids_of(1500)], 3)[0]
     assert len(collect(compiled, [ids_of(1500) + row + ids_of(20, 7)], 5)[0]) == 5
-    assert (
-        compiled.count.breaks == 0
-        and compiled.count.recompiles == 0
-        and compiled.count.graphs == 4 + 2 + 1
+    stats = compiled.stats
+    assert stats["breaks"] == 0 and stats["recompiles"] == 0 and stats["graphs"] == 4 + 2 + 1
+
+
+def test_top_k_joins_and_leaves_compiled_sampling(model):
+    """Filtered sampling is a graph of its own, made when it is first asked for."""
+    torch._dynamo.reset()
+    compiled = Engine(
+        copy.deepcopy(model), CompileConfig(backend="eager"), max_batch_size=1, max_seq_len=64
     )
+    slow, prompts = eager(model, max_seq_len=64), [ids_of(9)]
+    for settings in (dict(), dict(top_k=3), dict(top_p=0.5), dict(), dict(top_k=3)):
+        settings |= dict(temperature=1.5, seed=2)
+        assert collect(compiled, prompts, 6, **settings) == collect(slow, prompts, 6, **settings)
+    assert compiled.stats["graphs"] == 2 * (4 + 2 + 1) and compiled.stats["recompiles"] == 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command line
 
 
 @pytest.mark.parametrize(
-    "argv, says",
+    "command, says",
     [
-        (("--prompt-ids", ""), "empty"),
-        (("--prompt-ids", "1,x"), "--prompt-ids"),
-        (("--prompt-ids", "1,256"), "256"),
-        (("--prompt-ids", "-1"), "-1"),
-        (("--prompt-ids", "1", "--max-seq-len", "99999"), "--max-seq-len"),
-        (("--prompt-ids", ",".join(["7"] * 64), "--max-seq-len", "64"), "--max-seq-len"),
-        (("--prompt", "x"), "tokenizer"),
-        (("--prompt-ids", "1", "--prompt", "x"), "choose one"),
-        (("--prompt-ids", "1", "--interactive"), "choose one"),
-        (("--prompt-ids", "1", "--chat"), "--chat"),
-        (("--prompt-ids", "1", "--thinking"), "--chat"),
-        (("--prompt-ids", "1", "--temperature", "-1"), "--temperature"),
-        (("--prompt-ids", "1", "--temperature", "nan"), "--temperature"),
-        (("--prompt-ids", "1", "--top-k", "0"), "--top-k"),
-        (("--prompt-ids", "1", "--top-p", "1.5"), "--top-p"),
-        (("--prompt-ids", "1", "--max-new-tokens", "0"), "--max-new-tokens"),
-        (("--prompt-ids", "1", "--seed", "-3"), "--seed"),
-        (("--prompt-ids", "1", "--stop", "x"), "tokenizer"),
-        (("--prompt-ids", "1", "--compile", "cudagraphs", "--device", "cpu"), "CUDA"),
-        (("--prompt-ids", "1", "--compile", "default", "--no-compile"), "--no-compile"),
+        ("--prompt-ids=", "empty"),
+        ("--prompt-ids 1,x", "--prompt-ids"),
+        ("--prompt-ids 1,256", "256"),
+        ("--prompt-ids -1", "-1"),
+        ("--prompt-ids 1 --max-seq-len 99999", "--max-seq-len"),
+        (f"--prompt-ids {comma([7] * 64)} --max-seq-len 64", "--max-seq-len"),
+        ("--prompt x", "tokenizer"),
+        ("--prompt-ids 1 --prompt x", "choose one"),
+        ("--prompt-ids 1 --interactive", "choose one"),
+        ("--prompt-ids 1 --chat", "--chat"),
+        ("--prompt-ids 1 --thinking", "--chat"),
+        ("--prompt-ids 1 --temperature -1", "--temperature"),
+        ("--prompt-ids 1 --temperature nan", "--temperature"),
+        ("--prompt-ids 1 --top-k 0", "--top-k"),
+        ("--prompt-ids 1 --top-p 1.5", "--top-p"),
+        ("--prompt-ids 1 --max-new-tokens 0", "--max-new-tokens"),
+        ("--prompt-ids 1 --seed -3", "--seed"),
+        ("--prompt-ids 1 --stop x", "tokenizer"),
+        ("--prompt-ids 1 --act-quant maybe", "--act-quant"),
+        ("--prompt-ids 1 --compile cudagraphs --device cpu", "CUDA"),
+        ("--prompt-ids 1 --compile default --no-compile", "--no-compile"),
+        ("--checkpoint deepseek-ai/DeepSeek-V4-Flash", "hf download deepseek-ai/DeepSeek-V4-Flash"),
         (
-            ("--checkpoint", "deepseek-ai/DeepSeek-V4-Flash"),
-            "hf download deepseek-ai/DeepSeek-V4-Flash",
-        ),
-        (
-            ("--checkpoint", "https://huggingface.co/deepseek-ai/DeepSeek-V4-Pro/"),
+            "--checkpoint https://huggingface.co/deepseek-ai/DeepSeek-V4-Pro/",
             "hf download deepseek-ai/DeepSeek-V4-Pro --local-dir",
         ),
-        (("--checkpoint", "/nowhere/at/all"), "/nowhere/at/all"),
-        (("--checkpoint", str(ROOT / "ops")), "config.json"),
+        ("--checkpoint /nowhere/at/all", "/nowhere/at/all"),
+        (f"--checkpoint {ROOT / 'ops'}", "config.json"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(capsys, folder, argv, says):
-    argv = argv if "--checkpoint" in argv else ("--checkpoint", folder, *argv)
-    assert says in run(capsys, *argv, code=2)
+def test_bad_input_is_one_line_and_exit_code_2(capsys, folder, command, says):
+    command = command if "--checkpoint" in command else f"--checkpoint {folder} {command}"
+    assert says in run(capsys, command, code=2)
 
 
 @pytest.mark.parametrize(
-    "argv",
-    (
-        ["--no-such-flag"],
-        ["--compile", "fastest"],
-        ["--device", "tpu"],
-        ["--max-new-tokens", "many"],
-    ),
+    "command", ("--no-such-flag", "--compile fastest", "--device tpu", "--max-new-tokens many")
 )
-def test_unknown_flags_and_values_are_one_line_and_exit_code_2(capsys, argv):
-    assert argv[0] in run(capsys, *argv, code=2)
-
-
-def test_rewinding_again_and_again_stays_within_what_the_caches_hold(model, monkeypatch):
-    """Each step back is small, all together are deep: the rings count from the furthest position that was fed."""
-    logits, sample = [], G.sample
-    monkeypatch.setattr(
-        G, "sample", lambda scores, *rest: logits.append(scores) or sample(scores, *rest)
-    )
-    generator, ids, fed = eager(model), ids_of(400), []
-    for length in (400, 393, 386, 379, 372, 371):
-        collect(generator, [ids[:length]], 1)
-        reused = logits[-1]
-        fed.append(generator.fed_tokens)
-        collect(eager(model), [ids[:length]], 1)
-        assert rms(reused, logits[-1]) < 1e-5
-    assert fed == [400, 1, 386, 1, 372, 1]  # every second step back is too deep
-
-
-def test_steps_run_ahead_of_the_host_are_rewound(model):
-    """With a burst of decode steps between reads, a row may be fed more than was wanted."""
-    generator, ids = eager(model), ids_of(300)
-    generator.burst = 8
-    assert collect(generator, [ids], 2) == collect(eager(model), [ids], 2)
-    for length in (294, 299, 301):
-        again = (ids + ids_of(9, 3))[:length]
-        assert collect(generator, [again], 10) == collect(eager(model), [again], 10)
-
-
-def test_a_generator_wants_one_prompt_a_row(model):
-    for prompts in ([[1]], [[1], []], [[1], [2], [3]]):
-        with pytest.raises(ValueError, match="2 rows"):
-            collect(eager(model, batch=2), prompts, 1)
+def test_unknown_flags_and_values_are_one_line_and_exit_code_2(capsys, command):
+    assert command.split()[0] in run(capsys, command, code=2)
 
 
 def test_reasoning_of_earlier_turns_is_left_out():
@@ -416,7 +617,7 @@ def test_reasoning_of_earlier_turns_is_left_out():
 
 def test_an_interrupt_keeps_what_was_written(capsys, monkeypatch, tmp_path):
     """Every row's text so far is printed, and the exit code is 130."""
-    file, decode, calls = tmp_path / "prompts.txt", G.compile_decode, []
+    file, decode, calls = tmp_path / "prompts.txt", engine_module.compile_decode, []
     file.write_text("HAMLET.\nO\n\nKING.\nWho\n")
 
     def interrupted(*args):
@@ -428,14 +629,11 @@ def test_an_interrupt_keeps_what_was_written(capsys, monkeypatch, tmp_path):
                 raise KeyboardInterrupt
             return phase(*args)
 
-        call.name = "decode"
         return call
 
-    monkeypatch.setattr(G, "compile_decode", interrupted)
-    assert (
-        G.main(["--checkpoint", str(TINY), "--no-compile", "--prompts", str(file), "--ignore-eos"])
-        == 130
-    )
+    monkeypatch.setattr(engine_module, "compile_decode", interrupted)
+    command = f"--checkpoint {TINY} --no-compile --prompts {file} --ignore-eos"
+    assert G.main(command.split()) == 130
     texts = capsys.readouterr().out
     assert len(texts) > 4 * 30  # four rows of 30 tokens; one row would be far less
 
@@ -449,134 +647,100 @@ def test_prompt_files_that_hold_nothing_are_refused(capsys, tmp_path):
         (binary, "UTF-8"),
         (tmp_path / "missing.txt", "cannot be read"),
     ):
-        assert says in run(capsys, "--checkpoint", str(TINY), "--prompts", str(file), code=2)
+        assert says in run(capsys, f"--checkpoint {TINY} --prompts {file}", code=2)
 
 
 def test_without_a_compiler_it_runs_eagerly_and_says_so(capsys, monkeypatch, folder):
     monkeypatch.setattr(stats, "missing_cpu_toolchain", lambda: "a C++ compiler")
-    assert (
-        G.main(["--checkpoint", folder, "--prompt-ids", "5,6", "--max-new-tokens", "2", "--json"])
-        == 0
-    )
+    command = f"--checkpoint {folder} --prompt-ids 5,6 --max-new-tokens 2"
+    assert G.main([*command.split(), "--json"]) == 0
     captured = capsys.readouterr()
     assert "a C++ compiler" in captured.err and json.loads(captured.out)["preset"] == "eager"
-    assert "a C++ compiler" in run(
-        capsys, "--checkpoint", folder, "--prompt-ids", "5", "--compile", "regional", code=2
-    )
+    assert "a C++ compiler" in run(capsys, f"{command} --compile regional", code=2)
 
 
 def test_the_report_has_every_key_of_the_contract(capsys, folder):
-    result = run(
-        capsys,
-        "--checkpoint",
-        folder,
-        "--prompt-ids",
-        "5,6",
-        "--no-compile",
-        "--max-new-tokens",
-        "8",
-    )
+    command = f"--checkpoint {folder} --prompt-ids 5,6 --no-compile --max-new-tokens 8"
+    result = run(capsys, command)
     assert not [key for key in KEYS if key not in result]
-    assert (
-        result["accepted_per_step"] is None
-        and result["graphs"] == result["breaks"] == 0
-        and result["recompiles"] is None
-    )
-    assert (
-        0 < result["ttft_warm_s"] < result["ttft_s"]
-        and result["tok_per_s"] > 0
-        and result["threads"] == torch.get_num_threads()
-    )
+    assert result["accepted_per_step"] is None and result["recompiles"] is None
+    assert result["graphs"] == result["breaks"] == 0
+    assert 0 < result["ttft_warm_s"] < result["ttft_s"] and result["tok_per_s"] > 0
+    assert result["threads"] == torch.get_num_threads()
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    (("", False), ("--act-quant on", True), ("--weights native", True))
+    + (("--weights native --act-quant off", False),),
+)
+def test_act_quant_follows_the_flag_then_the_weights(capsys, flags, expected):
+    """Whether the model quantises activations is on the card and in the report."""
+    command = f"--checkpoint {TINY} --no-compile --prompt x --max-new-tokens 2 {flags}"
+    G.main([*command.split(), "--json"])
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["act_quant"] is expected
+    assert f"act_quant {'on' if expected else 'off'}" in captured.err
 
 
 def test_the_context_ends_generation(capsys, folder):
-    result = run(
-        capsys,
-        "--checkpoint",
-        folder,
-        "--prompt-ids",
-        ",".join(map(str, ids_of(30))),
-        "--no-compile",
-        "--ignore-eos",
-        "--max-seq-len",
-        "40",
-        "--max-new-tokens",
-        "99",
-    )
+    flags = "--no-compile --ignore-eos --max-seq-len 40 --max-new-tokens 99"
+    result = run(capsys, f"--checkpoint {folder} --prompt-ids {comma(ids_of(30))} {flags}")
     assert result["stop_reason"] == "context" and len(result["tokens"]) == 10
 
 
 def test_eos_ends_a_row_unless_ignored(model):
-    """With the most likely token declared to be EOS, the row ends there, in the graph too; without, it goes on."""
+    """With the most likely token declared to be EOS, the row ends there, in the graph too."""
     prompt = ids_of(20)
     tokens = collect(eager(model), [prompt], 8)[0]
-    eos = tokens[3]
-    before = tokens.index(eos)
-    generator, lengths = eager(model, eos=eos), []
-    decode = generator.decode
-    generator.decode = lambda token, pos, length, *how: (
-        lengths.append(out := decode(token, pos, length, *how)),
-        out,
-    )[1]
-    collect(generator, [prompt], 8)
-    assert [int(out[2]) for out in lengths][:before] == [1] * (before - 1) + [0]
-    for ignored, reason in ((False, "eos"), (True, "length")):
-        flags = G.parse(["--prompt-ids", "1", "--max-new-tokens", "8"] + ["--ignore-eos"] * ignored)
-        runner = G.Run(flags, eager(model), None, None if ignored else eos, io.StringIO())
-        runner([prompt], GREEDY)
-        assert runner.stop == [reason] and runner.tokens[0] == (
-            tokens if ignored else tokens[: before + 1]
-        )
+    eos_id = tokens[3]
+    before = tokens.index(eos_id)
+    engine, lengths = eager(model), []
+    decode = engine._decode_phase
+
+    def watched(*args):
+        result = decode(*args)
+        lengths.append(int(result[2]))
+        return result
+
+    engine._decode_phase = watched
+    assert collect(engine, [prompt], 8, eos_id=eos_id) == [tokens[: before + 1]]
+    assert lengths == [1] * (before - 1) + [0]
+    for end, reason, expected in ((eos_id, "eos", tokens[: before + 1]), (None, "length", tokens)):
+        settings = dict(max_new_tokens=8, eos_id=end)
+        session = StreamSession(eager(model), None, settings, io.StringIO())
+        session.run([prompt])
+        assert session.stop_reason == [reason] and session.tokens == [expected]
 
 
 def test_prompts_of_a_file_run_as_one_batch_and_text_stops(capsys, tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("HAMLET.\nO, that this too too solid flesh would melt\n\nI\n")
-    argv = (
-        "--checkpoint",
-        str(TINY),
-        "--no-compile",
-        "--max-new-tokens",
-        "40",
-        "--prompts",
-        str(file),
-    )
-    result = run(capsys, *argv)
+    command = f"--checkpoint {TINY} --no-compile --max-new-tokens 40 --prompts {file}"
+    result = run(capsys, command)
     assert len(result["prompt_tokens"]) == len(result["tokens"]) == len(result["text"]) == 3
     text = result["text"][0]
     assert len(text) > 20
     stop = text[8:11]
-    stopped = run(capsys, *argv, "--stop", stop)
+    stopped = run(capsys, command, "--stop", stop)
     assert stopped["stop_reason"][0] == "stop" and stopped["text"][0] == text[: text.index(stop)]
+    assert stopped["decoded"] == sum(len(tokens) - 1 for tokens in stopped["tokens"])
 
 
 def test_interactive_turns_continue_the_conversation(capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("KING.\nWho comes here?\n\nSpeak.\n"))
-    result = run(
-        capsys, "--checkpoint", str(TINY), "--interactive", "--no-compile", "--max-new-tokens", "12"
-    )
+    result = run(capsys, f"--checkpoint {TINY} --interactive --no-compile --max-new-tokens 12")
     assert len(result["tokens"]) == 3 and all(len(tokens) == 12 for tokens in result["tokens"])
-    assert result["prompt_tokens"][0] + 12 < result["prompt_tokens"][1] < result["prompt_tokens"][2]
-    assert result["fed_tokens"] < result["prompt_tokens"][2] - result["prompt_tokens"][1] + 4
-    # what the second turn saw, asked at once
+    first, second, third = result["prompt_tokens"]
+    assert first + 12 < second < third
+    assert result["fed_tokens"] < third - second + 4
+    # the ids that the second turn saw, in one prompt
     tokenizer = G.load_tokenizer(TINY)
-    ids = (
-        tokenizer.encode("KING.\n", bos=True)
-        + result["tokens"][0]
-        + tokenizer.encode("Who comes here?\n")
-    )
-    assert len(ids) == result["prompt_tokens"][1]
-    again = run(
-        capsys,
-        "--checkpoint",
-        str(TINY),
-        "--prompt-ids",
-        ",".join(map(str, ids)),
-        "--no-compile",
-        "--max-new-tokens",
-        "12",
-    )
-    assert again["tokens"] == result["tokens"][1]
+    question = tokenizer.encode("Who comes here?\n")
+    ids = tokenizer.encode("KING.\n", bos=True) + result["tokens"][0] + question
+    assert len(ids) == second
+    command = f"--checkpoint {TINY} --no-compile --max-new-tokens 12 --prompt-ids"
+    assert run(capsys, command, comma(ids))["tokens"] == result["tokens"][1]
 
 
 @pytest.mark.parametrize("chat", (False, True))
@@ -584,70 +748,42 @@ def test_interactive_turns_continue_the_conversation(capsys, monkeypatch):
 def test_turns_append_to_the_cache_however_their_text_would_be_split(
     capsys, monkeypatch, seed, chat
 ):
-    """Sampled tokens are rarely the tokenizer's own split of their text; the next turn is fed alone all the same."""
+    """Sampled tokens are rarely the tokenizer's own split of their text; turns are fed alone."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("KING.\nWho comes here?\nSpeak.\n"))
     fed, prompts = [], []
-    feed = G.Generator._feed
-    monkeypatch.setattr(
-        G.Generator,
-        "_feed",
-        lambda self, *args: (
-            prompts.append(args[0][0]),
-            feed(self, *args),
-            fed.append(self.fed_tokens),
-        )[1],
-    )
-    result = run(
-        capsys,
-        "--checkpoint",
-        str(TINY),
-        "--interactive",
-        "--no-compile",
-        "--max-new-tokens",
-        "100",
-        "--temperature",
-        "1.5",
-        "--seed",
-        str(seed),
-        *["--chat"] * chat,
-    )
+    prefill = Engine._prefill
+
+    def watched(self, rows, *args):
+        prompts.append(rows[0])
+        token = prefill(self, rows, *args)
+        fed.append(self.stats["fed_tokens"])
+        return token
+
+    monkeypatch.setattr(Engine, "_prefill", watched)
+    flags = f"--max-new-tokens 100 --temperature 1.5 --seed {seed} {'--chat' * chat}"
+    result = run(capsys, f"--checkpoint {TINY} --interactive --no-compile {flags}")
     assert len(fed) == 3 and all(n < 40 for n in fed[1:]), (fed, result["prompt_tokens"])
-    said = G.load_tokenizer(TINY).decode(prompts[1])
-    assert (
-        result["text"][0] in said and said.split(result["text"][0])[1].count("Who comes here?") == 1
-    )
-    ids = [G.load_tokenizer(TINY).encode(text) for text in result["text"]]
-    assert any(a != b for a, b in zip(ids, result["tokens"]))  # or this test would show nothing
+    tokenizer = G.load_tokenizer(TINY)
+    before, answer, after = tokenizer.decode(prompts[1]).partition(result["text"][0])
+    assert answer and after.count("Who comes here?") == 1
+    split = [tokenizer.encode(text) for text in result["text"]]
+    assert split != result["tokens"]  # or this test would show nothing
 
 
 def test_chat_is_rendered_in_v4s_format(capsys):
-    result = run(
-        capsys,
-        "--checkpoint",
-        str(TINY),
-        "--chat",
-        "--system",
-        "Be brief.",
-        "--prompt",
-        "Who is there?",
-        "--no-compile",
-        "--max-new-tokens",
-        "4",
-    )
+    command = f"--checkpoint {TINY} --chat --no-compile --max-new-tokens 4"
+    result = run(capsys, command, "--system", "Be brief.", "--prompt", "Who is there?")
     tokenizer = G.load_tokenizer(TINY)
-    expected = tokenizer.encode(
-        G.encode_messages(
-            [
-                {"role": "system", "content": "Be brief."},
-                {"role": "user", "content": "Who is there?"},
-            ]
-        )
-    )
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Who is there?"},
+    ]
+    expected = tokenizer.encode(G.encode_messages(messages))
     assert result["prompt_tokens"] == len(expected) and expected.count(tokenizer.bos_id) == 1
 
 
 def test_the_embedded_model_writes_english_from_the_shell():
-    """The whole command in a process of its own: text streams to standard output, statistics to standard error."""
+    """The command in a process of its own: text on standard output, statistics on the other."""
     done = subprocess.run(
         [sys.executable, "generate.py", "--no-compile", "--max-new-tokens", "80"],
         cwd=ROOT,

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch._dynamo.exc import RecompileError
 
-import generate as G
 from compile_config import CompileConfig, compile_train_step
+from generation.sampling import Sampling, sample
 from model import ModelArgs, Transformer
 from testing import randomize, rms
 from train_step import learning_rate
@@ -38,9 +38,10 @@ def tokens_of(T: int, seed: int) -> torch.Tensor:
 def phase(model: Transformer, logits: str, filtered: bool = False):
     """Model and sampling as one function, compiled with its guards on."""
 
-    def run(tokens, pos, lengths, *how):
+    def run(tokens, pos, lengths, *sampling):
         scores = model(tokens, pos, lengths, logits=logits)
-        return scores, G.sample(scores[:, -1], pos + lengths, G.Sampling(*how), filtered)
+        prompt = torch.arange(BATCH)
+        return scores, sample(scores[:, -1], prompt, pos + lengths, Sampling(*sampling), filtered)
 
     return torch.compile(run, backend="eager", fullgraph=True, dynamic=False)
 
@@ -87,12 +88,12 @@ def test_a_session_compiles_once(strict, name):
     run, model = phase(model := build(), logits), model
     eager = build()
     for i, (pos, lengths) in enumerate(calls):
-        how = G.Sampling.of(
+        sampling = Sampling.of(
             0.1 * i, 5 + i, 1 - 0.05 * i, i, "cpu"
         )  # another temperature, top-k, top-p and seed each time
         at, lengths = torch.tensor(pos), torch.tensor(lengths)
         with torch.no_grad():
-            got, token = run(tokens_of(T, i), at, lengths, *how)
+            got, token = run(tokens_of(T, i), at, lengths, *sampling)
             expected = eager(tokens_of(T, i), at, lengths, logits=logits)
         valid = (
             torch.arange(got.shape[1]) < lengths[:, None]
@@ -111,7 +112,7 @@ def test_filtered_sampling_compiles_once(strict):
                 tokens_of(1, i),
                 torch.full((BATCH,), i),
                 torch.ones(BATCH, dtype=torch.int64),
-                *G.Sampling.of(i / 3, 1 + 9 * i, 1 - i / 9, i, "cpu"),
+                *Sampling.of(i / 3, 1 + 9 * i, 1 - i / 9, i, "cpu"),
             )
 
 
