@@ -1,4 +1,4 @@
-"""Contracts of generate.py: the engine's streams, sampling, no recompiles, clear errors, true reports."""
+"""Contracts of generate.py: streams, sampling, no recompiles, clear errors, true reports."""
 
 from __future__ import annotations
 
@@ -27,10 +27,12 @@ from tools import stats
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TINY = ROOT / "assets" / "tiny"
-KEYS = (
-    "prompt_tokens tokens text stop_reason tok_per_s ttft_s ttft_warm_s compile_s graphs breaks "
-    "recompiles accepted_per_step seed dtype device preset threads act_quant versions"
-).split()
+KEYS = {
+    "request": ["seed", "dtype", "device", "preset", "threads", "act_quant", "versions"],
+    "rows": ["prompt_tokens", "tokens", "text", "stop_reason", "accepted_per_step"],
+    "seconds": ["tok_per_s", "ttft_s", "ttft_warm_s", "compile_s"],
+    "compile": ["graphs", "breaks", "recompiles"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +236,10 @@ def failing(engine: Engine, where: str, call: int, error: type[BaseException]):
 
 
 def assert_like_fresh(engine: Engine, model, prompts: list[list[int]]) -> None:
-    """Whatever comes next, the prompts cut, as before, continued or others: the tokens are right."""
+    """Whatever comes next, the prompts cut, continued or others: tokens are a fresh engine's."""
+    caches = [buffer.clone() for buffer in engine.model.buffers()]
+    rows = copy.deepcopy((engine.cached_tokens, engine.high_water))
+    generations = engine.model.cache_generation, engine._generation
     for change in ("cut by 1", "cut by 12", "the same", "continued", "others"):
         after = {
             "cut by 1": [prompt[:-1] for prompt in prompts],
@@ -243,8 +248,11 @@ def assert_like_fresh(engine: Engine, model, prompts: list[list[int]]) -> None:
             "continued": [prompt + ids_of(30, 8) for prompt in prompts],
             "others": [ids_of(40, 9) for _ in prompts],
         }[change]
-        got = collect(copy.deepcopy(engine), after, 4)
-        assert got == collect(eager(model, len(prompts)), after, 4), change
+        for buffer, cache in zip(engine.model.buffers(), caches, strict=True):
+            buffer.copy_(cache)
+        engine.cached_tokens, engine.high_water = copy.deepcopy(rows)
+        engine.model.cache_generation, engine._generation = generations
+        assert collect(engine, after, 4) == collect(eager(model, len(prompts)), after, 4), change
 
 
 @pytest.mark.parametrize("error", (KeyboardInterrupt, Failure))
@@ -278,23 +286,23 @@ def test_tokens_that_were_fed_are_not_fed_again_after_an_interrupt(model, phase,
 def test_leaving_a_stream_early_keeps_what_was_fed(model, build, count):
     """By break, and by close() while it waits."""
     prompts = [ids_of(150), ids_of(21)]
-    full = collect(eager(model, rows=2), prompts, 12)
+    full = collect(eager(model, rows=2), prompts, 14)
     for leave in ("break", "close"):
         engine = build(model, rows=2)
-        stream, rows = engine.stream(prompts, max_new_tokens=12), [[], []]
+        stream, rows = engine.stream(prompts, max_new_tokens=14), [[], []]
         for i, (row, token) in enumerate(stream):
             rows[row].append(token)
             if i == 2 * count:  # a token more of the first row than of the second
                 break
+        assert rows == [full[0][: count + 1], full[1][:count]]
         if leave == "close":
             stream.close()
-        assert rows == [full[0][: count + 1], full[1][:count]]
-        assert_like_fresh(engine, model, prompts)
-        longer = [prompt + row for prompt, row in zip(prompts, rows, strict=True)]
-        rest = collect(engine, longer, 5)
-        assert rest == [full[0][count + 1 : count + 6], full[1][count : count + 5]]
-        # one token a row, and in the first the one that no step had fed when the stream was left
-        assert engine.stats["fed_tokens"] <= 2 + (build is eager)
+            assert_like_fresh(engine, model, prompts)
+        else:
+            longer = [prompt + row for prompt, row in zip(prompts, rows, strict=True)]
+            rest = [full[0][count + 1 : count + 5], full[1][count : count + 4]]
+            assert collect(engine, longer, 4) == rest
+            assert engine.stats["fed_tokens"] == 2  # the last token of each row
 
 
 def test_a_stream_starts_with_its_first_token(model):
@@ -662,7 +670,7 @@ def test_without_a_compiler_it_runs_eagerly_and_says_so(capsys, monkeypatch, fol
 def test_the_report_has_every_key_of_the_contract(capsys, folder):
     command = f"--checkpoint {folder} --prompt-ids 5,6 --no-compile --max-new-tokens 8"
     result = run(capsys, command)
-    assert not [key for key in KEYS if key not in result]
+    assert not [key for keys in KEYS.values() for key in keys if key not in result]
     assert result["accepted_per_step"] is None and result["recompiles"] is None
     assert result["graphs"] == result["breaks"] == 0
     assert 0 < result["ttft_warm_s"] < result["ttft_s"] and result["tok_per_s"] > 0
@@ -744,7 +752,7 @@ def test_interactive_turns_continue_the_conversation(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("chat", (False, True))
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_turns_append_to_the_cache_however_their_text_would_be_split(
     capsys, monkeypatch, seed, chat
 ):
