@@ -3,12 +3,13 @@
     s = 2^ceil(log2(amax / max)) per block of the last dim;  y = round(x / s) * s
 
     x      [..., n] any float dtype
-    block  values per scale: 64 or 128 for "fp8" (e4m3), 32 for "fp4" (e2m1); a shorter last block has its own
+    block  values per scale: 64 or 128 for "fp8" (e4m3), 32 for "fp4" (e2m1);
+           a shorter last block has a scale of its own
     y      [..., n] the dtype of x
 
-Formula: DeepSeek's code (`act_quant` and `fp4_act_quant` in inference/kernel.py): docs/v4.md#quantised-points;
-the formats are in formats.py. The gradient passes straight through. Errors: unknown format, block not
-positive. The kernel is in triton/act_quant.py.
+Formula: DeepSeek's code (`act_quant` in inference/kernel.py), docs/v4.md#quantised-points; the
+formats are in formats.py. The gradient passes straight through.
+Errors: unknown format, block not positive. The kernel is in triton/act_quant.py.
 """
 
 from __future__ import annotations

@@ -1,10 +1,13 @@
 """The number formats of the checkpoint and of quantised arithmetic: e4m3, e2m1, e8m0.
 
-    e4m3   float8 with maximum 448, one scale per block of weights (128 x 128) or activations (1 x 64, 1 x 128)
-    e2m1   4-bit float with magnitudes 0 .5 1 1.5 2 3 4 6, two per byte (low nibble first), one scale per 1 x 32
+    e4m3   float8 with maximum 448;
+           one scale per block of weights (128 x 128) or activations (1 x 64, 1 x 128)
+    e2m1   4-bit float with magnitudes 0 .5 1 1.5 2 3 4 6, two per byte (low nibble first);
+           one scale per 1 x 32
     e8m0   a power of two, 2^(byte - 127); kept as uint8 bits because few operators accept the dtype
 
-Everything here is exact and runs eagerly or traced, on any device; the last part is the same inside Triton kernels.
+Sources: docs/v4.md#quantised-points, docs/v4.md#checkpoint. Everything here is exact and runs
+eagerly or traced, on any device; triton/formats.py is the same inside Triton kernels.
 """
 
 from __future__ import annotations
@@ -12,11 +15,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-E4M3_MAX, E2M1_MAX = 448.0, 6.0
+E4M3_MAX = 448.0
+E2M1_MAX = 6.0
 
 
 def pow2_ceil(x: torch.Tensor) -> torch.Tensor:
-    """The least power of two >= x, from the exponent bits (exact, no log2). x > 0 normal fp32 -> fp32."""
+    """The least power of two >= x; x > 0 normal fp32. Exact: from the exponent bits, no log2."""
     bits = x.view(torch.int32)
     exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(torch.int32)
     return (exponent << 23).view(torch.float32)
@@ -29,9 +33,8 @@ def scale_to_float(scale: torch.Tensor) -> torch.Tensor:
     if scale.dtype != torch.uint8:
         return scale.float()
     bits = scale.to(torch.int32)
-    return torch.where(bits == 0, 0x00400000, bits << 23).view(
-        torch.float32
-    )  # byte 0 is the subnormal 2^-127
+    # Byte 0 is the subnormal 2^-127.
+    return torch.where(bits == 0, 0x00400000, bits << 23).view(torch.float32)
 
 
 def scale_to_e8m0(scale: torch.Tensor) -> torch.Tensor:
@@ -47,9 +50,10 @@ def round_e2m1(x: torch.Tensor) -> torch.Tensor:
 
 
 def round_e4m3(x: torch.Tensor) -> torch.Tensor:
-    """Round fp32 to the nearest e4m3 value, ties to even, after clamping to +-448: what a cast to fp8 and back gives.
+    """Round fp32 to the nearest e4m3 value, ties to even, after clamping to +-448.
 
-    In fp32 arithmetic, which compiled CPU code vectorises; the casts it does one by one.
+    Equal to a cast to fp8 and back, but in fp32 arithmetic, which compiled CPU code vectorises;
+    casts it does one by one.
     """
     v = x.clamp(-E4M3_MAX, E4M3_MAX)
     power = (v.view(torch.int32) & 0x7F800000).view(torch.float32)  # 2^floor(log2 |v|)
@@ -58,12 +62,13 @@ def round_e4m3(x: torch.Tensor) -> torch.Tensor:
 
 
 def fake_quant(x: torch.Tensor, block: int, fmt: str) -> torch.Tensor:
-    """Round the last dim of x to `fmt` ("fp8": e4m3, "fp4": e2m1) with a power-of-two scale per block; dtype kept.
+    """Round the last dim of x with a power-of-two scale per block; dtype kept.
 
-    A last block shorter than `block` is quantised on its own. Source: spec section 8.
+    fmt is "fp8" (e4m3) or "fp4" (e2m1). A last block shorter than `block` is quantised on its own.
+    Source: docs/v4.md#quantised-points.
     """
-    n, pad = x.shape[-1], -x.shape[-1] % block
-    v = F.pad(x.float(), (0, pad)).unflatten(-1, (-1, block))  # [..., n / block, block]
+    n = x.shape[-1]
+    v = F.pad(x.float(), (0, -n % block)).unflatten(-1, (-1, block))  # [..., n / block, block]
     amax = v.abs().amax(-1, keepdim=True)
     if fmt == "fp8":
         scale = pow2_ceil(amax.clamp(min=1e-4) * (1 / E4M3_MAX))
@@ -81,8 +86,9 @@ def _expand_scale(scale: torch.Tensor, shape: torch.Size, block: tuple[int, int]
 
 
 def _block_amax(w: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """Largest magnitude per block of the last two dims: [..., o, i] -> [..., ceil(o / b0), ceil(i / b1)] fp32."""
-    (o, i), (b0, b1) = w.shape[-2:], block
+    """Largest magnitude per block: [..., o, i] -> [..., ceil(o / b0), ceil(i / b1)] fp32."""
+    o, i = w.shape[-2:]
+    b0, b1 = block
     v = F.pad(w.float().abs(), (0, -i % b1, 0, -o % b0))
     return v.unflatten(-1, (-1, b1)).unflatten(-3, (-1, b0)).amax((-3, -1))
 
@@ -99,18 +105,20 @@ def quantize_fp8(
 def dequantize_fp8(
     q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, block: tuple[int, int] = (128, 128)
 ) -> torch.Tensor:
-    """The weights that (q, scale) stand for, [..., o, i] in dtype: value times scale of its 128 x 128 block."""
+    """-> the weights [..., o, i] in dtype: e4m3 values times the scale of their 128 x 128 block."""
     return (q.float() * _expand_scale(scale, q.shape, block)).to(dtype)
 
 
 def quantize_fp4(w: torch.Tensor, block: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
-    """w [..., o, i], i even -> (two e2m1 codes a byte [..., o, i / 2] int8, e8m0 bits [..., o, ceil(i / 32)] uint8)."""
+    """w [..., o, i], i even -> two e2m1 codes a byte [..., o, i / 2] int8, and e8m0 bits.
+
+    The scales are [..., o, ceil(i / 32)] uint8.
+    """
     scale = pow2_ceil(_block_amax(w, (1, block)).clamp(min=E2M1_MAX * 2.0**-126) * (1 / E2M1_MAX))
     v = round_e2m1(w.float() / _expand_scale(scale, w.shape, (1, block)))
     a = v.abs()
-    code = torch.where(a < 2, a * 2, torch.where(a < 4, a + 2, a / 2 + 4)).to(
-        torch.uint8
-    )  # 0 .5 1 1.5 2 3 4 6 -> 0..7
+    # Magnitudes 0 .5 1 1.5 2 3 4 6 -> codes 0..7; the sign is bit 3.
+    code = torch.where(a < 2, a * 2, torch.where(a < 4, a + 2, a / 2 + 4)).to(torch.uint8)
     code |= torch.signbit(v).to(torch.uint8) << 3
     return (code[..., 0::2] | code[..., 1::2] << 4).view(torch.int8), scale_to_e8m0(scale)
 
@@ -118,11 +126,12 @@ def quantize_fp4(w: torch.Tensor, block: int = 32) -> tuple[torch.Tensor, torch.
 def dequantize_fp4(
     q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, block: int = 32
 ) -> torch.Tensor:
-    """Packed codes [..., o, i / 2] and scales [..., o, ceil(i / 32)] -> the weights [..., o, i] in dtype."""
+    """Codes [..., o, i / 2], scales [..., o, ceil(i / 32)] -> the weights [..., o, i] in dtype."""
     byte = q.view(torch.uint8).to(torch.int32)
     code = torch.stack((byte & 15, byte >> 4), -1).flatten(-2)
-    mag = (code & 7).float()
-    value = torch.where(mag < 4, mag / 2, torch.where(mag < 6, mag - 2, mag * 2 - 8))
+    magnitude = (code & 7).float()
+    large = torch.where(magnitude < 6, magnitude - 2, magnitude * 2 - 8)
+    value = torch.where(magnitude < 4, magnitude / 2, large)
     value = torch.where(code >= 8, -value, value)
     return (value * _expand_scale(scale, value.shape, (1, block))).to(dtype)
 

@@ -5,9 +5,10 @@
     y [B, T, d]   x [B, T, n, d]   post [B, T, n] fp32   comb [B, T, n, n] fp32
     x' [B, T, n, d] in the dtype of x; fp32 arithmetic, one cast
 
-Formula: manifold-constrained hyper-connections (mHC) of arXiv 2606.19348, as in DeepSeek's code (`hc_post` in
-inference/model.py): docs/v4.md#hyper-connections. Gradients of all four. Errors: shapes that do not fit
-together. The kernels are in triton/hc_post.py, for up to 8 streams; with more the references run.
+Formula: manifold-constrained hyper-connections (mHC) of arXiv 2606.19348, as in DeepSeek's code
+(`hc_post` in inference/model.py): docs/v4.md#hyper-connections. Gradients of all four. Errors:
+shapes that do not fit together. The kernels are in triton/hc_post.py, for up to 8 streams; with
+more the references run.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from .triton.sinkhorn import MAX_STREAMS
 def check(y, x, post, comb):
     require(x.dim() == 4, f"hc_post: x {tuple(x.shape)} is not [B, T, n, d]")
     B, T, n, d = x.shape
-    shapes = {"y": y, "x": x, "post": post, "comb": comb}
-    given = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in shapes.items())
-    fits = y.shape == (B, T, d) and post.shape == (B, T, n) and comb.shape == (B, T, n, n)
-    require(fits, f"hc_post: {given} do not fit")
+    require(
+        y.shape == (B, T, d) and post.shape == (B, T, n) and comb.shape == (B, T, n, n),
+        f"hc_post: y {tuple(y.shape)}, x {tuple(x.shape)}, post {tuple(post.shape)}, "
+        f"comb {tuple(comb.shape)} do not fit",
+    )
 
 
 def reference(

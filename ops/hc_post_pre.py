@@ -3,10 +3,11 @@
     x'                = hc_post(y, x, post, comb)
     y', post', comb'  = hc_pre(x', fn, base, scale, norm_eps, hc_eps, iters)
 
-Shapes, dtypes, rounding, errors and sources are those of hc_post.py and hc_pre.py (docs/v4.md#hyper-connections);
-x' is rounded to its dtype before it is mixed. Gradients of all seven tensors. Backward: that of hc_pre, which
-adds the gradient that x' has from elsewhere before it rounds, then that of hc_post. The kernels are in
-triton/hc_post_pre.py, for up to 8 streams; with more the references run.
+Shapes, dtypes, rounding, errors and sources are those of hc_post.py and hc_pre.py
+(docs/v4.md#hyper-connections); x' is rounded to its dtype before it is mixed. Gradients of all
+seven tensors. Backward: that of hc_pre, which adds the gradient that x' has from elsewhere before
+it rounds, then that of hc_post. The kernels are in triton/hc_post_pre.py, for up to 8 streams; with
+more the references run.
 """
 
 from __future__ import annotations
@@ -98,9 +99,10 @@ def _backward_flops(g_x, g_y, g_post, g_comb, y, x, post, comb, out, fn, *args, 
 
 
 _backward_op = register(
-    "hc_post_pre_backward(Tensor g_x, Tensor g_y, Tensor g_post, Tensor g_comb, Tensor y, Tensor x, "
-    "Tensor post, Tensor comb, Tensor out, Tensor fn, Tensor base, Tensor scale, float norm_eps, "
-    "float hc_eps, int iters) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "hc_post_pre_backward(Tensor g_x, Tensor g_y, Tensor g_post, Tensor g_comb, Tensor y, "
+    "Tensor x, Tensor post, Tensor comb, Tensor out, Tensor fn, Tensor base, Tensor scale, "
+    "float norm_eps, float hc_eps, int iters) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     impl=backward_reference,
     fake=_backward_fake,
     flops=_backward_flops,
@@ -120,8 +122,8 @@ def _backward(ctx, *gradients):
 
 
 _opaque = register(
-    "hc_post_pre(Tensor y, Tensor x, Tensor post, Tensor comb, Tensor fn, Tensor base, Tensor scale, "
-    "float norm_eps, float hc_eps, int iters) -> (Tensor, Tensor, Tensor, Tensor)",
+    "hc_post_pre(Tensor y, Tensor x, Tensor post, Tensor comb, Tensor fn, Tensor base, "
+    "Tensor scale, float norm_eps, float hc_eps, int iters) -> (Tensor, Tensor, Tensor, Tensor)",
     impl=reference,
     fake=_fake,
     flops=_flops,

@@ -1,20 +1,21 @@
-"""hc_pre: read the input of a sub-layer from n residual streams, and compute how to write its output back.
+"""hc_pre: read a sub-layer's input from n residual streams, and compute how to write to them.
 
     v    = flatten(x)                                     fp32, [n d]
     m    = (fn v) * rsqrt(mean(v^2) + norm_eps)           n + n + n n mixing values
     pre  = sigmoid(m * scale0 + base) + hc_eps            from the first n
     post = 2 sigmoid(m * scale1 + base)                   from the next n
-    comb = sinkhorn(m * scale2 + base)                    from the rest, [n, n], row-major; see sinkhorn.py
+    comb = sinkhorn(m * scale2 + base)                    from the rest, [n, n], row-major
     y    = sum_j pre_j x_j
 
     x [B, T, n, d]   fn [n (2 + n), n d]   base [n (2 + n)]   scale [3]
     y [B, T, d] in the dtype of x   post [B, T, n] fp32   comb [B, T, n, n] fp32
 
-Formula: manifold-constrained hyper-connections (mHC) of arXiv 2606.19348, as in DeepSeek's code (`hc_pre` in
-inference/model.py, `hc_split_sinkhorn` in inference/kernel.py): docs/v4.md#hyper-connections.
+Formula: manifold-constrained hyper-connections (mHC) of arXiv 2606.19348, as in DeepSeek's code
+(`hc_pre` in inference/model.py, `hc_split_sinkhorn` in inference/kernel.py):
+docs/v4.md#hyper-connections.
 
-All arithmetic is fp32. The backward recomputes the mixing values from x. Its gradients are those of all four
-tensors. Errors: shapes that do not fit together. The kernels are in triton/hc_pre.py and
+All arithmetic is fp32. The backward recomputes the mixing values from x. Its gradients are those of
+all four tensors. Errors: shapes that do not fit together. The kernels are in triton/hc_pre.py and
 triton/hc_pre_backward.py, for up to 8 streams; with more the references run.
 """
 
@@ -36,10 +37,11 @@ def check(x, fn, base, scale, norm_eps, hc_eps, iters):
     require(x.dim() == 4, f"hc_pre: x {tuple(x.shape)} is not [B, T, n, d]")
     n, d = x.shape[2:]
     rows = n * (2 + n)
-    shapes = {"x": x, "fn": fn, "base": base, "scale": scale}
-    given = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in shapes.items())
-    fits = fn.shape == (rows, n * d) and base.shape == (rows,) and scale.shape == (3,)
-    require(fits, f"hc_pre: {given} do not fit")
+    require(
+        fn.shape == (rows, n * d) and base.shape == (rows,) and scale.shape == (3,),
+        f"hc_pre: x {tuple(x.shape)}, fn {tuple(fn.shape)}, base {tuple(base.shape)}, "
+        f"scale {tuple(scale.shape)} do not fit",
+    )
 
 
 def mix(x, fn, norm_eps):
@@ -62,7 +64,7 @@ def split_mix(m, base, scale, n):
 
 
 def compute(x, fn, base, scale, norm_eps, hc_eps, iters, sinkhorn):
-    """The formula, with the form of sinkhorn that is given."""
+    """The formula, with a form of sinkhorn."""
     n = x.shape[2]
     _, u, r = mix(x, fn, norm_eps)
     pre, post, comb = split_mix(u * r, base, scale, n)
@@ -70,15 +72,7 @@ def compute(x, fn, base, scale, norm_eps, hc_eps, iters, sinkhorn):
     return y, 2 * torch.sigmoid(post), sinkhorn(comb, hc_eps, iters)
 
 
-def reference(
-    x: torch.Tensor,
-    fn: torch.Tensor,
-    base: torch.Tensor,
-    scale: torch.Tensor,
-    norm_eps: float,
-    hc_eps: float,
-    iters: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def reference(x, fn, base, scale, norm_eps, hc_eps, iters):
     return compute(x, fn, base, scale, norm_eps, hc_eps, iters, sinkhorn.reference)
 
 
@@ -173,8 +167,8 @@ def _backward(ctx, g_y, g_post, g_comb):
 
 
 _opaque = register(
-    "hc_pre(Tensor x, Tensor fn, Tensor base, Tensor scale, float norm_eps, float hc_eps, int iters) "
-    "-> (Tensor, Tensor, Tensor)",
+    "hc_pre(Tensor x, Tensor fn, Tensor base, Tensor scale, float norm_eps, float hc_eps, "
+    "int iters) -> (Tensor, Tensor, Tensor)",
     impl=reference,
     fake=fake,
     flops=flops,
@@ -187,7 +181,10 @@ _opaque = register(
 
 
 def on_cpu(*args):
-    """Compiled, a traced Sinkhorn takes half of the compile time: one node, or with gradients all of hc_pre."""
+    """Traced, Sinkhorn takes half of the compile time: compiled, it is one node in C++.
+
+    With gradients all of hc_pre is.
+    """
     if not torch.compiler.is_compiling():
         return reference(*args)
     if torch.is_grad_enabled():

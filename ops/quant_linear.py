@@ -8,9 +8,9 @@
     y       [..., o]                [..., g, o / g]
 
 Formula: DeepSeek's code (`fp8_gemm` in inference/kernel.py, `linear` in inference/model.py):
-docs/v4.md#quantised-points, docs/v4.md#checkpoint. The weights are frozen: the gradient is that of x alone,
-straight through the rounding. Errors: dtypes and shapes that do not fit. The kernels are in
-triton/quant_linear.py.
+docs/v4.md#quantised-points, docs/v4.md#checkpoint. The weights are frozen: the gradient is that of
+x alone, straight through the rounding. Errors: dtypes and shapes that do not fit. The kernels are
+in triton/quant_linear.py.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def check(x, weight, scale, groups, act_quant):
     o, i = weight_shape
     require(
         scale.shape == (-(-o // 128), -(-i // 128)) and scale.dtype in (torch.uint8, torch.float32),
-        f"quant_linear: scale {tuple(scale.shape)} {scale.dtype} does not fit weight {weight_shape}",
+        f"quant_linear: scale {tuple(scale.shape)} {scale.dtype} does not fit weight "
+        f"{weight_shape}",
     )
     require(
         x.shape[-1] == i and o % groups == 0 and (groups == 1 or x.shape[-2:-1] == (groups,)),

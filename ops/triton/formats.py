@@ -1,6 +1,8 @@
-"""The number formats of ops/formats.py inside Triton kernels: decoding of packed weights, scales of activations.
+"""The number formats of ops/formats.py inside Triton kernels: decoding of packed weights, scales of
+activations.
 
-Packed weights arrive as uint8 on every GPU: not all GPUs have the types, and the bits are quickly decoded.
+Packed weights arrive as uint8 on every GPU: not all GPUs have the types, and the bits are quickly
+decoded.
 """
 
 from __future__ import annotations

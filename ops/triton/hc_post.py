@@ -1,11 +1,18 @@
-"""The Triton kernels of hc_post (see ops/hc_post.py)."""
+"""The Triton kernels of hc_post (formula: ops/hc_post.py).
+
+Both directions are bounded by bandwidth, so each byte is touched once. Forward: a program takes
+some columns of one token from all n streams; post and comb are scalars to it. Backward: a program
+walks along a token's row; each thread holds VEC neighbouring columns of everything, adds their part
+of the n + n n sums to registers of its own, and threads meet only at the end of the row. No
+atomics: results do not vary from run to run.
+"""
 
 from __future__ import annotations
 
 import torch
 
 from ..launch import cdiv, get_config, jit, launch, power_of_two, tl
-from .sinkhorn import as_columns
+from .columns import pack_columns
 
 FORWARD = [
     {"BD": 2048, "num_warps": 8},
@@ -13,25 +20,24 @@ FORWARD = [
     {"BD": 1024, "num_warps": 4},
     {"BD": 512, "num_warps": 2},
 ]
-
-
 BACKWARD = [
-    {"BD": 2048, "V": 8, "num_warps": 8},
-    {"BD": 1024, "V": 8, "num_warps": 4},
-    {"BD": 512, "V": 4, "num_warps": 4},
+    {"BD": 2048, "VEC": 8, "num_warps": 8},
+    {"BD": 1024, "VEC": 8, "num_warps": 4},
+    {"BD": 512, "VEC": 4, "num_warps": 4},
 ]
 
 
 @jit
-def load_scalars(at, count: tl.constexpr):
+def load_scalars(ptr, count: tl.constexpr):
+    """A tuple of `count` neighbouring values, as fp32."""
     out = ()
     for k in tl.static_range(count):
-        out += (tl.load(at + k).to(tl.float32),)
+        out += (tl.load(ptr + k).to(tl.float32),)
     return out
 
 
 @jit
-def dot_all(weights, values, first: tl.constexpr, step: tl.constexpr, n: tl.constexpr):
+def weighted_sum(weights, values, first: tl.constexpr, step: tl.constexpr, n: tl.constexpr):
     """sum_k weights[first + k step] values[k]"""
     out = weights[first] * values[0]
     for k in tl.static_range(1, n):
@@ -44,64 +50,79 @@ def hc_post_forward(y, x, post, comb, out, d, n: tl.constexpr, BD: tl.constexpr)
     blocks = tl.cdiv(d, BD)
     token = (tl.program_id(0) // blocks).to(tl.int64)
     cols = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
-    at, mask = token * n * d + cols, cols < d
-    yt, xs = tl.load(y + token * d + cols, mask=mask, other=0.0).to(tl.float32), ()
+    offsets = token * n * d + cols  # of stream 0
+    mask = cols < d
+    yt = tl.load(y + token * d + cols, mask=mask, other=0.0).to(tl.float32)
+    xs = ()  # the n streams, [BD] each
     for j in tl.static_range(n):
-        xs += (tl.load(x + at + j * d, mask=mask, other=0.0).to(tl.float32),)
-    p, c = load_scalars(post + token * n, n), load_scalars(comb + token * n * n, n * n)
+        xs += (tl.load(x + offsets + j * d, mask=mask, other=0.0).to(tl.float32),)
+    p = load_scalars(post + token * n, n)
+    c = load_scalars(comb + token * n * n, n * n)
+    # x'_k = post_k y + sum_j comb[j, k] x_j
     for k in tl.static_range(n):
-        tl.store(
-            out + at + k * d,
-            (p[k] * yt + dot_all(c, xs, k, n, n)).to(out.dtype.element_ty),
-            mask=mask,
-        )
+        new = p[k] * yt + weighted_sum(c, xs, k, n, n)
+        tl.store(out + offsets + k * d, new.to(out.dtype.element_ty), mask=mask)
 
 
 @jit
 def hc_post_backward(
+    # gradient of x' [tokens, n, d], then the inputs: y [tokens, d], x as g, post [tokens, n], comb
+    # [tokens, n, n]
     g,
     y,
     x,
     post,
     comb,
+    # gradients of the inputs
     g_y,
     g_x,
     g_post,
     g_comb,
+    # columns; streams; a power of two >= n + n n
     d,
     n: tl.constexpr,
-    P: tl.constexpr,
+    COLS: tl.constexpr,
+    # columns of a tile, and of a thread in it
     BD: tl.constexpr,
-    V: tl.constexpr,
+    VEC: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    p, c, sums = load_scalars(post + token * n, n), load_scalars(comb + token * n * n, n * n), ()
+    p = load_scalars(post + token * n, n)
+    c = load_scalars(comb + token * n * n, n * n)
+    sums = ()  # of g_post, then of g_comb, [BD / VEC] each: added up by thread
     for _ in tl.static_range(n + n * n):
-        sums += (tl.zeros([BD // V], tl.float32),)
+        sums += (tl.zeros([BD // VEC], tl.float32),)
     for start in range(0, d, BD):
-        cols = (
-            start + tl.arange(0, BD // V)[:, None] * V + tl.arange(0, V)[None, :]
-        )  # a row of V is one thread's
-        mask, at, gs, xs, new = cols < d, token * n * d + cols, (), (), ()
+        # [BD / VEC, VEC]: a row is one thread's.
+        cols = start + tl.arange(0, BD // VEC)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+        mask = cols < d
+        offsets = token * n * d + cols
+        gs = ()
         for k in tl.static_range(n):
-            gs += (tl.load(g + at + k * d, mask=mask, other=0.0).to(tl.float32),)
+            gs += (tl.load(g + offsets + k * d, mask=mask, other=0.0).to(tl.float32),)
         yt = tl.load(y + token * d + cols, mask=mask, other=0.0).to(tl.float32)
+        xs = ()
         for j in tl.static_range(n):
-            xs += (tl.load(x + at + j * d, mask=mask, other=0.0).to(tl.float32),)
-        tl.store(
-            g_y + token * d + cols, dot_all(p, gs, 0, 1, n).to(g_y.dtype.element_ty), mask=mask
-        )
+            xs += (tl.load(x + offsets + j * d, mask=mask, other=0.0).to(tl.float32),)
+
+        # g_y = sum_k post_k g_k
+        g_yt = weighted_sum(p, gs, 0, 1, n)
+        tl.store(g_y + token * d + cols, g_yt.to(g_y.dtype.element_ty), mask=mask)
+
+        # g_x_j = sum_k comb[j, k] g_k
         for j in tl.static_range(n):
-            tl.store(
-                g_x + at + j * d, dot_all(c, gs, j * n, 1, n).to(g_x.dtype.element_ty), mask=mask
-            )
+            g_xt = weighted_sum(c, gs, j * n, 1, n)
+            tl.store(g_x + offsets + j * d, g_xt.to(g_x.dtype.element_ty), mask=mask)
+
+        # g_post_k = sum over columns of g_k y;  g_comb[j, k] = sum over columns of x_j g_k
+        new = ()
         for k in tl.static_range(n):
             new += (sums[k] + tl.sum(gs[k] * yt, 1),)
         for k in tl.static_range(n * n):
             new += (sums[n + k] + tl.sum(xs[k // n] * gs[k % n], 1),)
         sums = new
-    total = tl.sum(as_columns(sums, n + n * n, P), 0)  # all at once: threads meet one time
-    k = tl.arange(0, P)
+    total = tl.sum(pack_columns(sums, n + n * n, COLS), 0)  # all at once: threads meet one time
+    k = tl.arange(0, COLS)
     tl.store(g_post + token * n + k, total, mask=k < n)
     tl.store(g_comb + token * n * n + k - n, total, mask=(k >= n) & (k < n + n * n))
 
@@ -111,22 +132,20 @@ def forward(
 ) -> torch.Tensor:
     B, T, n, d = x.shape
     y, x, post, comb = (t.contiguous() for t in (y, x, post, comb))
-    out, cfg = (
-        torch.empty_like(x),
-        get_config("hc_post_forward", f"n{n} d{d} {x.dtype}", FORWARD, x),
-    )
-    launch(hc_post_forward, (B * T * cdiv(d, cfg["BD"]),), y, x, post, comb, out, d, n=n, **cfg)
+    out = torch.empty_like(x)
+    cfg = get_config("hc_post_forward", f"n{n} d{d} {x.dtype}", FORWARD, x)
+    grid = (B * T * cdiv(d, cfg["BD"]),)
+    launch(hc_post_forward, grid, y, x, post, comb, out, d, n=n, **cfg)
     return out
 
 
 def backward(
     g: torch.Tensor, y: torch.Tensor, x: torch.Tensor, post: torch.Tensor, comb: torch.Tensor
-):
+) -> tuple[torch.Tensor, ...]:
     B, T, n, d = x.shape
     g, *inputs = (t.contiguous() for t in (g, y, x, post, comb))
-    out, cfg = (
-        [torch.empty_like(t) for t in inputs],
-        get_config("hc_post_backward", f"n{n} d{d} {x.dtype}", BACKWARD, x),
-    )
-    launch(hc_post_backward, (B * T,), g, *inputs, *out, d, n=n, P=power_of_two(n + n * n), **cfg)
-    return tuple(out)
+    grads = [torch.empty_like(t) for t in inputs]
+    cfg = get_config("hc_post_backward", f"n{n} d{d} {x.dtype}", BACKWARD, x)
+    constants = {"n": n, "COLS": power_of_two(n + n * n), **cfg}
+    launch(hc_post_backward, (B * T,), g, *inputs, *grads, d, **constants)
+    return tuple(grads)

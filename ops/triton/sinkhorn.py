@@ -1,64 +1,39 @@
-"""The Triton kernels of sinkhorn (see ops/sinkhorn.py)."""
+"""The Triton kernels of sinkhorn (formula: ops/sinkhorn.py), and the helpers that hc_pre's kernels
+share.
+
+A thread owns a whole matrix, n n registers: no step leaves them, nothing is exchanged between
+threads, one launch does it all. Backward: the divisors of each step are stored (2 iters - 1 times n
+per matrix; they stay in the cache), the matrices themselves are recovered by multiplying back.
+
+A block of BT matrices is a tuple c of n n vectors [BT]: c[i n + j][t] is element (i, j) of matrix
+t.
+"""
 
 from __future__ import annotations
 
 import torch
 
 from ..launch import cdiv, get_config, jit, launch, power_of_two, tl
+from .columns import pack_columns, unpack_columns
 
-MAX_STREAMS = 8  # streams that kernels can take
-
-
-CANDIDATES = [
+MAX_STREAMS = 8  # more streams than these outgrow the registers of a thread
+CANDIDATES = [  # a matrix a thread: a warp has 64 or 32
     {"BT": 64, "num_warps": 1},
     {"BT": 32, "num_warps": 1},
-]  # a matrix a thread: a warp has 64 or 32
-
-
-# A block of BT matrices is a tuple c of n n vectors: c[i n + j][t] is element (i, j) of matrix t.
-
-
-@jit
-def join_all(values, P: tl.constexpr):
-    """P tensors, a power of two -> one with more dims of 2 at the end, which count the tensors."""
-    if P == 1:
-        return values[0]
-    else:
-        pairs = ()
-        for k in tl.static_range(P // 2):
-            pairs += (tl.join(values[k], values[k + P // 2]),)
-        return join_all(pairs, P // 2)
-
-
-@jit
-def columns(tile, P: tl.constexpr):
-    """[BT, P], P a power of two -> P vectors [BT]."""
-    if P == 1:
-        return (tl.reshape(tile, [tile.shape[0]]),)
-    else:
-        left, right = tl.split(tl.permute(tl.reshape(tile, [tile.shape[0], 2, P // 2]), (0, 2, 1)))
-        return columns(left, P // 2) + columns(right, P // 2)
-
-
-@jit
-def as_columns(values, count: tl.constexpr, P: tl.constexpr):
-    """`count` vectors [BT] -> [BT, P], with zeros."""
-    padded = ()
-    for k in tl.static_range(P):
-        padded += (values[k] if k < count else tl.zeros_like(values[0]),)
-    return tl.reshape(join_all(padded, P), [values[0].shape[0], P])
+]
 
 
 @jit
 def softmax_rows(c, n: tl.constexpr):
+    """exp(c_ij - max_j c_ij) / sum_j exp(c_ij - max_j c_ij)"""
     out = ()
     for i in tl.static_range(n):
-        top = c[i * n]
+        largest = c[i * n]
         for j in tl.static_range(1, n):
-            top = tl.maximum(top, c[i * n + j])
+            largest = tl.maximum(largest, c[i * n + j])
         row = ()
         for j in tl.static_range(n):
-            row += (tl.exp(c[i * n + j] - top),)
+            row += (tl.exp(c[i * n + j] - largest),)
         total = row[0]
         for j in tl.static_range(1, n):
             total += row[j]
@@ -68,7 +43,7 @@ def softmax_rows(c, n: tl.constexpr):
 
 
 @jit
-def plus(c, eps, n: tl.constexpr):
+def add_eps(c, eps, n: tl.constexpr):
     out = ()
     for k in tl.static_range(n * n):
         out += (c[k] + eps,)
@@ -78,39 +53,49 @@ def plus(c, eps, n: tl.constexpr):
 @jit
 def divide(c, eps, ROWS: tl.constexpr, n: tl.constexpr):
     """-> c / (sums + eps) over rows or columns, and the n divisors."""
-    totals, inverses, out = (), (), ()
+    divisors = ()
+    inverses = ()
     for i in tl.static_range(n):
         total = c[i * n if ROWS else i]
         for j in tl.static_range(1, n):
             total += c[i * n + j if ROWS else j * n + i]
         total += eps
-        totals += (total,)
+        divisors += (total,)
         inverses += (1.0 / total,)
+    out = ()
     for k in tl.static_range(n * n):
         out += (c[k] * inverses[k // n if ROWS else k % n],)
-    return out, totals
+    return out, divisors
 
 
 @jit
-def undivide(g, c, totals, ROWS: tl.constexpr, n: tl.constexpr):
-    """The gradient and the matrices before a division from those after it."""
-    dots, inverses, before, out = (), (), (), ()
+def divide_backward(g, c, divisors, ROWS: tl.constexpr, n: tl.constexpr):
+    """Gradient g and matrices c after a division -> those before it.
+
+    With c = before / divisor and divisor = sum(before) + eps along an axis:
+    g_before = (g - sum(g c)) / divisor,  before = c divisor.
+    """
+    dots = ()
+    inverses = ()
     for i in tl.static_range(n):
         dot = g[i * n if ROWS else i] * c[i * n if ROWS else i]
         for j in tl.static_range(1, n):
             dot += g[i * n + j if ROWS else j * n + i] * c[i * n + j if ROWS else j * n + i]
         dots += (dot,)
-        inverses += (1.0 / totals[i],)
+        inverses += (1.0 / divisors[i],)
+    g_before = ()
+    before = ()
     for k in tl.static_range(n * n):
-        out += ((g[k] - dots[k // n if ROWS else k % n]) * inverses[k // n if ROWS else k % n],)
-        before += (c[k] * totals[k // n if ROWS else k % n],)
-    return out, before
+        difference = g[k] - dots[k // n if ROWS else k % n]
+        g_before += (difference * inverses[k // n if ROWS else k % n],)
+        before += (c[k] * divisors[k // n if ROWS else k % n],)
+    return g_before, before
 
 
 @jit
 def doubly_stochastic(c, eps, iters, n: tl.constexpr):
-    """Logits -> what sinkhorn makes of them."""
-    c, _ = divide(plus(softmax_rows(c, n), eps, n), eps, False, n)
+    """Logits -> nearly doubly stochastic matrices."""
+    c, _ = divide(add_eps(softmax_rows(c, n), eps, n), eps, False, n)
     for _ in range(iters - 1):
         c, _ = divide(c, eps, True, n)
         c, _ = divide(c, eps, False, n)
@@ -118,40 +103,55 @@ def doubly_stochastic(c, eps, iters, n: tl.constexpr):
 
 
 @jit
-def put_aside(at, totals, N, t, n: tl.constexpr, P: tl.constexpr):
-    k = tl.arange(0, P)[:, None]
-    tl.store(
-        at + k * N + t[None, :], tl.trans(as_columns(totals, n, P)), mask=(k < n) & (t < N)[None, :]
-    )
+def store_divisors(ptr, divisors, count, t, n: tl.constexpr, COLS: tl.constexpr):
+    """The n divisors of one step for matrices t of `count`: [n, count] at ptr."""
+    k = tl.arange(0, COLS)[:, None]
+    ptrs = ptr + k * count + t[None, :]
+    tile = tl.trans(pack_columns(divisors, n, COLS))
+    tl.store(ptrs, tile, mask=(k < n) & (t < count)[None, :])
 
 
 @jit
-def fetch(at, N, t, n: tl.constexpr, P: tl.constexpr):
-    k = tl.arange(0, P)[:, None]
-    return columns(
-        tl.trans(tl.load(at + k * N + t[None, :], mask=(k < n) & (t < N)[None, :], other=1.0)), P
-    )
+def load_divisors(ptr, count, t, n: tl.constexpr, COLS: tl.constexpr):
+    k = tl.arange(0, COLS)[:, None]
+    ptrs = ptr + k * count + t[None, :]
+    tile = tl.load(ptrs, mask=(k < n) & (t < count)[None, :], other=1.0)
+    return unpack_columns(tl.trans(tile), COLS)
 
 
 @jit
-def doubly_stochastic_backward(g, c, eps, iters, aside, N, t, n: tl.constexpr, P: tl.constexpr):
-    """Gradient of logits c of matrices t. aside: room for the divisors [2 iters - 1, n, N]; P: a power of two >= n."""
-    soft, g = softmax_rows(c, n), g[: n * n]
-    c, totals = divide(plus(soft, eps, n), eps, False, n)
-    put_aside(aside, totals, N, t, n, P)
-    at = aside
+def doubly_stochastic_backward(
+    g, c, eps, iters, saved, count, t, n: tl.constexpr, COLS: tl.constexpr
+):
+    """Gradient of logits c of matrices t, from that of the result.
+
+    saved   room for the divisors, [2 iters - 1, n, count]
+    COLS    a power of two >= n
+    """
+    soft = softmax_rows(c, n)
+    g = g[: n * n]
+
+    # The forward again; the divisors of step s at saved + s n count: columns, then rows and
+    # columns.
+    c, divisors = divide(add_eps(soft, eps, n), eps, False, n)
+    store_divisors(saved, divisors, count, t, n, COLS)
+    ptr = saved
     for _ in range(iters - 1):
-        c, totals = divide(c, eps, True, n)
-        put_aside(at + n * N, totals, N, t, n, P)
-        c, totals = divide(c, eps, False, n)
-        at += 2 * n * N
-        put_aside(at, totals, N, t, n, P)
+        c, divisors = divide(c, eps, True, n)
+        store_divisors(ptr + n * count, divisors, count, t, n, COLS)
+        c, divisors = divide(c, eps, False, n)
+        ptr += 2 * n * count
+        store_divisors(ptr, divisors, count, t, n, COLS)
     tl.debug_barrier()
+
+    # Its steps in reverse.
     for _ in range(iters - 1):
-        g, c = undivide(g, c, fetch(at, N, t, n, P), False, n)
-        g, c = undivide(g, c, fetch(at - n * N, N, t, n, P), True, n)
-        at -= 2 * n * N
-    g, c = undivide(g, c, fetch(at, N, t, n, P), False, n)
+        g, c = divide_backward(g, c, load_divisors(ptr, count, t, n, COLS), False, n)
+        g, c = divide_backward(g, c, load_divisors(ptr - n * count, count, t, n, COLS), True, n)
+        ptr -= 2 * n * count
+    g, c = divide_backward(g, c, load_divisors(ptr, count, t, n, COLS), False, n)
+
+    # Of the softmax: g_logits = soft (g - sum_j g soft).
     out = ()
     for i in tl.static_range(n):
         dot = g[i * n] * soft[i * n]
@@ -164,85 +164,73 @@ def doubly_stochastic_backward(g, c, eps, iters, aside, N, t, n: tl.constexpr, P
 
 @jit
 def sinkhorn_forward(
-    logits, out, N, eps, iters, n: tl.constexpr, P: tl.constexpr, BT: tl.constexpr
+    # logits and out [count, n, n]
+    logits,
+    out,
+    count,
+    eps,
+    iters,
+    # streams; a power of two >= n n; matrices of a program
+    n: tl.constexpr,
+    COLS: tl.constexpr,
+    BT: tl.constexpr,
 ):
-    t, k = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, P)
-    at, mask = (
-        t.to(tl.int64)[:, None] * (n * n) + k[None, :],
-        (t < N)[:, None] & (k < n * n)[None, :],
-    )
-    c = doubly_stochastic(columns(tl.load(logits + at, mask=mask, other=0.0), P), eps, iters, n)
-    tl.store(out + at, as_columns(c, n * n, P), mask=mask)
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    k = tl.arange(0, COLS)
+    offsets = t.to(tl.int64)[:, None] * (n * n) + k[None, :]
+    mask = (t < count)[:, None] & (k < n * n)[None, :]
+    c = unpack_columns(tl.load(logits + offsets, mask=mask, other=0.0), COLS)
+    c = doubly_stochastic(c, eps, iters, n)
+    tl.store(out + offsets, pack_columns(c, n * n, COLS), mask=mask)
 
 
 @jit
 def sinkhorn_backward(
+    # g, logits and out [count, n, n]; saved [2 iters - 1, n, count]
     g,
     logits,
-    aside,
+    saved,
     out,
-    N,
+    count,
     eps,
     iters,
+    # streams; a power of two >= n n; matrices of a program; a power of two >= n
     n: tl.constexpr,
-    P: tl.constexpr,
+    COLS: tl.constexpr,
     BT: tl.constexpr,
-    PN: tl.constexpr,
+    DIVISORS: tl.constexpr,
 ):
-    t, k = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, P)
-    at, mask = (
-        t.to(tl.int64)[:, None] * (n * n) + k[None, :],
-        (t < N)[:, None] & (k < n * n)[None, :],
-    )
-    c, g = (
-        columns(tl.load(logits + at, mask=mask, other=0.0), P),
-        columns(tl.load(g + at, mask=mask, other=0.0), P),
-    )
-    g = doubly_stochastic_backward(g, c, eps, iters, aside, N, t, n, PN)
-    tl.store(out + at, as_columns(g, n * n, P), mask=mask)
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    k = tl.arange(0, COLS)
+    offsets = t.to(tl.int64)[:, None] * (n * n) + k[None, :]
+    mask = (t < count)[:, None] & (k < n * n)[None, :]
+    c = unpack_columns(tl.load(logits + offsets, mask=mask, other=0.0), COLS)
+    g = unpack_columns(tl.load(g + offsets, mask=mask, other=0.0), COLS)
+    g = doubly_stochastic_backward(g, c, eps, iters, saved, count, t, n, DIVISORS)
+    tl.store(out + offsets, pack_columns(g, n * n, COLS), mask=mask)
 
 
 def forward(logits: torch.Tensor, eps: float, iters: int) -> torch.Tensor:
     n = logits.shape[-1]
-    logits, N = logits.contiguous(), logits.numel() // (n * n)
-    out, cfg = torch.empty_like(logits), get_config("sinkhorn_forward", f"n{n}", CANDIDATES, logits)
-    launch(
-        sinkhorn_forward,
-        (cdiv(N, cfg["BT"]),),
-        logits,
-        out,
-        N,
-        eps,
-        iters,
-        n=n,
-        P=power_of_two(n * n),
-        **cfg,
-    )
+    count = logits.numel() // (n * n)
+    logits = logits.contiguous()
+    out = torch.empty_like(logits)
+    cfg = get_config("sinkhorn_forward", f"n{n}", CANDIDATES, logits)
+    tensors = (logits, out)
+    constants = {"n": n, "COLS": power_of_two(n * n), **cfg}
+    launch(sinkhorn_forward, (cdiv(count, cfg["BT"]),), *tensors, count, eps, iters, **constants)
     return out
 
 
 def backward(g: torch.Tensor, logits: torch.Tensor, eps: float, iters: int) -> torch.Tensor:
-    """backward_reference, for benchmarks; in a model it happens inside hc_pre_backward."""
     n = logits.shape[-1]
-    g, logits, N = g.contiguous(), logits.contiguous(), logits.numel() // (n * n)
-    out, aside = (
-        torch.empty_like(logits),
-        logits.new_empty(2 * iters - 1, n, N, dtype=torch.float32),
-    )
+    count = logits.numel() // (n * n)
+    g = g.contiguous()
+    logits = logits.contiguous()
+    out = torch.empty_like(logits)
+    saved = logits.new_empty(2 * iters - 1, n, count, dtype=torch.float32)
     cfg = get_config("sinkhorn_backward", f"n{n}", CANDIDATES, logits)
-    launch(
-        sinkhorn_backward,
-        (cdiv(N, cfg["BT"]),),
-        g,
-        logits,
-        aside,
-        out,
-        N,
-        eps,
-        iters,
-        n=n,
-        P=power_of_two(n * n),
-        PN=power_of_two(n),
-        **cfg,
-    )
+    tensors = (g, logits, saved, out)
+    constants = {"n": n, "COLS": power_of_two(n * n), "DIVISORS": power_of_two(n), **cfg}
+    launch(sinkhorn_backward, (cdiv(count, cfg["BT"]),), *tensors, count, eps, iters, **constants)
     return out
