@@ -22,7 +22,7 @@ from generation import sampling as S
 from generation.engine import Engine
 from generation.session import StreamSession
 from model import ModelArgs, Transformer
-from testing import Margins, hf_model, judged, randomize, rms
+from testing import Margins, clear_choices, hf_model, randomize, rms
 from tools import stats
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -65,7 +65,7 @@ def greedy_by_transformers(hf, prompt: list[int], count: int) -> tuple[list[int]
             with Margins(hf) as margins:
                 logits = hf(torch.tensor([ids])).logits[0, -1]
             top = logits.topk(2).values
-            sure.append(bool(judged(margins.of())[0, -1]) and float(top[0] - top[1]) > 1e-3)
+            sure.append(bool(clear_choices(margins.smallest())[0, -1]) and float(top[0] - top[1]) > 1e-3)
             ids.append(int(logits.argmax()))
     return ids[len(prompt) :], sure
 

@@ -10,7 +10,7 @@ import torch
 from torch._inductor.utils import run_and_get_code
 
 from model import ModelArgs, Transformer
-from testing import randomize, rms, small, whole_caches
+from testing import cache_shapes, randomize, rms, small
 from tools.report import MODEL_OPS, capture, faults, name_of
 from training.losses import training_loss
 from training.optim import Optimizer
@@ -236,6 +236,6 @@ def test_inductor_decode_writes_caches_in_place():
         for p in range(1, 8):
             at = torch.tensor([p, 125 + p])
             assert rms(decode(tokens[:, p : p + 1], at), eager(tokens[:, p : p + 1], at)) <= 1e-5
-    caches = whole_caches(model)
+    caches = cache_shapes(model)
     allocated = {shape for shape in caches if f"empty_strided_cpu({shape}" in code}
     assert caches and not allocated, f"decode copies a whole cache: {allocated}"

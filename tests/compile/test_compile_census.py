@@ -23,7 +23,7 @@ from compile_config import CompileConfig, compile_function
 from compile_config import kind as layer_signature
 from fake_cuda import lower
 from model import ModelArgs, Transformer
-from testing import randomize, whole_caches
+from testing import cache_shapes, randomize
 from tools.report import (
     MODEL_OPS,
     PHASES,
@@ -184,7 +184,7 @@ def test_no_cache_is_computed_whole():
     captured, model = capture_fake(
         ARGS(), "decode", Shape(2, 1, 600)
     )  # entries of other sizes than the window
-    caches, writes = whole_caches(model), ("aten.index_put.default", "aten.copy_.default")
+    caches, writes = cache_shapes(model), ("aten.index_put.default", "aten.copy_.default")
     whole = [
         where(node)
         for node in captured.calls()
@@ -406,7 +406,7 @@ def test_no_cache_is_copied_whole_on_cuda(cuda_code):
     model = Transformer(args)
     model.setup_caches(1, 600)
     for i, block in enumerate(model.layers):
-        caches = whole_caches(block)
+        caches = cache_shapes(block)
         copies = [
             shape
             for shape in caches

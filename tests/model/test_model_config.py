@@ -1,4 +1,4 @@
-"""ModelArgs reads both kinds of config.json, refuses what is no V4, and the released sizes come out as published."""
+"""ModelArgs reads both kinds of config.json, refuses other models, and has the published sizes."""
 
 from __future__ import annotations
 
@@ -238,7 +238,10 @@ def test_a_missing_config_is_one_line_naming_the_file(tmp_path):
     ],
 )
 def test_released_models_have_the_published_sizes(args, total, active, mtp):
-    """Parameters without MTP, parameters a token uses (without the embedding), and the MTP block (docs/v4.md#dimensions)."""
+    """Parameters without MTP; those a token uses, without the embedding; those of the MTP block.
+
+    Source: docs/v4.md#dimensions.
+    """
     with torch.device("meta"):
         model = Transformer(args)
     sizes = {name: p.numel() for name, p in model.named_parameters()}

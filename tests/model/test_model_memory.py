@@ -1,7 +1,8 @@
-"""At Flash's sizes no op, in either form, materialises a query x key x dim tensor or scores of all heads for all keys.
+"""At Flash's sizes no op materialises a query x key x dim tensor or scores of all heads and keys.
 
-Prefill and training stay within 1.1 times the bf16 queries, S H D 2 bytes; decode in a context of 1M within the fp32 index
-scores of one token, 64 (L / 4) 4 bytes. Shapes are traced on fake tensors; nothing is computed.
+In either form. Prefill and training stay within 1.1 times the bf16 queries, S H D 2 bytes; decode
+in a context of 1M tokens within the fp32 index scores of one token, 64 (1M / 4) 4 bytes. Shapes
+are traced on fake tensors; nothing is computed.
 """
 
 from __future__ import annotations
@@ -24,25 +25,29 @@ FORMS = {  # experts stay opaque: their traced form is for small models only
 
 
 class Largest(TorchDispatchMode):
-    """The largest tensor that an operator allocates, and which; parameters, caches and their gradients excepted."""
+    """The largest tensor that an operator allocates; without parameters, caches and gradients."""
 
     def __init__(self, model):
         super().__init__()
         self.known = {tuple(t.shape) for t in (*model.parameters(), *model.buffers())}
-        self.bytes, self.what = 0, ""
+        self.bytes = 0
+        self.description = ""
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         out = op(*args, **(kwargs or {}))
-        inputs = {
-            id(t.untyped_storage())
-            for t in tree_leaves((args, kwargs))
-            if isinstance(t, torch.Tensor)
-        }
-        for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor) and not op.is_view and tuple(t.shape) not in self.known:
-                if t.nbytes > self.bytes and id(t.untyped_storage()) not in inputs:
-                    self.bytes, self.what = t.nbytes, f"{op} {tuple(t.shape)} {t.dtype}"
+        if op.is_view:
+            return out
+        inputs = {id(t.untyped_storage()) for t in tensors((args, kwargs))}
+        for t in tensors(out):
+            allocated = id(t.untyped_storage()) not in inputs
+            if allocated and tuple(t.shape) not in self.known and t.nbytes > self.bytes:
+                self.bytes = t.nbytes
+                self.description = f"{op} {tuple(t.shape)} {t.dtype}"
         return out
+
+
+def tensors(tree) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -70,9 +75,8 @@ def test_no_intermediate_exceeds_the_bound(phase, ratio, form):
                         hidden.sum().backward()
     finally:
         torch.set_default_dtype(before)
-    bound = (
-        64 * args.max_seq_len // 4 * 4
-        if phase == "decode"
-        else 1.1 * S * args.n_heads * args.head_dim * 2
-    )
-    assert 0 < largest.bytes <= bound, f"{largest.bytes / 1e6:.0f} MB: {largest.what}"
+    if phase == "decode":
+        bound = 64 * args.max_seq_len // 4 * 4
+    else:
+        bound = 1.1 * S * args.n_heads * args.head_dim * 2
+    assert 0 < largest.bytes <= bound, f"{largest.bytes / 1e6:.0f} MB: {largest.description}"

@@ -1,4 +1,4 @@
-"""The model equals Transformers' deepseek_v4 on the same weights, in fp32, and every component of it is needed for that."""
+"""The model equals Transformers' deepseek_v4 in fp32, and needs each component for that."""
 
 from __future__ import annotations
 
@@ -12,7 +12,16 @@ import torch.nn.functional as F
 
 import ops
 from model import ModelArgs, Transformer, layer_frequencies
-from testing import Margins, hf_model, hf_name, judged, randomize, rms, small
+from testing import (
+    Margins,
+    clear_choices,
+    hf_model,
+    hf_name,
+    random_model,
+    random_tokens,
+    rms,
+    small,
+)
 
 TOLERANCE = 1e-5  # relative RMS; two independent fp32 implementations agree to a few 1e-6
 LENGTHS = (1, 3, 4, 5, 127, 128, 129, 131, 255, 257, 513, 1030)
@@ -38,29 +47,29 @@ CONFIGS = {
 
 @functools.cache
 def pair(config: str):
-    model = randomize(Transformer(CONFIGS[config]), seed=1)
+    """Our model and Transformers', with the same weights."""
+    model = random_model(CONFIGS[config])
     return model, hf_model(model)
 
 
 def prompt(config: str, length: int, batch: int = 1) -> torch.Tensor:
     """The beginning of a fixed random text on which this config's choices are clear."""
-    seed = {"no-yarn": 1}.get(config, 0)
-    return torch.randint(0, 256, (2, 1030), generator=torch.Generator().manual_seed(seed))[
-        :batch, :length
-    ]
+    text = random_tokens(2, 1030, seed={"no-yarn": 1}.get(config, 0))
+    return text[:batch, :length]
 
 
 @functools.cache
 @torch.no_grad()
 def reference(config: str, length: int, batch: int = 1):
-    """The prompt, Transformers' logits, and which positions have choices clear enough to be judged."""
-    tokens, hf = prompt(config, length, batch), pair(config)[1]
+    """The prompt, Transformers' logits, and the positions [B, S] whose choices are clear."""
+    tokens = prompt(config, length, batch)
+    hf = pair(config)[1]
     with Margins(hf) as margins:
         logits = hf(tokens).logits
-    return tokens, logits, judged(margins.of())
+    return tokens, logits, clear_choices(margins.smallest())
 
 
-JUDGED = {}  # case -> (judged, all) positions; the last test looks at the sum
+COMPARED = {}  # case -> (compared, all) positions; a later test looks at the sum
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -69,41 +78,41 @@ def test_logits_equal_transformers(config, length):
     tokens, expected, ok = reference(config, length, batch=2)
     with torch.no_grad():
         logits = pair(config)[0](tokens)
-    JUDGED[config, length] = int(ok.sum()), ok.numel()
+    COMPARED[config, length] = int(ok.sum()), ok.numel()
     assert rms(logits[ok], expected[ok]) <= TOLERANCE
 
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_200_decoded_tokens_equal_transformers_decoding(config):
-    """Prefill, then one token at a time through both caches; also against Transformers' own single forward."""
+    """Prefill, then token by token through both caches; and as Transformers' single forward."""
     model, hf = pair(config)
     tokens, whole, _ = reference(config, 330, batch=2)
     model.setup_caches(2, 512)
     with torch.no_grad(), Margins(hf) as margins:
         cached = hf(tokens[:, :130], use_cache=True)
-        theirs, cache = [cached.logits], cached.past_key_values
+        cache = cached.past_key_values
+        theirs = [cached.logits]
         ours = [model(tokens[:, :130], torch.zeros(2, dtype=torch.int64))]
-        gap = [margins.of()]
+        gaps = [margins.smallest()]
         for t in range(130, 330):
             margins.gaps.clear()
             theirs.append(hf(tokens[:, t : t + 1], past_key_values=cache, use_cache=True).logits)
-            gap.append(margins.of())
+            gaps.append(margins.smallest())
             ours.append(model(tokens[:, t : t + 1], torch.full((2,), t)))
-    ok = judged(torch.cat(gap, 1))
-    JUDGED[config, "decode"] = int(ok.sum()), ok.numel()
+    ok = clear_choices(torch.cat(gaps, 1))
+    COMPARED[config, "decode"] = int(ok.sum()), ok.numel()
     ours, theirs = torch.cat(ours, 1), torch.cat(theirs, 1)
     assert rms(ours[ok], theirs[ok]) <= TOLERANCE
     assert torch.equal(ours.argmax(-1)[ok], theirs.argmax(-1)[ok])
     assert rms(ours[ok], whole[ok]) <= TOLERANCE
 
 
-def test_at_least_nine_tenths_of_the_positions_were_judged():
+def test_at_least_nine_tenths_of_the_positions_were_compared():
     """Otherwise the tests above would say little. Runs after them (the file runs in order)."""
-    assert len(JUDGED) in (0, len(CONFIGS) * (len(LENGTHS) + 1)) or pytest.skip(
-        "only some cases were run"
-    )
-    good, total = (sum(column) for column in zip(*JUDGED.values()))
-    assert good >= 0.9 * total
+    if len(COMPARED) < len(CONFIGS) * (len(LENGTHS) + 1):
+        pytest.skip("only some cases were run")
+    compared = sum(some for some, _ in COMPARED.values())
+    assert compared >= 0.9 * sum(total for _, total in COMPARED.values())
 
 
 @pytest.mark.parametrize("form", ("reference", "opaque"))
@@ -130,19 +139,18 @@ def test_loss_and_every_gradient_equal_transformers(config, form):
             continue  # Transformers drops MTP; the bias only selects
         grad = theirs[hf_name(name)].grad
         if ".indexer." in name:
-            assert p.grad is None and (grad is None or not grad.any()), (
-                name
-            )  # the choice is discrete (docs/v4.md#indexer)
+            # The choice is discrete (docs/v4.md#indexer).
+            assert p.grad is None and (grad is None or not grad.any()), name
         else:
             assert (p.grad - grad).norm() <= 1e-4 * grad.norm() and grad.norm() > 0, name
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Ablation: distort one component, and parity must be gone
 
 
 def segments(name: str, p: torch.Tensor, n: int):
-    """The parts of a parameter that are components of their own: pre, post and comb of a hyper-connection site."""
+    """The parts of a parameter that are components: pre, post and comb of a hyper-connection."""
     if "hc_head" in name or "hc_" not in name:
         return {"": slice(None)}
     if name.endswith("_scale"):
@@ -176,9 +184,8 @@ def test_no_parameter_can_be_lost(name, part):
 
     moved = distorted_by(change)
     if name.startswith("layers.0.hc_attn") and part != "post":
-        assert (
-            moved <= TOLERANCE
-        )  # the streams are still equal: a norm undoes pre, unit column sums undo comb
+        # The streams are still equal: a norm undoes pre, unit column sums undo comb.
+        assert moved <= TOLERANCE
     else:
         assert moved > 10 * TOLERANCE
 
@@ -202,12 +209,10 @@ FIELDS = dict(
 def test_no_architecture_field_is_ignored(field):
     def change(model):
         other = Transformer(small(**{"swiglu_limit": 1.5, field: FIELDS[field]}))
-        other.load_state_dict(
-            {
-                k: v[:, :1] if "tid2eid" in k and field == "n_activated_experts" else v
-                for k, v in model.state_dict().items()
-            }
-        )
+        state = model.state_dict()
+        if field == "n_activated_experts":
+            state = {k: v[:, :1] if "tid2eid" in k else v for k, v in state.items()}
+        other.load_state_dict(state)
         return other
 
     assert distorted_by(change) > 10 * TOLERANCE
@@ -223,29 +228,26 @@ def swap_compressor_lanes(model):
 
 
 def skip_inverse_rope(model):
-    replace_op(
-        model,
-        "sparse_attn",
-        lambda op: (
-            lambda q, kv, sink, window_len, cos, sin, *rest: ops.rope(
-                op(q, kv, sink, window_len, cos, sin, *rest), cos, sin, False
-            )
-        ),
-    )
+    def sparse_attn(op, q, kv, sink, window_len, cos, sin, *rest):
+        out = op(q, kv, sink, window_len, cos, sin, *rest)
+        return ops.rope(out, cos, sin, False)  # rotates forward again
+
+    replace_op(model, "sparse_attn", sparse_attn)
 
 
 def transpose_comb(model):
-    replace_op(
-        model, "hc_post", lambda op: lambda y, x, post, comb: op(y, x, post, comb.transpose(2, 3))
-    )
+    def hc_post(op, y, x, post, comb):
+        return op(y, x, post, comb.transpose(2, 3))
+
+    replace_op(model, "hc_post", hc_post)
 
 
-def replace_op(model, name, wrap):
+def replace_op(model, name, wrapper):
+    """Modules call wrapper(op, *args) in place of op(*args)."""
     for module in model.modules():
         if hasattr(module, "ops"):
-            module.ops = SimpleNamespace(
-                **{**vars(module.ops), name: wrap(getattr(module.ops, name))}
-            )
+            wrapped = functools.partial(wrapper, getattr(module.ops, name))
+            module.ops = SimpleNamespace(**{**vars(module.ops), name: wrapped})
 
 
 @pytest.mark.parametrize(
@@ -264,7 +266,7 @@ def test_query_heads_are_normalised():
     assert distorted_by(double) <= TOLERANCE
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Small facts of the specification
 
 
@@ -296,20 +298,19 @@ def test_router_scores_equal_the_published_values():
         x = F.pad(torch.ones(1, 1), (0, model.args.dim - 1))
         chosen, weight, _ = gate(x, torch.zeros(1, dtype=torch.int64))
         assert set(chosen[0].tolist()) == {5, 6}  # the bias selects
-        assert torch.allclose(
-            weight, torch.full((1, 2), model.args.route_scale / 2)
-        )  # and does not weigh
+        # And does not weigh.
+        assert torch.allclose(weight, torch.full((1, 2), model.args.route_scale / 2))
         gate.bias.zero_()
         chosen, weight, _ = gate(x, torch.zeros(1, dtype=torch.int64))
     score = {3: 1.1459763, 4: 1.7460204}
-    for e, w in zip(chosen[0].tolist(), weight[0].tolist()):
-        assert abs(w / (model.args.route_scale * score[e] / sum(score.values())) - 1) < 1e-6
+    for e, w in zip(chosen[0].tolist(), weight[0].tolist(), strict=True):
+        expected = model.args.route_scale * score[e] / sum(score.values())
+        assert abs(w / expected - 1) < 1e-6
 
 
 def test_bf16_model_keeps_the_fp32_islands():
-    """Casting the model leaves RoPE frequencies exact, and bf16 logits stay near fp32 ones where nothing is chosen."""
-    args = small(n_hash_layers=4, index_topk=512)
-    model = randomize(Transformer(args), seed=2)
+    """Casting leaves RoPE frequencies exact, bf16 logits near fp32 ones where nothing is chosen."""
+    model = random_model(small(n_hash_layers=4, index_topk=512), seed=2)
     tokens = prompt("flash-like", 200)
     with torch.no_grad():
         expected = model(tokens)

@@ -1,4 +1,7 @@
-"""The training objectives: every gradient against fp64 (test_model_parity.py: against Transformers), router balance, the indexer's own loss, recomputation."""
+"""The training objectives: gradients in fp64, router balance, the indexer's loss, recomputation.
+
+Gradients against Transformers' are in test_model_parity.py.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +24,20 @@ from compile_config import (
 )
 from model import Aux, ModelArgs, Transformer
 from ops.router_balance import router_balance
-from testing import randomize, rms, small
+from testing import gradients, random_model, rms, small
 from tools.report import MODEL_OPS
 from training.losses import LossWeights, make_targets, training_loss
 from training.optim import Optimizer
 
-ROUTERS, CHOSEN, DENSE = Aux(), Aux(index_loss=True), Aux(index_loss=True, dense=True)
+ROUTERS = Aux()
+CHOSEN = Aux(index_loss=True)
+DENSE = Aux(index_loss=True, dense=True)
+OPAQUE = {name: "opaque" for name in MODEL_OPS}
+ONE_LAYER = small(n_layers=1, n_hash_layers=0, n_mtp_layers=0, compress_ratios=(4,))
+LENGTH = 150
 
-T = 150
 
-
-def batch(rows: int = 2, length: int = T, seed: int = 0, padding: int = 5):
+def batch(rows: int = 2, length: int = LENGTH, seed: int = 0, padding: int = 5):
     """Tokens, targets (some masked), packed documents with padding at the end."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(2, 256, (rows, length + 1), generator=generator)
@@ -42,31 +48,25 @@ def batch(rows: int = 2, length: int = T, seed: int = 0, padding: int = 5):
     return tokens[:, :-1].contiguous(), targets.masked_fill(docs < 0, -1), docs
 
 
-def gradients(model, loss) -> dict[str, torch.Tensor]:
-    model.zero_grad(set_to_none=True)
-    loss.backward()
-    return {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
-
-
 class Double(TorchFunctionMode):
-    """Within it nothing is fp32: what asks for it gets fp64."""
+    """Within it nothing is fp32: calls that ask for it get fp64."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = {
-            key: torch.float64 if value is torch.float32 else value
-            for key, value in (kwargs or {}).items()
-        }
-        args = tuple(torch.float64 if value is torch.float32 else value for value in args)
+        args = tuple(self.widen(value) for value in args)
+        kwargs = {key: self.widen(value) for key, value in (kwargs or {}).items()}
         if function is torch.Tensor.float:
             return function.__self__.double() if not args else torch.Tensor.double(*args, **kwargs)
         return function(*args, **kwargs)
 
+    @staticmethod
+    def widen(value):
+        return torch.float64 if value is torch.float32 else value
+
 
 @pytest.mark.parametrize("aux", (ROUTERS, CHOSEN, DENSE), ids=("routers", "chosen", "dense"))
 def test_every_gradient_equals_that_of_an_fp64_run(aux):
-    """All losses, every parameter, packed documents; the references throughout, so that fp64 reaches everywhere."""
-    reference = {name: "reference" for name in (*MODEL_OPS, "indexer_loss")}
-    model = randomize(Transformer(ModelArgs.debug(), ops=reference), seed=1)
+    """All losses, every parameter, packed documents; references, so that all is fp64."""
+    model = random_model(ops={name: "reference" for name in (*MODEL_OPS, "indexer_loss")})
     exact = copy.deepcopy(model).double()
     for p in exact.parameters():
         assert p.dtype == torch.float64
@@ -77,22 +77,23 @@ def test_every_gradient_equals_that_of_an_fp64_run(aux):
         exact_total, exact_parts = training_loss(exact, *batch(), weights, aux)
         assert exact_total.dtype == torch.float64
         expected = gradients(exact, exact_total)
-    assert all(
-        abs(float(parts[key] / exact_parts[key]) - 1) < 1e-5 for key in parts if key != "load"
-    )
-    assert torch.equal(parts["load"].double(), exact_parts["load"])
-    wrong = {
-        name: float((got[name] - g).norm() / g.norm())
-        for name, g in expected.items()
-        if not (got[name] - g).norm() <= 1e-4 * g.norm()
-    }
-    assert got.keys() == expected.keys() and not wrong, wrong
-    reached = {name for name, g in expected.items() if g.norm() > 0}
-    assert {name for name, p in model.named_parameters() if p.requires_grad} - reached == (
-        {name for name in got.keys() ^ dict(model.named_parameters()).keys() if "indexer" in name}
-        if aux == ROUTERS
-        else set()
-    )
+    for key, part in parts.items():
+        if key == "load":
+            assert torch.equal(part.double(), exact_parts[key])
+        else:
+            assert abs(float(part / exact_parts[key]) - 1) < 1e-5, key
+
+    assert got.keys() == expected.keys()
+    for name, g in expected.items():
+        assert (got[name] - g).norm() <= 1e-4 * g.norm(), name
+
+    # Every parameter is reached, except indexers by losses that are not theirs.
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    unreached = trained - {name for name, g in expected.items() if g.norm() > 0}
+    if aux == ROUTERS:
+        assert unreached == {name for name in trained - got.keys() if "indexer" in name}
+    else:
+        assert not unreached
 
 
 def test_balance_is_one_where_all_is_even_and_counts_valid_tokens():
@@ -107,70 +108,64 @@ def test_balance_is_one_where_all_is_even_and_counts_valid_tokens():
     assert torch.allclose(router_balance(one, peaked, None)[1], torch.tensor(E / K))
     both = router_balance(torch.cat([even, one]), torch.cat([flat, peaked]), None)[1]
     assert torch.allclose(both, torch.tensor(1 + E / K))
-    chosen, score, valid = (
-        torch.cat([even, one], 1),
-        torch.cat([flat, peaked], 1),
-        torch.arange(2 * T)[None] < T,
-    )
+    chosen = torch.cat([even, one], 1)
+    score = torch.cat([flat, peaked], 1)
+    valid = torch.arange(2 * T)[None] < T
     load, loss = router_balance(chosen, score, valid)
     assert torch.allclose(loss, torch.tensor(1.0)) and load.sum() == T * K
 
 
 def test_loads_are_those_of_the_routers():
-    model = randomize(Transformer(ModelArgs.debug()), seed=1)
-    found = []
+    model = random_model()
+    choices = []
     for block in (*model.layers[2:], *model.mtp):
-        block.ffn.gate.register_forward_hook(lambda module, inputs, output: found.append(output[0]))
+        block.ffn.gate.register_forward_hook(lambda gate, inputs, output: choices.append(output[0]))
     tokens, targets, _ = batch()
     load = training_loss(model, tokens, targets)[1]["load"]
     assert load.shape == (3, 8)
-    for row, chosen in zip(load, found):
+    for row, chosen in zip(load, choices, strict=True):
         assert torch.equal(row, torch.bincount(chosen.flatten(), minlength=8).float())
 
 
 def test_the_indexers_objective_moves_the_indexers_alone():
-    """Without the other losses only indexers get gradients, all of their parameters; and from the others they get none."""
-    model = randomize(Transformer(ModelArgs.debug()), seed=1)
-    nothing = dict(mtp=0.0, balance=0.0)
+    """It reaches all parameters of indexers and no others; other losses reach no indexer."""
+    model = random_model()
+
+    def gradients_with(index: float, aux: Aux):
+        weights = LossWeights(mtp=0.0, balance=0.0, index=index)
+        return gradients(model, training_loss(model, *batch(), weights, aux)[0])
+
     for aux in (DENSE, CHOSEN):
-        with_it, without = (
-            gradients(
-                model, training_loss(model, *batch(), LossWeights(index=index, **nothing), aux)[0]
-            )
-            for index in (1.0, 0.0)
-        )
-        differ = {name for name, g in with_it.items() if not torch.equal(g, without[name])}
+        without = gradients_with(0.0, aux)
+        differ = set()
+        for name, g in gradients_with(1.0, aux).items():
+            if not torch.equal(g, without[name]):
+                differ.add(name)
         assert differ == {name for name, _ in model.named_parameters() if ".indexer." in name}
         assert all(without[name].norm() == 0 for name in differ)
 
 
 def test_dense_warm_up_sees_every_entry_and_chosen_does_not():
-    """index_topk = 16 of up to 37 entries: with "dense" the logits are those of a model that chooses them all."""
-    model = randomize(Transformer(ModelArgs.debug()), seed=1).eval()
-    wide = randomize(Transformer(small(index_topk=64)), seed=1).eval()
+    """index_topk = 16 of up to 37 entries: dense logits are those of a model that takes all."""
+    model = random_model().eval()
+    wide = random_model(small(index_topk=64)).eval()
     tokens = batch()[0]
     with torch.no_grad():
-        dense, chosen, expected = (
-            model(tokens, aux=DENSE)[0],
-            model(tokens, aux=CHOSEN)[0],
-            wide(tokens),
-        )
-    assert (
-        rms(dense, expected) <= 1e-5
-        and rms(chosen, model(tokens)) <= 1e-6
-        and rms(chosen, expected) > 1e-3
-    )
+        dense = model(tokens, aux=DENSE)[0]
+        chosen = model(tokens, aux=CHOSEN)[0]
+        expected = wide(tokens)
+        assert rms(dense, expected) <= 1e-5
+        assert rms(chosen, model(tokens)) <= 1e-6
+        assert rms(chosen, expected) > 1e-3
 
 
 def test_the_index_loss_leaves_padding_out():
     """A row cut where its padding begins costs as much, times the share of its length."""
-    model = randomize(Transformer(ModelArgs.debug()), seed=1)
-    tokens, targets, docs = batch(1, padding=50)
+    model = random_model()
+    padded = batch(1, padding=50)
     with torch.no_grad():
-        whole = training_loss(model, tokens, targets, docs, aux=DENSE)[1]["index_loss"]
-        cut = training_loss(model, tokens[:, :100], targets[:, :100], docs[:, :100], aux=DENSE)[1][
-            "index_loss"
-        ]
+        whole = training_loss(model, *padded, aux=DENSE)[1]["index_loss"]
+        cut = training_loss(model, *(t[:, :100] for t in padded), aux=DENSE)[1]["index_loss"]
     assert abs(float(whole / cut) - 100 / 150) < 1e-4 and cut > 0
 
 
@@ -179,65 +174,65 @@ def test_recall_rises_when_the_indexers_are_trained():
     torch.manual_seed(0)
     model = Transformer(small(n_layers=2, n_hash_layers=0, n_mtp_layers=0, compress_ratios=(4, 4)))
     ids = np.frombuffer((S.ROOT / "data" / "shakespeare.txt").read_bytes()[:200_000], np.uint8)
-    before, frozen = (
-        S.index_recall(model, ids, 256, 0),
-        {n: p.detach().clone() for n, p in model.named_parameters() if "indexer" not in n},
-    )
+    before = S.index_recall(model, ids, 256, 0)
+    frozen = {}
     for name, p in model.named_parameters():
         p.requires_grad_("indexer" in name)
+        if not p.requires_grad:
+            frozen[name] = p.detach().clone()
     step = compile_train_step(model, Optimizer(model), CompileConfig(backend=None), aux=DENSE)
     rows = S.dataset.Rows(ids, 256, 0)
     for i in range(40):
         step(*rows(range(4 * i, 4 * i + 4)), torch.tensor(2e-3))
     after = S.index_recall(model, ids, 256, 0)
     assert 0.2 < before < 0.6 and after > before + 0.1, (before, after)
-    assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
+    assert all(torch.equal(model.get_parameter(name), p) for name, p in frozen.items())
+
+
+def saved_bytes(model, run) -> int:
+    """Bytes that run() keeps for the backward, without parameters."""
+    saved = []
+
+    def pack(t):
+        saved.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        run()
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    sizes = {t.untyped_storage().data_ptr(): t.nbytes for t in saved}
+    return sum(size for storage, size in sizes.items() if storage not in parameters)
 
 
 @pytest.mark.parametrize(
-    "region, how", ((None, "selective"), (None, "full"), ("layer", "selective"), ("model", "full"))
+    "region, recompute",
+    ((None, "selective"), (None, "full"), ("layer", "selective"), ("model", "full")),
 )
-def test_recomputation_changes_memory_not_gradients(how, region):
-    """Eager, whole and layer by layer: the same update, one graph per kind and no break, less kept for the backward."""
+def test_recomputation_changes_memory_not_gradients(recompute, region):
+    """Eager, whole and layer by layer: the same update, no break, less kept for the backward."""
     torch._dynamo.reset()
-    args = small(n_layers=1, n_hash_layers=0, n_mtp_layers=0, compress_ratios=(4,))
-    cfg, models, kept = CompileConfig(backend=region and "aot_eager", region=region), [], []
-    for recompute in ("none", how):
-        model = randomize(Transformer(args, ops={name: "opaque" for name in MODEL_OPS}), seed=1)
-        step = compile_train_step(
-            model, Optimizer(model, "adamw", eps=1e-3), cfg, recompute=recompute, aux=CHOSEN
-        )
-        count, saved = CompileCount(), []
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t: (saved.append(t), t)[1], lambda t: t
-        ):
-            step(*batch(), torch.tensor(1e-2))
-        assert count.breaks == 0 and (
-            region is None or count.graphs == {"model": 3, "layer": 5}[region]
-        )
-        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        kept.append(
-            sum(
-                {
-                    t.untyped_storage().data_ptr(): t.nbytes
-                    for t in saved
-                    if t.untyped_storage().data_ptr() not in own
-                }.values()
-            )
-        )
-        models.append(model)
-    assert all(
-        torch.allclose(p, q, atol=1e-6)
-        for p, q in zip(models[0].parameters(), models[1].parameters())
-    )
-    assert kept[1] < {"selective": 0.6, "full": 0.3}[how] * kept[0], kept
+    cfg = CompileConfig(backend=region and "aot_eager", region=region)
+
+    def update(recompute: str):
+        model = random_model(ONE_LAYER, ops=OPAQUE)
+        optimizer = Optimizer(model, "adamw", eps=1e-3)
+        step = compile_train_step(model, optimizer, cfg, recompute=recompute, aux=CHOSEN)
+        count = CompileCount()
+        kept = saved_bytes(model, lambda: step(*batch(), torch.tensor(1e-2)))
+        assert count.breaks == 0
+        assert region is None or count.graphs == {"model": 3, "layer": 5}[region]
+        return model, kept
+
+    plain, plain_bytes = update("none")
+    model, kept_bytes = update(recompute)
+    for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+        assert torch.allclose(p, q, atol=1e-6)
+    assert kept_bytes < {"selective": 0.6, "full": 0.3}[recompute] * plain_bytes
 
 
-@pytest.mark.parametrize(
-    "forms", ({}, {name: "opaque" for name in MODEL_OPS}), ids=("CPU's own", "opaque")
-)
-@pytest.mark.parametrize("how, times", (("none", 1), ("selective", 1), ("full", 2)))
-def test_selective_recomputation_runs_the_heavy_ops_once(how, times, forms):
+@pytest.mark.parametrize("forms", ({}, OPAQUE), ids=("CPU's own", "opaque"))
+@pytest.mark.parametrize("recompute, times", (("none", 1), ("selective", 1), ("full", 2)))
+def test_selective_recomputation_runs_the_heavy_ops_once(recompute, times, forms):
     counts = dict.fromkeys(KEPT, 0)
 
     class Count(TorchDispatchMode):
@@ -247,21 +242,16 @@ def test_selective_recomputation_runs_the_heavy_ops_once(how, times, forms):
                 counts[name] += 1
             return op(*args, **(kwargs or {}))
 
-    model = randomize(
-        Transformer(
-            small(n_layers=1, n_hash_layers=0, n_mtp_layers=0, compress_ratios=(4,)), ops=forms
-        ),
-        seed=1,
-    )
-    step = compile_train_step(model, Optimizer(model, "adamw"), PRESETS["eager"], recompute=how)
+    model = random_model(ONE_LAYER, ops=forms)
+    optimizer = Optimizer(model, "adamw")
+    step = compile_train_step(model, optimizer, PRESETS["eager"], recompute=recompute)
     with Count():
         step(*batch(), torch.tensor(1e-2))
-    assert counts["moe" if forms else "moe_train"] == times and all(
-        n in (0, times) for n in counts.values()
-    ), counts
+    assert counts["moe" if forms else "moe_train"] == times
+    assert all(n in (0, times) for n in counts.values()), counts
 
 
-def test_unknown_ways_are_refused():
+def test_unknown_recomputation_and_outputs_are_refused():
     with pytest.raises(ValueError, match="recompute 'some'"):
         recomputed(lambda: None, "some")
     model = Transformer(ModelArgs.debug())
@@ -270,6 +260,7 @@ def test_unknown_ways_are_refused():
 
 
 def test_targets_are_counted():
-    tokens, targets, docs = batch()
-    goal = make_targets(tokens, targets, docs)
-    assert goal.counts.tolist() == [int((targets >= 0).sum()), int((goal.mtp_labels >= 0).sum()), 2]
+    tokens, labels, docs = batch()
+    targets = make_targets(tokens, labels, docs)
+    mtp_labels = int((targets.mtp_labels >= 0).sum())
+    assert targets.counts.tolist() == [int((labels >= 0).sum()), mtp_labels, 2]
