@@ -57,9 +57,7 @@ def to_local(t: torch.Tensor) -> torch.Tensor:
 
 
 def all_to_all(x: torch.Tensor, group: str) -> torch.Tensor:
-    """[processes, ...] -> the same shape: row i goes to process i of the group, and comes from it.
-    Differentiable.
-    """
+    """[processes, ...] -> the same shape: row i goes to process i, and comes from it."""
     return functional.all_to_all_single_autograd(x.contiguous(), None, None, group)
 
 
@@ -68,10 +66,10 @@ def all_to_all(x: torch.Tensor, group: str) -> torch.Tensor:
 
 
 def gather_around(run: Callable) -> Callable:
-    """run(block, *args), which calls the block's forward alone -> the same as FSDP2's hooks have it.
+    """run(block, *args), which calls block.forward without hooks -> run between FSDP2's hooks.
 
-    A full graph cannot hold hooks, so parameters of the block and of its experts, where these have
-    a mesh of their own, are gathered before a compiled block, and resharded after it.
+    A full graph cannot hold hooks. So the parameters of the block, and of its experts where these
+    have a mesh of their own, are gathered before a compiled block, and resharded after it.
     """
 
     def run_gathered(block: torch.nn.Module, *args):
@@ -93,8 +91,7 @@ def initialize_fsdp(model: FSDPModule) -> None:
 
 
 class AllToAllDispatch:
-    """Runs the routed experts of the `ep_size` processes of a group on the tokens of all of them
-    (see MoE.dispatch).
+    """A MoE.dispatch: runs the routed experts of a group of processes on the tokens of all of them.
 
     Each process holds E / ep_size experts, in the order of the group. It sends all its tokens to
     each process, so that shapes are static; a process computes the pairs of token and expert that
@@ -149,8 +146,7 @@ class Ranks:
     """
 
     def __init__(self, device: str, batch: int, ep: int | None = None):
-        """batch: rows of a step. ep: processes that share the routed experts; None: those of a
-        machine, if that divides.
+        """batch: rows of a step. ep: processes that share the routed experts; None: a machine's.
 
         ValueError if the processes cannot share the rows evenly, or if there is ep and no torchrun.
         """
@@ -302,9 +298,7 @@ class Ranks:
             ffn.experts.ops = Table({**ffn.experts.ops.modes, "moe": "opaque"})
 
     def _is_replicated(self, name: str, p: torch.Tensor) -> bool:
-        """Whether FSDP2 leaves a parameter alone: experts that a group of all processes divides are
-        ready as well.
-        """
+        """Whether FSDP2 leaves a parameter alone; also of experts that all processes divide."""
         if EXPERT.match(name):
             return self.ep_size == self.size > 1
         return p.dim() == 1 or REPLICATED.search(name) is not None
@@ -321,9 +315,7 @@ class Ranks:
     # Saving
 
     def as_dtensor(self, name: str, part: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-        """This process's part of a tensor that is sharded as the parameter of that name is, as a
-        DTensor.
-        """
+        """This process's part of a tensor, sharded as the parameter of that name -> a DTensor."""
         if EXPERT.match(name):
             mesh = self.expert_mesh
             shape = torch.Size((self.n_experts, *part.shape[1:]))
@@ -385,9 +377,7 @@ class Ranks:
                 get(name)
 
     def checkpoint_state(self, model: Transformer, optimizer: Optimizer) -> dict[str, torch.Tensor]:
-        """The tensors of a distributed checkpoint, which share the memory of model and optimizer:
-        reading writes to it.
-        """
+        """All tensors of a distributed checkpoint, in the memory of model and optimizer."""
         weights = {
             f"weight.{name}": self.as_dtensor(name, to_local(t), t)
             for name, t in model.state_dict().items()
@@ -437,8 +427,9 @@ class ShardedOptimizer(Optimizer):
         }
 
     def compile(self, compiler: Callable[[Callable, str], Callable]) -> None:
-        """As Optimizer.compile, but eager where parts differ in size: other graphs might
-        communicate in another order.
+        """As Optimizer.compile. Eager where parts differ in size, as then graphs would, too.
+
+        Graphs of two processes that differ might communicate in another order.
         """
         sharded = [p for p in self.parameters.values() if isinstance(p, DTensor)]
         if all(len(p) % p.device_mesh.size() == 0 for p in sharded):
@@ -479,9 +470,7 @@ class ShardedOptimizer(Optimizer):
         scale: torch.Tensor,
         lr: torch.Tensor,
     ) -> None:
-        """Muon on up to `size` matrices [rows, columns] of one shape, of each of which this process
-        has some rows.
-        """
+        """Muon on up to `size` matrices [rows, columns] of one shape, from some rows of each."""
         rows = shape[0]
         part_rows = -(-rows // self.size)  # of a part; the last ones may be shorter or empty
 

@@ -53,9 +53,7 @@ CONFIGS = {"debug": ModelArgs.debug, "tiny": ModelArgs.tiny}  # --config
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over the first twentieth, constant, then a cosine over the last half to a
-    tenth of the peak.
-    """
+    """Linear warm-up over a twentieth of the steps, constant, a cosine to peak / 10 over a half."""
     warmup_steps = max(1, steps // 20)
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
@@ -73,14 +71,17 @@ def require_finite(metrics: dict, step: int) -> None:
 
 
 def train(
+    # The work of a step
     step: Callable,
     rows: Callable,
     device: torch.device,
     *,
+    # Its schedule
     steps: int,
     batch: int,
     rate: Callable[[int], float],
     first: int = 0,
+    # Called between steps
     every: int = 10,
     after: Callable[[int, dict], bool] | None = None,
     log: Callable[[dict], None] = print,
@@ -122,9 +123,7 @@ def train(
 
 
 class Interrupt:
-    """Within it, the first Ctrl-C or SIGTERM sets `stop_requested`, and a second one ends the
-    program at once.
-    """
+    """Within it, the first Ctrl-C or SIGTERM sets `stop_requested`; a second one ends the run."""
 
     def __init__(self, log: Callable[[str], None]):
         self.stop_requested, self.log = False, log
@@ -146,8 +145,7 @@ class Interrupt:
 
 
 class Stage:
-    """Steps `begin` to `end` of a run: which parameters are trained, at which rates, by which
-    losses.
+    """Steps `begin` to `end` of a run, and the parameters, rates and losses of their training.
 
     The dense warm-up trains the indexers alone, at a constant rate; the main stage, all parameters
     (the recipe of DeepSeek-V3.2). Router biases follow the load instead of a gradient.
@@ -219,7 +217,7 @@ class Trainer:
         """Build the model, read the data, and find the step that the run goes on from."""
         flags, ranks = self.flags, self.ranks
         self.threads = choose_threads(1 << 28)  # training is compute-bound: every core helps
-        model = build(flags, "cpu" if ranks.distributed else flags.device).train()
+        model = build(flags, "cpu" if ranks.size > 1 else flags.device).train()
         args = model.args
         has_indexer = set(CSA_RATIOS) & set(args.compress_ratios)
         if (flags.index_loss or flags.index_warmup) and not has_indexer:
@@ -264,9 +262,7 @@ class Trainer:
         self.peak = ranks.size * peak_flops(self.device, getattr(torch, flags.dtype))
 
     def begin_stage(self, stage: Stage) -> None:
-        """Make the optimizer and the compiled step of a stage; resume, if a run before has begun
-        it.
-        """
+        """Make the optimizer and the compiled step of a stage; resume a run that has begun it."""
         flags, ranks = self.flags, self.ranks
         self.stage = stage
         for name, p in self.model.named_parameters():
@@ -579,9 +575,7 @@ def check_writable(flag: str, name: str, wanted: str) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The flags, checked, and their defaults that depend on others filled in. ValueError says how
-    to mend them.
-    """
+    """The flags, checked and complete. ValueError says how to mend them."""
     flags = make_parser().parse_args(argv)
     check_numbers(flags)
     for name in ("out", "checkpoints", "cache", "metrics", "plot"):
@@ -619,8 +613,9 @@ def run(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line. -> 0; 2 after a one-line message on bad input; 130 when interrupted. One
-    process speaks.
+    """The command line -> 0; 2 after a one-line message on bad input; 130 when interrupted.
+
+    Of several processes the first one speaks.
     """
     if os.environ.get("RANK", "0") == "0":
         return cli.main("train_step.py", run, argv)

@@ -1,6 +1,4 @@
-"""How a trained model is judged: held-out loss, recall of the indexers, a sample. All run
-eagerly.
-"""
+"""Evaluation of a model in training: held-out loss, recall of the indexers, a sample. Eager."""
 
 from __future__ import annotations
 
@@ -16,9 +14,7 @@ from training.losses import make_targets, training_loss
 
 
 def to_rows(ids: np.ndarray, length: int, device: torch.device) -> torch.Tensor:
-    """Consecutive rows [count, length + 1] int64 of all ids but a rest; a row's last token is only
-    a target.
-    """
+    """All ids but a rest as rows [count, length + 1] int64, whose last token is only a target."""
     count = len(ids) // (length + 1)
     flat = torch.from_numpy(ids[: count * (length + 1)].astype(np.int64))
     return flat.view(count, length + 1).to(device)

@@ -43,16 +43,17 @@ class Optimizer:
         model: torch.nn.Module,
         kind: str = "muon",
         *,
+        # AdamW
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-20,
-        decay: float = 0.1,
+        # Muon
         momentum: float = 0.95,
+        # All
+        decay: float = 0.1,
         clip: float = float("inf"),
         bias_rate: float = 1e-3,
     ):
-        """betas, eps: AdamW's; momentum: Muon's; clip: largest norm of all gradients together.
-        ValueError: unknown kind.
-        """
+        """clip: the largest norm of all gradients together. ValueError if the kind is unknown."""
         if kind not in ("muon", "adamw"):
             raise ValueError(f"optimizer {kind!r}: choose muon or adamw")
         self.betas, self.eps = betas, eps
@@ -130,8 +131,9 @@ class Optimizer:
         lr: torch.Tensor,
         corrections: list[torch.Tensor],
     ) -> None:
-        """AdamW: W = W (1 - lr decay) - lr / c1 first / (sqrt(second / c2) + eps), with c =
-        corrections.
+        """AdamW: W = W (1 - lr decay) - lr / c1 first / (sqrt(second / c2) + eps).
+
+        c1, c2: corrections of the bias of the moving averages, which begin with zero.
         """
         beta1, beta2 = self.betas
         for name, p in self.adam:
@@ -154,9 +156,7 @@ class Optimizer:
         load: torch.Tensor | None,
         corrections: list[torch.Tensor],
     ) -> torch.Tensor:
-        """All of a step. corrections: of the bias of AdamW's moving averages, which begin with
-        zero.
-        """
+        """All of a step -> the norm of the gradients; arguments as above."""
         norm = self.norm(grads)
         scale = (self.clip / (norm + 1e-6)).clamp(max=1.0)
         self.update_matrices(grads, scale, lr)
@@ -175,9 +175,7 @@ class Optimizer:
         return state
 
     def load_state_dict(self, saved: dict[str, torch.Tensor]) -> None:
-        """ValueError names an entry that one has and the other lacks, if the model or the kind is
-        another.
-        """
+        """ValueError if the state is of another model or kind: it names an entry that differs."""
         state = self.state_dict()
         if state.keys() != saved.keys():
             name = sorted(state.keys() ^ saved.keys())[0]

@@ -1,4 +1,4 @@
-"""Contracts of dataset.py: text to documents, documents to tokens on disk, tokens to packed rows."""
+"""Contracts of dataset.py: text to documents, to tokens on disk, to packed rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Contracts of optim.py: Muon for matrices, AdamW as torch's for the rest, clipping, masters, router biases, compiled updates."""
+"""Contracts of optim.py: Muon, AdamW as torch's, clipping, masters, router biases, compiling."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def grads(model, seed: int = 5):
 
 
 def test_muon_moves_matrices_and_adam_the_rest():
-    """One step from zero moments: Muon moves by 0.18 lr sqrt(max(n, m)) times an orthogonal matrix, AdamW by lr sign(g)."""
+    """From zero moments: Muon by 0.18 lr sqrt(max(n, m)) X, X orthogonal; AdamW by lr sign(g)."""
     model = Transformer(ModelArgs.debug())
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = Optimizer(model, decay=0.0)
@@ -85,7 +85,7 @@ def test_muon_moves_matrices_and_adam_the_rest():
 
 
 def test_muon_follows_its_formula_over_three_steps():
-    """Momentum in Nesterov's form, and decay, against the formula of docs/v4.md#training written out."""
+    """Momentum in Nesterov's form, and decay: the formula of docs/v4.md#training written out."""
     model = Transformer(small(n_layers=1, n_hash_layers=0, n_mtp_layers=0, compress_ratios=(0,)))
     optimizer, p = Optimizer(model), model.layers[0].attn.wkv.weight
     w, first = p.detach().double().clone(), torch.zeros_like(p, dtype=torch.float64)
@@ -116,12 +116,12 @@ def test_adam_equals_torch():
     for i in range(4):
         grads(model, seed=i), grads(twin, seed=i)
         ours.step(torch.tensor(3e-3)), theirs.step()
-    for (name, p), q in zip(model.named_parameters(), twin.parameters()):
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
         assert torch.allclose(p, q, rtol=1e-5, atol=1e-6), name
 
 
 def test_gradients_are_clipped_by_their_common_norm():
-    """What a step does with clipped gradients is what it does with gradients scaled to the limit; smaller ones stay as they are."""
+    """A step clips as if gradients had been scaled to the limit; smaller ones stay as they are."""
     models = [Transformer(ModelArgs.debug()) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     for limit, scales in ((2.0, True), (1e9, False)):
@@ -168,7 +168,7 @@ def test_router_biases_follow_the_load():
     before, load = [b.clone() for b in biases], torch.rand(len(biases), 8)
     grads(model)
     optimizer.step(torch.tensor(0.0), load)
-    for bias, old, row in zip(biases, before, load):
+    for bias, old, row in zip(biases, before, load, strict=True):
         assert torch.allclose(bias - old, 1e-3 * (row.mean() - row).sign())
     assert len(biases) == 3 and not any(name.endswith("gate.bias") for name in optimizer.state)
 
@@ -199,7 +199,9 @@ def test_the_state_survives_a_round_trip_and_another_models_is_refused():
     twin.load_state_dict(model.state_dict())
     grads(model, 7), grads(twin, 7)
     optimizer.step(torch.tensor(1e-2)), other.step(torch.tensor(1e-2))
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters()))
+    assert all(
+        torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True)
+    )
     with pytest.raises(ValueError, match="embed.weight.second|state differs"):
         Optimizer(model, "adamw").load_state_dict(optimizer.state_dict())
     with pytest.raises(ValueError, match="sgd"):
@@ -216,7 +218,7 @@ def test_compiled_updates_equal_eager_ones_and_compile_once():
         lambda function, name: compile_function(function, name, CompileConfig(backend="aot_eager"))
     )
     for i in range(3):
-        for model, optimizer in zip(models, optimizers):
+        for model, optimizer in zip(models, optimizers, strict=True):
             grads(model, seed=i)
             optimizer.step(
                 torch.tensor(1e-2 / (i + 1)),
@@ -225,5 +227,5 @@ def test_compiled_updates_equal_eager_ones_and_compile_once():
         if i == 0:
             count.warm()
     assert (count.graphs, count.recompiles, count.breaks) == (1, 0, 0)
-    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters()):
+    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
         assert (p - q).float().norm() <= 1e-3 * q.float().norm(), name

@@ -1,4 +1,4 @@
-"""Contracts of parallel.py: several processes train as one does, whatever is divided; they save, resume and stop together."""
+"""Contracts of parallel.py: several processes train as one does, and save and stop together."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ FOUR = {"both": Case(2)}
 
 
 def rows(numbers: range) -> tuple[torch.Tensor, ...]:
-    """Documents of random bytes. Rows of the second half have few targets; in the second step the last row has none."""
+    """Documents of random bytes. Rows of the second half have few targets, one of step 2 none."""
     found = []
     for number in numbers:
         random = torch.Generator().manual_seed(number)
@@ -77,7 +77,7 @@ def rows(numbers: range) -> tuple[torch.Tensor, ...]:
         if number // BATCH == 1 and number % BATCH == BATCH - 1:
             targets[:] = -1
         found.append((tokens, targets, docs))
-    return tuple(torch.cat(part) for part in zip(*found))
+    return tuple(torch.cat(part) for part in zip(*found, strict=True))
 
 
 rows.length = LENGTH
@@ -163,7 +163,7 @@ def process(rank: int, size: int, port: int, folder: str, cases: dict[str, Case]
 
 
 def watching(graphs: list[list[str]]):
-    """A backend that notes down the operators of the layers' graphs, forward and backward; the other graphs run as they are."""
+    """A backend that records the operators of the layers' graphs, forward and backward."""
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
 
@@ -219,10 +219,12 @@ def alone():
 
 
 def assert_equal(results: list[dict], case: Case, alone) -> None:
-    """Each step's metrics to 1e-5, what parameters have become to 1e-4 of how far they moved, and a rounding; in every process the same bits.
+    """Metrics of each step to 1e-5; parameters to 1e-4 of how far they moved, and a rounding.
 
-    Muon turns rounding noise into a direction of its own where a gradient has none: Sinkhorn's result does not change with
-    some sums of the rows of hc_*_fn.
+    Every process has the same bits.
+
+    Muon turns rounding noise into a direction of its own where a gradient has none: Sinkhorn's
+    result does not change with some sums of the rows of hc_*_fn.
     """
     metrics, end, begin = alone(case)
     assert all(entry["grad_norm"] > 0.5 for entry in metrics)  # clipping is active
@@ -307,7 +309,7 @@ def test_the_released_layout_is_that_of_one_process(request, tmp_path, processes
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # The command line
 
 
@@ -347,7 +349,7 @@ def torchrun(folder: Path, *more: str, **options) -> subprocess.Popen:
 
 
 def test_torchrun_trains_stops_together_and_goes_on(tmp_path):
-    """Interrupted at its first step: both processes save the same step; the next run goes on, and saves the layout of one."""
+    """Interrupted at its first step: both processes save the same one; the next run goes on."""
     keep = ("--checkpoints", str(tmp_path / "run"), "--index-loss", "1", "--recompute", "selective")
     with torchrun(tmp_path, *keep, "--steps", "500") as run:
         for line in run.stdout:

@@ -1,7 +1,8 @@
-"""Contracts of train_step.py: a loop that learns, accumulates and resumes, its checkpoints, and the command line."""
+"""Contracts of train_step.py: it learns, accumulates, resumes and saves, from the command line."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train_step as S
@@ -40,7 +42,7 @@ def test_the_rate_warms_up_and_decays():
         and abs(rates[150] - 0.55) < 0.02
         and 0.1 <= rates[-1] < 0.101
     )
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
 
 
 def bytes_of(text: str) -> np.ndarray:
@@ -49,7 +51,7 @@ def bytes_of(text: str) -> np.ndarray:
 
 @pytest.mark.parametrize("seed", (0, 1, 2))
 def test_200_steps_learn_more_than_a_dense_transformer(seed):
-    """Of the debug model on bytes, beside a plain dense transformer of its active size, trained by the same loop."""
+    """The debug model on bytes, against a plain dense transformer of its active size."""
     dim, layers, active = 64, 4, active_parameters(Transformer(ModelArgs.debug()))
     inter = -(-(active - 256 * dim - dim * (1 + layers * (2 + 4 * dim))) // (3 * dim * layers))
     rows, losses = D.Rows(bytes_of(TEXT[:1_000_000]), 96, 0, seed), {}
@@ -102,7 +104,7 @@ def test_accumulated_gradients_are_those_of_the_whole_step():
     (whole, p), (parts, q) = found
     assert whole.keys() == parts.keys() == {"loss", "mtp_loss", "balance", "grad_norm"}
     assert all(abs(float(whole[key] / parts[key]) - 1) < 1e-5 for key in whole)
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(p, q))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(p, q, strict=True))
 
 
 def test_held_out_loss_scores_every_token_of_whole_rows():
@@ -131,7 +133,7 @@ def command(folder: Path, *more: str) -> list[str]:
 
 
 def test_layers_compiled_for_training_do_not_meet_the_evaluation(capsys, monkeypatch, folder):
-    """With layers compiled, the run ends with an evaluation whose last batch is smaller: nothing is recompiled for it."""
+    """The last batch of the evaluation is smaller: nothing is recompiled for it."""
     monkeypatch.setitem(S.PRESETS, "regional", CompileConfig(backend="eager", region="layer"))
     torch._dynamo.reset()
     count = CompileCount()
@@ -185,6 +187,21 @@ def checkpoints_in(folder: str | Path, keep: int = 3) -> Checkpoints:
     return Checkpoints(str(folder), keep, Ranks("cpu", 1))
 
 
+def test_a_saved_state_can_be_read_by_every_version(folder):
+    """Names of the tensors and of the metadata, which runs saved long ago rely on."""
+    assert S.main(command(folder, "--steps", "1", "--checkpoints", str(folder / "run"))) == 0
+    with safe_open(folder / "run" / "step-000001" / "state.safetensors", "pt") as file:
+        metadata, names = file.metadata(), set(file.keys())
+    assert metadata["step"] == "1" and set(json.loads(metadata["facts"])) == {
+        *("config", "data", "batch", "seq_len", "seed", "optimizer", "dtype", "qat"),
+        *("index_warmup", "index_loss"),
+    }
+    assert {"optimizer.count", "weight.embed.weight", "weight.layers.0.ffn.gate.tid2eid"} <= names
+    assert {"optimizer.embed.weight.first", "optimizer.embed.weight.second"} <= names
+    assert "optimizer.layers.1.ffn.experts.w13.first" in names
+    assert all(name.startswith(("weight.", "optimizer.")) for name in names)
+
+
 def state_of(folder: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(folder / f"step-{step:06d}" / "state.safetensors")
 
@@ -213,13 +230,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(capsys, folder, mo
     assert (whole / f"step-{total:06d}/model.safetensors").read_bytes() == (
         parts / f"step-{total:06d}/model.safetensors"
     ).read_bytes()
-    strip = lambda path: [
-        {key: json.loads(line)[key] for key in ("step", "loss", "lr")}
-        for line in (path / "metrics.jsonl").read_text().splitlines()
-    ]
-    assert [line for line in strip(parts) if line in strip(whole)] == strip(whole) and len(
-        strip(parts)
-    ) == total
+
+    def read_metrics(path: Path) -> list[dict]:
+        lines = (path / "metrics.jsonl").read_text().splitlines()
+        return [{key: json.loads(line)[key] for key in ("step", "loss", "lr")} for line in lines]
+
+    expected, found = read_metrics(whole), read_metrics(parts)
+    assert [line for line in found if line in expected] == expected and len(found) == total
     assert load(parts / f"step-{total:06d}").args.n_layers == 4  # the released layout
 
 
@@ -236,20 +253,17 @@ def test_the_newest_checkpoints_are_kept(folder):
 
 
 class Killed(BaseException):
-    """Nothing of the program runs after it, neither an `except` nor a `finally` that touches files."""
+    """Ends the program as a kill does: no `except` and no `finally` of it touches files."""
 
 
 @pytest.mark.parametrize("keep", (1, 2))
 def test_a_save_that_is_killed_anywhere_leaves_what_was_saved(tmp_path, monkeypatch, keep):
     """At every one of its changes to the disk, deletions half done."""
     torch.manual_seed(0)
-    model, facts = Transformer(small(n_layers=1, n_hash_layers=0, compress_ratios=(0, 0))), {"a": 1}
-    optimizer, saved, left, dead = (
-        Optimizer(model),
-        checkpoints_in(tmp_path / "run", keep),
-        -1,
-        False,
-    )
+    model = Transformer(small(n_layers=1, n_hash_layers=0, compress_ratios=(0, 0)))
+    run_config = {"a": 1}
+    optimizer, saved = Optimizer(model), checkpoints_in(tmp_path / "run", keep)
+    left, dead = -1, False  # calls until the kill, and whether it has come
 
     def dying(function, dies):
         def call(*args, **kw):
@@ -265,7 +279,7 @@ def test_a_save_that_is_killed_anywhere_leaves_what_was_saved(tmp_path, monkeypa
         return call
 
     for step in (1, 2):
-        saved.save(model, optimizer, step, facts)
+        saved.save(model, optimizer, step, run_config)
     remove, write = shutil.rmtree, resume.save_file
     monkeypatch.setattr(
         shutil, "rmtree", dying(remove, lambda path, *rest: next(Path(path).iterdir()).unlink())
@@ -279,10 +293,8 @@ def test_a_save_that_is_killed_anywhere_leaves_what_was_saved(tmp_path, monkeypa
         monkeypatch.setattr(os, name, dying(getattr(os, name), lambda *args: None))
     for calls in range(1, 100):
         newest, left, dead = saved.steps()[-1], calls, False
-        try:
-            saved.save(model, optimizer, newest + 1, facts)
-        except Killed:
-            pass
+        with contextlib.suppress(Killed):
+            saved.save(model, optimizer, newest + 1, run_config)
         found = saved.steps()
         assert found[-1] in (newest, newest + 1) and len(found) >= keep
         for step in found:
@@ -296,7 +308,9 @@ def test_a_save_that_is_killed_anywhere_leaves_what_was_saved(tmp_path, monkeypa
     assert 5 < calls < 99 and not list(
         saved.folder.glob(".step-*")
     )  # a save that ends well leaves nothing else
-    assert saved.load(model, optimizer, facts) == saved.steps()[-1] and len(saved.steps()) == keep
+    assert (
+        saved.load(model, optimizer, run_config) == saved.steps()[-1] and len(saved.steps()) == keep
+    )
 
 
 SCRIPT = """
@@ -311,7 +325,10 @@ sys.exit(S.main(sys.argv[1:]))
 @pytest.mark.parametrize("wish, pages", ((None, True), ("0", False)))
 def test_command_lines_ask_for_huge_pages_unless_told_otherwise(wish, pages):
     """Torch reads the wish when it first allocates, and lets such memory begin with a page."""
-    script = "import generate, train_step, torch; from tools import cli; cli.main('', lambda _: print(torch.empty(1 << 20).data_ptr() % 4096), None)"
+    script = (
+        "import generate, train_step, torch; from tools import cli; "
+        "cli.main('', lambda _: print(torch.empty(1 << 20).data_ptr() % 4096), None)"
+    )
     env = {key: value for key, value in os.environ.items() if key != "THP_MEM_ALLOC_ENABLE"} | (
         {"THP_MEM_ALLOC_ENABLE": wish} if wish else {}
     )
@@ -328,7 +345,7 @@ def test_command_lines_ask_for_huge_pages_unless_told_otherwise(wish, pages):
 
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM, signal.SIGKILL))
 def test_an_interrupted_run_saves_and_a_killed_one_loses_nothing_saved(folder, number):
-    """Stopped at its third step of many, each of which saves: what lies there is complete, and a run goes on from it."""
+    """Stopped at its third step, with a save after each; a run goes on from the checkpoint."""
     argv = command(
         folder, "--checkpoints", str(folder / "run"), "--save-every", "1", "--steps", "500"
     )
@@ -389,7 +406,10 @@ def test_a_run_without_checkpoints_is_saved_when_interrupted(folder, monkeypatch
 
 
 def test_a_signal_that_ends_the_compiler_too_is_an_interruption(folder, monkeypatch, capsys):
-    """As when the whole process group gets it: no traceback, what is saved stays, and no torn library counts as compiled."""
+    """No traceback, checkpoints stay, and no torn library counts as compiled.
+
+    A terminal sends its signal to the whole process group.
+    """
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
     (torn := folder / "inductor" / "ab" / "torn.so").parent.mkdir(parents=True)
     torn.touch()
@@ -422,7 +442,7 @@ def test_a_signal_that_ends_the_compiler_too_is_an_interruption(folder, monkeypa
 
 
 def test_a_finished_run_still_gives_its_model(folder):
-    """The command that added --out after the last step, or was interrupted at it, writes the model."""
+    """When --out is added after the last step, or the run was interrupted at it."""
     argv = command(folder, "--checkpoints", str(folder / "run"))
     assert S.main(argv) == 0
     assert S.main([*argv, "--out", str(folder / "out")]) == 0
@@ -665,7 +685,7 @@ def test_a_checkpoint_that_is_torn_or_anothers_is_refused(folder, capsys):
 
 
 def test_a_released_folder_is_trained_on(capsys, folder):
-    """FP4 and FP8 weights become the masters; what is saved is the same layout, other weights, the same tokenizer."""
+    """Their weights become masters; saved are the same layout, other weights, the tokenizer."""
     tiny = str(S.ROOT / "assets" / "tiny")
     assert (
         S.main(
@@ -703,7 +723,7 @@ def test_a_released_folder_is_trained_on(capsys, folder):
 
 @pytest.mark.parametrize("fmt", ("fp4", "fp8"))
 def test_experts_are_trained_as_they_will_be_stored(tmp_path, fmt):
-    """What a model under --qat computes, the saved and loaded one computes; gradients pass straight through."""
+    """A model under --qat equals itself saved and loaded; gradients pass straight through."""
     args = small(dim=128, moe_inter_dim=64, expert_qat=fmt)
     model = randomize(Transformer(args), seed=1)
     save(model, tmp_path, experts=fmt, linears="bf16", dtype=torch.float32)
@@ -721,7 +741,7 @@ def test_experts_are_trained_as_they_will_be_stored(tmp_path, fmt):
 
 
 def test_flops_match_those_of_the_report():
-    """Of Flash at 4096 and 16384 tokens, against PERFORMANCE's 85.6 and 88.4 GF per token without MTP, 5.2 more with it."""
+    """Flash at 4096 and 16384 tokens: 85.6 and 88.4 GF per token, and 5.2 for MTP."""
     with torch.device("meta"):
         model = Transformer(ModelArgs.flash())
     for length, expected in ((4096, 85.6), (16384, 88.4)):
