@@ -1,4 +1,7 @@
-"""Contracts of ops/formats.py: the number formats against brute force over their representable values (docs/v4.md#quantised-points, #checkpoint)."""
+"""The number formats of ops/formats.py against brute force over their representable values.
+
+Sources: docs/v4.md#quantised-points, docs/v4.md#checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,10 @@ from ops.formats import (
 )
 
 INF = float("inf")
-# The value of every non-negative code, in order of the codes: 127 of e4m3 (the last code is NaN), 8 of e2m1.
-E4M3 = [
-    m / 8 * 2.0**-6 if e == 0 else (1 + m / 8) * 2.0 ** (e - 7) for e in range(16) for m in range(8)
-][:-1]
+# The value of every non-negative code, in order of the codes: 8 subnormals and 119 normal numbers
+# of e4m3 (the last code is NaN), 8 of e2m1.
+E4M3 = [m / 8 * 2.0**-6 for m in range(8)]
+E4M3 += [(1 + m / 8) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8)][:-1]
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 GRID = {
     "fp8": torch.tensor(E4M3, dtype=torch.float64),
@@ -34,7 +37,7 @@ FLOOR = {"fp8": 1e-4, "fp4": 6 * 2.0**-126}  # least amax of a block
 
 
 def nearest(x: torch.Tensor, fmt: str) -> torch.Tensor:
-    """The representable value next to x (fp64), of two at the same distance the one with the even code."""
+    """The representable value next to x (fp64); on a tie that of the even code."""
     distance = (x.abs()[..., None] - GRID[fmt]).abs()
     tied = distance == distance.amin(-1, keepdim=True)
     even = torch.arange(len(GRID[fmt])) % 2 == 0
@@ -48,14 +51,15 @@ def power_above(amax: float) -> float:
 
 
 def quantize_block(block: torch.Tensor, fmt: str) -> tuple[torch.Tensor, float]:
-    """What a block becomes, and its scale: docs/v4.md#quantised-points, in fp64."""
+    """The rounded block and its scale, in fp64."""
     scale = power_above(max(float(block.abs().max()), FLOOR[fmt]) / float(GRID[fmt][-1]))
     return nearest(block.double() / scale, fmt) * scale, scale
 
 
 def blockwise(x: torch.Tensor, rows: int, cols: int, fmt: str) -> tuple[torch.Tensor, torch.Tensor]:
     """A matrix, block by block -> values, scales."""
-    out, scales = torch.empty(x.shape, dtype=torch.float64), []
+    out = torch.empty(x.shape, dtype=torch.float64)
+    scales = []
     for r in range(0, x.shape[0], rows):
         for c in range(0, x.shape[1], cols):
             part = slice(r, r + rows), slice(c, c + cols)
@@ -65,7 +69,7 @@ def blockwise(x: torch.Tensor, rows: int, cols: int, fmt: str) -> tuple[torch.Te
 
 
 def spread(*shape: int) -> torch.Tensor:
-    """Values over many binades, so that blocks have different scales and subnormals occur; the last row is tiny."""
+    """Over many binades: blocks have different scales, subnormals occur, the last row is tiny."""
     torch.manual_seed(0)
     x = torch.randn(shape) * torch.exp2(torch.randint(-12, 8, shape).float())
     x[-1] *= 1e-7
@@ -73,7 +77,7 @@ def spread(*shape: int) -> torch.Tensor:
 
 
 def around(values: list[float]) -> torch.Tensor:
-    """The values, the points midway between them, and the fp32 neighbours of all these, with both signs."""
+    """The values, the points midway between them, the fp32 neighbours of all these; both signs."""
     v = torch.tensor(values)
     v = torch.cat((v, (v[1:] + v[:-1]) / 2))
     v = torch.cat((v, v.nextafter(torch.tensor(INF)), v.nextafter(torch.tensor(0.0))))
@@ -82,11 +86,7 @@ def around(values: list[float]) -> torch.Tensor:
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal, the sign of zero included."""
-    return (
-        a.shape == b.shape
-        and torch.equal(a.double(), b.double())
-        and torch.equal(a.signbit(), b.signbit())
-    )
+    return torch.equal(a.double(), b.double()) and torch.equal(a.signbit(), b.signbit())
 
 
 both = pytest.mark.parametrize(
@@ -96,7 +96,7 @@ both = pytest.mark.parametrize(
 )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Scales
 
 
@@ -115,9 +115,8 @@ def test_e8m0_bits_are_powers_of_two():
     assert value.dtype == torch.float32 and value.tolist() == [2.0 ** (b - 127) for b in range(255)]
     assert torch.equal(scale_to_e8m0(value), bits)
     assert torch.equal(scale_to_float(bits.view(torch.float8_e8m0fnu)), value)
-    assert torch.equal(
-        value, bits.view(torch.float8_e8m0fnu).float()
-    )  # torch's own reading of the dtype
+    # torch's own reading of the dtype.
+    assert torch.equal(value, bits.view(torch.float8_e8m0fnu).float())
 
 
 def test_stored_fp32_scales_pass_through():
@@ -126,26 +125,24 @@ def test_stored_fp32_scales_pass_through():
     assert scale_to_float(scale.bfloat16()).dtype == torch.float32
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Rounding
 
 
 def test_e4m3_grid_is_the_dtype():
-    assert torch.equal(
-        torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double(), GRID["fp8"]
-    )
+    codes = torch.arange(127, dtype=torch.uint8)
+    assert torch.equal(codes.view(torch.float8_e4m3fn).double(), GRID["fp8"])
 
 
 @pytest.mark.parametrize("shift", [0, -9, 11])
 @pytest.mark.parametrize("fmt", ["fp8", "fp4"])
 def test_fake_quant_rounds_to_the_nearest_ties_to_even(fmt, shift):
     x = around(GRID[fmt].tolist())
-    x = x[x.abs() <= GRID[fmt][-1]]
-    pairs = (
-        torch.stack((x, torch.full_like(x, float(GRID[fmt][-1]))), -1) * 2.0**shift
-    )  # the maximum sets the scale
-    y = fake_quant(pairs, 2, fmt) * 2.0**-shift
-    assert same_bits(y[:, 0], nearest(x.double(), fmt)) and (y[:, 1] == GRID[fmt][-1]).all()
+    largest = float(GRID[fmt][-1])
+    x = x[x.abs() <= largest]
+    pairs = torch.stack((x, torch.full_like(x, largest)), -1)  # the maximum sets the scale
+    y = fake_quant(pairs * 2.0**shift, 2, fmt) * 2.0**-shift
+    assert same_bits(y[:, 0], nearest(x.double(), fmt)) and (y[:, 1] == largest).all()
 
 
 def test_round_e2m1_clamps_to_six():
@@ -155,66 +152,27 @@ def test_round_e2m1_clamps_to_six():
 
 @pytest.mark.parametrize("fmt", ["fp8", "fp4"])
 def test_fake_quant_scale_steps_just_above_the_maximum(fmt):
-    """A block whose amax is the format's maximum times a power of two keeps it; one ulp more doubles the scale."""
-    top = torch.tensor(float(GRID[fmt][-1])) * torch.exp2(torch.arange(-6, 7).float())
-    small = (
-        top / top.new_tensor(float(GRID[fmt][-1])) * float(GRID[fmt][1])
-    )  # representable under the lower scale only
-    at = torch.stack((top, small), -1)
+    """An amax of the maximum times a power of two is kept; one ulp more doubles the scale."""
+    powers = torch.exp2(torch.arange(-6, 7).float())
+    top = float(GRID[fmt][-1]) * powers
+    small = float(GRID[fmt][1]) * powers  # representable under the lower scale only
+    kept = torch.stack((top, small), -1)
     above = torch.stack((top.nextafter(torch.tensor(INF)), small), -1)
-    assert torch.equal(fake_quant(at, 2, fmt), at)
+    assert torch.equal(fake_quant(kept, 2, fmt), kept)
     assert torch.equal(fake_quant(above, 2, fmt)[:, 0], top)
-    assert torch.equal(
-        fake_quant(above, 2, fmt)[:, 1], torch.zeros(len(top))
-    )  # a tie, to the even code
+    # A tie, to the even code.
+    assert torch.equal(fake_quant(above, 2, fmt)[:, 1], torch.zeros(len(top)))
 
 
 def test_fake_quant_gives_the_vectors_of_the_spec():
     x = torch.tensor([(-1) ** i * 0.1 * i for i in range(64)], dtype=torch.bfloat16)
     y = fake_quant(x, 64, "fp8")
     assert y.dtype == torch.bfloat16 and y[-6:].tolist() == [6, -6, 6, -6, 6, -6.5]
-    assert (
-        y.float() * 2**15 % 1 == 0
-    ).all()  # multiples of the least subnormal, 2^-9, times the scale, 2^-6
-    assert same_bits(
-        fake_quant(x[:32], 32, "fp4"),
-        torch.tensor(
-            [
-                0,
-                -0.0,
-                0,
-                -0.5,
-                0.5,
-                -0.5,
-                0.5,
-                -0.5,
-                1,
-                -1,
-                1,
-                -1,
-                1,
-                -1.5,
-                1.5,
-                -1.5,
-                1.5,
-                -1.5,
-                2,
-                -2,
-                2,
-                -2,
-                2,
-                -2,
-                2,
-                -2,
-                3,
-                -3,
-                3,
-                -3,
-                3,
-                -3,
-            ]
-        ),
-    )
+    # Multiples of the least subnormal, 2^-9, times the scale, 2^-6.
+    assert (y.float() * 2**15 % 1 == 0).all()
+    magnitudes = [0] * 3 + [0.5] * 5 + [1] * 5 + [1.5] * 5 + [2] * 8 + [3] * 6
+    expected = [(-1) ** i * float(m) for i, m in enumerate(magnitudes)]
+    assert same_bits(fake_quant(x[:32], 32, "fp4"), torch.tensor(expected))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -229,7 +187,7 @@ def test_fake_quant_matches_brute_force(shape, fmt, block, dtype):
     assert torch.equal(fake_quant(x.expand(2, 3, *shape), block, fmt), y.expand(2, 3, *shape))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Packed weights
 
 
@@ -239,15 +197,11 @@ def test_quantize_fp8_matches_brute_force(shape):
     w[:128, 128:] = 0
     values, scales = blockwise(w, 128, 128, "fp8")
     q, bits = quantize_fp8(w)
-    assert (
-        q.dtype == torch.float8_e4m3fn
-        and bits.dtype == torch.uint8
-        and torch.equal(scale_to_float(bits), scales)
-    )
+    assert q.dtype == torch.float8_e4m3fn and bits.dtype == torch.uint8
+    assert torch.equal(scale_to_float(bits), scales)
     assert same_bits(dequantize_fp8(q, bits, torch.float32), values)
-    assert torch.equal(
-        dequantize_fp8(q, bits.view(torch.float8_e8m0fnu), torch.float32).double(), values
-    )
+    again = dequantize_fp8(q, bits.view(torch.float8_e8m0fnu), torch.float32)
+    assert torch.equal(again.double(), values)
 
 
 @pytest.mark.parametrize("shape", [(130, 200), (3, 70), (16, 32), (1, 2), (5, 34)])
@@ -256,29 +210,24 @@ def test_quantize_fp4_matches_brute_force(shape):
     w[0, 32:] = 0
     values, scales = blockwise(w, 1, 32, "fp4")
     q, bits = quantize_fp4(w)
-    assert (
-        q.dtype == torch.int8
-        and q.shape == (shape[0], shape[1] // 2)
-        and torch.equal(scale_to_float(bits), scales)
-    )
+    assert q.dtype == torch.int8 and q.shape == (shape[0], shape[1] // 2)
+    assert torch.equal(scale_to_float(bits), scales)
     assert same_bits(dequantize_fp4(q, bits, torch.float32), values)
 
 
 def test_fp4_bytes_hold_the_low_nibble_first():
     byte = torch.arange(256).to(torch.uint8)
-    value = dequantize_fp4(
-        byte[:, None].view(torch.int8), torch.full((256, 1), 127, dtype=torch.uint8), torch.float32
-    )
+    one = torch.full((256, 1), 127, dtype=torch.uint8)
+    value = dequantize_fp4(byte[:, None].view(torch.int8), one, torch.float32)
     signed = torch.tensor(E2M1 + [-v for v in E2M1])
-    assert same_bits(value, torch.stack((signed[byte.long() % 16], signed[byte.long() // 16]), -1))
+    low, high = byte.long() % 16, byte.long() // 16
+    assert same_bits(value, torch.stack((signed[low], signed[high]), -1))
 
 
 def test_fp4_bytes_survive_a_round_trip():
-    byte = (
-        torch.stack((torch.arange(256), torch.full((256,), 0x77)), -1)
-        .to(torch.uint8)
-        .view(torch.int8)
-    )  # 6 sets the scale
+    # 6 in both nibbles of the second byte sets the scale.
+    bytes_ = torch.stack((torch.arange(256), torch.full((256,), 0x77)), -1)
+    byte = bytes_.to(torch.uint8).view(torch.int8)
     scale = torch.full((256, 1), 120, dtype=torch.uint8)
     q, bits = quantize_fp4(dequantize_fp4(byte, scale, torch.float32))
     assert torch.equal(q, byte) and torch.equal(bits, scale)
@@ -298,11 +247,10 @@ def test_leading_dims_are_separate_matrices(quantize, dequantize):
     y = dequantize(q, scale, torch.float32)
     for i in range(2):
         for j in range(3):
-            each = quantize(w[i, j])
-            assert torch.equal(
-                q[i, j].view(torch.uint8), each[0].view(torch.uint8)
-            ) and torch.equal(scale[i, j], each[1])
-            assert torch.equal(y[i, j], dequantize(*each, torch.float32))
+            one, scale_of_one = quantize(w[i, j])
+            assert torch.equal(q[i, j].view(torch.uint8), one.view(torch.uint8))
+            assert torch.equal(scale[i, j], scale_of_one)
+            assert torch.equal(y[i, j], dequantize(one, scale_of_one, torch.float32))
 
 
 @both
@@ -310,40 +258,33 @@ def test_zero_blocks_stay_zero_and_finite(quantize, dequantize):
     w = spread(256, 256)
     w[:128, :128] = 0
     q, scale = quantize(w)
-    assert (dequantize(q, scale, torch.float32)[:128, :128] == 0).all() and (
-        dequantize(q, scale, torch.float32)[128:] != 0
-    ).any()
+    y = dequantize(q, scale, torch.float32)
+    assert (y[:128, :128] == 0).all() and (y[128:] != 0).any()
     assert (scale < 255).all() and (scale_to_float(scale) > 0).all()
 
 
 def test_fp32_scales_multiply_their_own_block():
-    q = (
-        spread(130, 200).clamp(-448, 448).to(torch.float8_e4m3fn)
-    )  # torch 2.11 casts what overflows to NaN
+    # Clamped, as torch 2.11 casts values that overflow to NaN.
+    q = spread(130, 200).clamp(-448, 448).to(torch.float8_e4m3fn)
     scale = torch.tensor([[0.3, 0.7], [1.1, 1.9]])
     y = dequantize_fp8(q, scale, torch.float32)
     for r, c in ((0, 0), (0, 1), (1, 0), (1, 1)):
         part = slice(128 * r, 128 * r + 128), slice(128 * c, 128 * c + 128)
         assert torch.equal(y[part], q[part].float() * scale[r, c])
-    codes, scale = (
-        torch.full((2, 35), 0x21, dtype=torch.int8),
-        torch.tensor([[0.3, 0.7, 1.1], [1.3, 1.7, 1.9]]),
-    )
+    codes = torch.full((2, 35), 0x21, dtype=torch.int8)
+    scale = torch.tensor([[0.3, 0.7, 1.1], [1.3, 1.7, 1.9]])
     y = dequantize_fp4(codes, scale, torch.float32)
-    assert torch.equal(
-        y, torch.tensor([0.5, 1.0]).repeat(2, 35) * scale.repeat_interleave(32, 1)[:, :70]
-    )
+    values = torch.tensor([0.5, 1.0]).repeat(2, 35)
+    assert torch.equal(y, values * scale.repeat_interleave(32, 1)[:, :70])
 
 
 def test_round_e4m3_is_the_cast_to_fp8_and_back():
-    """Every float of a dense grid around every e4m3 value, its midpoints, subnormals, zeros, and beyond the range."""
+    """Around every e4m3 value and midpoint; subnormals, zeros, and values beyond the range."""
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     codes = codes[codes.isfinite()].sort().values.unique()
     middle = (codes[1:] + codes[:-1]) / 2
-    x = torch.cat(
-        [v * (1 + s * 2.0**-22) for v in (codes, middle) for s in (-1, 0, 1)]
-        + [torch.tensor([0.0, -0.0, 1e9, -1e9, 2.0**-11])]
-    )
+    near = [v * (1 + s * 2.0**-22) for v in (codes, middle) for s in (-1, 0, 1)]
+    x = torch.cat([*near, torch.tensor([0.0, -0.0, 1e9, -1e9, 2.0**-11])])
     expected = x.clamp(-448, 448).to(torch.float8_e4m3fn).float()
     assert torch.equal(round_e4m3(x), expected)
     assert torch.equal(torch.signbit(round_e4m3(x)), torch.signbit(expected))
