@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tokenizer import load_tokenizer
-from train_step import ROOT
 from training import dataset as D
+from training.flags import ROOT
 
 TEXT = (ROOT / "data" / "shakespeare.txt").read_text()
 

@@ -23,6 +23,7 @@ from parallel import REPLICATED, Ranks
 from testing import randomize, small
 from training import dataset as D
 from training.evaluation import held_out_loss
+from training.flags import ROOT
 from training.losses import LossWeights
 from training.resume import Checkpoints
 
@@ -314,7 +315,7 @@ def test_the_released_layout_is_that_of_one_process(request, tmp_path, processes
 
 
 def torchrun(folder: Path, *more: str, **options) -> subprocess.Popen:
-    (folder / "text.txt").write_text((S.ROOT / "data" / "shakespeare.txt").read_text()[:60_000])
+    (folder / "text.txt").write_text((ROOT / "data" / "shakespeare.txt").read_text()[:60_000])
     argv = [
         "--batch",
         "2",
@@ -337,7 +338,7 @@ def torchrun(folder: Path, *more: str, **options) -> subprocess.Popen:
             "2",
             "--master-port",
             str(free_port()),
-            str(S.ROOT / "train_step.py"),
+            str(ROOT / "train_step.py"),
             *argv,
         ],
         env=os.environ | {"OMP_NUM_THREADS": "1"},

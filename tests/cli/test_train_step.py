@@ -27,11 +27,12 @@ from testing import randomize, small
 from tools import stats
 from training import dataset as D
 from training import resume
+from training.flags import ROOT
 from training.losses import LossWeights
 from training.optim import Optimizer
 from training.resume import Checkpoints
 
-TEXT = (S.ROOT / "data" / "shakespeare.txt").read_text()
+TEXT = (ROOT / "data" / "shakespeare.txt").read_text()
 
 
 def test_the_rate_warms_up_and_decays():
@@ -334,7 +335,7 @@ def test_command_lines_ask_for_huge_pages_unless_told_otherwise(wish, pages):
     )
     out = subprocess.run(
         [sys.executable, "-c", script],
-        cwd=S.ROOT,
+        cwd=ROOT,
         env=env,
         capture_output=True,
         text=True,
@@ -352,7 +353,7 @@ def test_an_interrupted_run_saves_and_a_killed_one_loses_nothing_saved(folder, n
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         [sys.executable, "-c", SCRIPT, *argv],
-        cwd=S.ROOT,
+        cwd=ROOT,
         env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -686,7 +687,7 @@ def test_a_checkpoint_that_is_torn_or_anothers_is_refused(folder, capsys):
 
 def test_a_released_folder_is_trained_on(capsys, folder):
     """Their weights become masters; saved are the same layout, other weights, the tokenizer."""
-    tiny = str(S.ROOT / "assets" / "tiny")
+    tiny = str(ROOT / "assets" / "tiny")
     assert (
         S.main(
             command(

@@ -10,9 +10,9 @@ from bench.embedded import BATCH, LENGTH, TINY
 from bench.record import RESULTS
 from checkpoint import load
 from model import ModelArgs
-from train_step import ROOT
 from training.dataset import prepare
 from training.evaluation import held_out_loss
+from training.flags import ROOT
 
 RECORD = json.loads((RESULTS / "embedded.json").read_text())
 

@@ -26,6 +26,7 @@ from model import Aux, ModelArgs, Transformer
 from ops.router_balance import router_balance
 from testing import gradients, random_model, rms, small
 from tools.report import MODEL_OPS
+from training.flags import ROOT
 from training.losses import LossWeights, make_targets, training_loss
 from training.optim import Optimizer
 
@@ -173,7 +174,7 @@ def test_recall_rises_when_the_indexers_are_trained():
     """Dense warm-up of an untrained model on text: nothing but the indexers moves."""
     torch.manual_seed(0)
     model = Transformer(small(n_layers=2, n_hash_layers=0, n_mtp_layers=0, compress_ratios=(4, 4)))
-    ids = np.frombuffer((S.ROOT / "data" / "shakespeare.txt").read_bytes()[:200_000], np.uint8)
+    ids = np.frombuffer((ROOT / "data" / "shakespeare.txt").read_bytes()[:200_000], np.uint8)
     before = S.index_recall(model, ids, 256, 0)
     frozen = {}
     for name, p in model.named_parameters():
