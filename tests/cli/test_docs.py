@@ -84,9 +84,8 @@ def test_the_worked_example_is_what_the_model_computes():
     attention, compressor = model.layers[1].attn, model.layers[1].attn.compressor
     assert attention.ring.rows.shape[1] - 1 == 136 and compressor.ring.rows.shape[1] - 1 == 16
     assert (873 % 136, 999 % 136, 1000 % 136, 1000 % 16) == (57, 47, 48, 8)
-    embed_inputs = getattr(model, "embed_inputs", None) or model.start
-    _, plan, _ = embed_inputs(torch.tensor([[5]]), torch.tensor([1000]))
-    assert plan[2].item() == 128  # window_len
+    _, plan, _ = model.embed_inputs(torch.tensor([[5]]), torch.tensor([1000]))
+    assert plan.window_len.item() == 128
     for ratio, entries in ((4, 250), (128, 7)):
         windows = plan.windows[ratio]
         assert (windows.lo.item(), windows.hi.item()) == (0, entries)
