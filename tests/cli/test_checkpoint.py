@@ -378,7 +378,10 @@ def test_a_dspark_release_loads_without_mtp(copy, folders, capsys):
 
 
 def test_a_drafter_is_known_by_its_tensors_too(copy, capsys):
-    """The config may not say that `mtp.*` is the -0731 drafter. A folder that does not load says only what is wrong."""
+    """The config may not say that `mtp.*` is the -0731 drafter.
+
+    A folder that does not load says only what is wrong.
+    """
     folder = copy("fp4")
     edit(
         folder,
