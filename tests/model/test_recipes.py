@@ -57,7 +57,7 @@ def outputs(modules, run) -> tuple:
     kept = []
 
     def keep(module, inputs, output):
-        kept.append(output)
+        kept.append(output[0] if isinstance(output, tuple) else output)  # without AuxOutputs
 
     handles = [module.register_forward_hook(keep) for module in modules]
     result = run()
@@ -128,6 +128,34 @@ def another_router(model, decode, train):
         assert torch.allclose(weight, expected)
 
 
+def expert_activation(model, decode, train):
+    """Every form of the routed experts, and the shared one, is w2(gelu(w1 x) w3 x)."""
+    limit = model.args.swiglu_limit
+    shared, experts = model.layers[2].ffn.shared_experts, model.layers[2].ffn.experts
+    x = 3 * torch.randn(40, model.args.dim)
+
+    def formula(x, w1, w3, w2):
+        gate = torch.nn.functional.gelu((x @ w1.T).clamp(max=limit))
+        return (gate * (x @ w3.T).clamp(-limit, limit)) @ w2.T
+
+    expected = formula(x, shared.w1.weight, shared.w3.weight, shared.w2.weight)
+    assert rms(shared(x), expected) <= 1e-6
+    chosen = torch.arange(40)[:, None] % len(experts.w13)  # one expert a token
+    weight = torch.full((40, 1), 0.7)
+    rows = [formula(x[t], *experts.w13[e].chunk(2), experts.w2[e]) for t, (e,) in enumerate(chosen)]
+    expected = 0.7 * torch.stack(rows)
+
+    gradients = {}
+    for mode in ("reference", "opaque", "cpu"):
+        same = random_model(model.args, ops={"moe": mode})
+        assert rms(same.layers[2].ffn.experts(x, chosen, weight), expected) <= 1e-6
+        loss_of(same, tokens_of()).backward()
+        gradients[mode] = {n: p.grad for n, p in same.named_parameters() if p.grad is not None}
+    for mode in ("opaque", "cpu"):
+        for name, g in gradients["reference"].items():
+            assert (gradients[mode][name] - g).norm() <= 1e-4 * g.norm(), (mode, name)
+
+
 def plain_residuals(model, decode, train):
     """The output of the layers is the sum of their input and of every sublayer's output."""
     assert not [name for name, _ in model.named_parameters() if "hc_" in name]
@@ -148,9 +176,9 @@ def plain_residuals(model, decode, train):
 
 def new_op(model, decode, train):
     """Every shared expert calls the op as one node; its gradients are those of the reference."""
-    assert calls(decode)["swiglu"] == 4
-    assert calls(train)["swiglu"] == calls(train)["swiglu_backward"] == 5  # with MTP
-    traced = random_model(model.args, ops=OPAQUE | {"swiglu": "reference"})
+    assert calls(decode)["silu_mul"] == 4
+    assert calls(train)["silu_mul"] == calls(train)["silu_mul_backward"] == 5  # with MTP
+    traced = random_model(model.args, ops=OPAQUE | {"silu_mul": "reference"})
     loss_of(traced, tokens_of()).backward()
     for (name, p), q in zip(model.named_parameters(), traced.parameters(), strict=True):
         assert p.grad is None or (p.grad - q.grad).norm() <= 1e-4 * q.grad.norm(), name
@@ -166,7 +194,8 @@ def sliding_window_only(model, decode, train):
     x = torch.randn(2, LENGTH, model.args.dim).requires_grad_()
     plan = model.prepare(tokens_of(), set(), None, None, None)[1]
     for layer in model.layers:
-        assert reach(layer.attn(x, plan, {})[0, -1], x) == list(range(LENGTH - W, LENGTH))
+        y, _ = layer.attn(x, plan)
+        assert reach(y[0, -1], x) == list(range(LENGTH - W, LENGTH))
 
 
 EFFECTS = {
@@ -175,6 +204,7 @@ EFFECTS = {
         new_compression_ratio,
         another_router,
         plain_residuals,
+        expert_activation,
         new_op,
         sliding_window_only,
     )
