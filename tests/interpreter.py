@@ -1,9 +1,11 @@
-"""Makes Triton's interpreter compute what a GPU computes. Used by conftest.py when TRITON_INTERPRET=1.
+"""Makes Triton's interpreter compute what a GPU computes. Used by conftest.py when
+TRITON_INTERPRET=1.
 
-The interpreter of every released Triton (3.6 to 3.9) keeps bfloat16 as uint16 and computes on those bits, truncates
-where hardware rounds to nearest even, and loses carries and subnormals of e4m3. Here values of these types pass through
-torch, whose casts are right, and arithmetic on bfloat16 happens in float32 with one rounding at the end, as on a GPU.
-And a kernel that touches memory of none of its arguments is stopped, also where it makes nothing of what it reads there.
+The interpreter of every released Triton (3.6 to 3.9) keeps bfloat16 as uint16 and computes on those
+bits, truncates where hardware rounds to nearest even, and loses carries and subnormals of e4m3.
+Here values of these types pass through torch, whose casts are right, and arithmetic on bfloat16
+happens in float32 with one rounding at the end, as on a GPU. And a kernel that touches memory of
+none of its arguments is stopped, also where it makes nothing of what it reads there.
 """
 
 from __future__ import annotations
@@ -41,18 +43,11 @@ def convert(array: np.ndarray, source, target) -> np.ndarray:
     values = torch.from_numpy(array.view(BITS[array.itemsize]).copy()).view(FLOATS[source])
     if target in LARGEST:
         values = values.float().clamp(-LARGEST[target], LARGEST[target])
-    values = (
-        values.float().to(FLOATS[target])
-        if values.dtype.itemsize == 1
-        else values.to(FLOATS[target])
-    )
-    out = (
-        values.contiguous()
-        .view(getattr(torch, f"uint{8 * values.dtype.itemsize}"))
-        .numpy()
-        .reshape(array.shape)
-    )
-    return out.view(interpreter._get_np_dtype(target))
+    if values.dtype.itemsize == 1:
+        values = values.float()
+    values = values.to(FLOATS[target]).contiguous()
+    bits = values.view(getattr(torch, f"uint{8 * values.dtype.itemsize}")).numpy()
+    return bits.reshape(array.shape).view(interpreter._get_np_dtype(target))
 
 
 def is_bf16(handle) -> bool:
@@ -128,10 +123,9 @@ def _in_fp32(operation):
 
 def _within_arguments(call):
     def launch(self, *args, **kwargs):
-        """Note where the arguments lie: sorted beginnings, and ends; the first ones are of nothing."""
-        storages = [
-            t.untyped_storage() for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)
-        ]
+        """Note where the arguments lie: sorted starts and ends, after (0, 0)."""
+        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
+        storages = [t.untyped_storage() for t in tensors]
         spans = sorted((s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages)
         starts, ends = np.array([(0, 0), *spans], np.uint64).T
         interpreter.interpreter_builder.memory = starts.copy(), np.maximum.accumulate(ends)
@@ -141,29 +135,28 @@ def _within_arguments(call):
 
 
 def _guarded(access):
+    """A load, store or atomic that stops where it touches no argument's memory."""
     names = list(inspect.signature(access).parameters)
-    pointer, mask = (
-        next(i for i, name in enumerate(names) if name in of) for of in (("ptrs", "ptr"), ("mask",))
-    )
+    pointer = names.index("ptrs" if "ptrs" in names else "ptr") - 1  # without self
+    mask = names.index("mask") - 1
 
     def checked(self, *args):
-        pointers = args[pointer - 1]
-        at, (starts, ends) = pointers.data[args[mask - 1].data.astype(bool)], self.memory
-        if at.size:
-            least, most, size = (
-                at.min(),
-                at.max(),
-                pointers.get_element_ty().primitive_bitwidth // 8,
-            )
-            if (
-                most + size > ends[np.searchsorted(starts, least, "right") - 1]
-            ):  # not all in the same tensor
-                at = np.unique(at)
-                outside = at[at + size > ends[np.searchsorted(starts, at, "right") - 1]]
-                if len(outside):
-                    raise IndexError(
-                        f"{access.__name__}: {len(outside)} addresses outside of all arguments"
-                    )
+        pointers = args[pointer]
+        addresses = pointers.data[args[mask].data.astype(bool)]
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        starts, ends = self.memory
+
+        def end_of(address):
+            """End of the memory of the argument that begins last before the address."""
+            return ends[np.searchsorted(starts, address, "right") - 1]
+
+        # Mostly all lie in one tensor: the least and the largest tell
+        if addresses.size and addresses.max() + size > end_of(addresses.min()):
+            addresses = np.unique(addresses)
+            outside = addresses[addresses + size > end_of(addresses)]
+            if len(outside):
+                message = f"{len(outside)} addresses outside of all arguments"
+                raise IndexError(f"{access.__name__}: {message}")
         return access(self, *args)
 
     return checked

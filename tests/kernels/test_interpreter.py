@@ -1,4 +1,6 @@
-"""Contracts of tests/interpreter.py: within Triton's interpreter, bfloat16 and float8 behave as torch's do."""
+"""Contracts of tests/interpreter.py: within Triton's interpreter, bfloat16 and float8 behave as
+torch's do.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +83,9 @@ def rounding(x, out, n, FORMAT: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def everything() -> torch.Tensor:
-    """fp32: all values of bf16, e4m3 and the points midway between them, and values over all binades; no NaN."""
+    """fp32: all values of bf16, e4m3 and the points midway between them, and values over all
+    binades; no NaN.
+    """
     torch.manual_seed(0)
     bf16 = (
         torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32)

@@ -1,4 +1,6 @@
-"""The compress kernels against the formula in fp64, forward and backward: windows of every kind, every tile."""
+"""The compress kernels against the formula in fp64, forward and backward: windows of every kind,
+every tile.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ PACKED = {
 
 
 def spec(rows, end, index, weight, cos, sin, ratio):
-    """fp64: slots gathered by mask, softmax, norm, rotation. Windows may overlap, and begin before the first row."""
+    """fp64: slots gathered by mask, softmax, norm, rotation. Windows may overlap, and begin before
+    the first row.
+    """
     D, r = weight.shape[0], 2 * cos.shape[-1]
     lanes, batch = (
         rows.shape[2] // (2 * D),
@@ -74,7 +78,9 @@ def agree(args, ratio, dtype=torch.float32, inside=None):
     assert rms(out[inside], expected[inside]) <= limit
     grads = torch.autograd.grad(out, (args[0], args[3]), g.to(dtype))
     for a, b in zip(
-        grads, torch.autograd.grad(expected, (exact[0], exact[3]), g.to(dtype).double())
+        grads,
+        torch.autograd.grad(expected, (exact[0], exact[3]), g.to(dtype).double()),
+        strict=True,
     ):
         assert a.dtype == torch.float32 and rms(a, b) <= (5e-6 if dtype == torch.float32 else 2e-2)
     return out, *grads
@@ -133,7 +139,9 @@ def plan_of(B, T, ratio, r, **positions):
 @pytest.mark.parametrize("ratio", (4, 8, 128))
 @pytest.mark.parametrize("docs", PACKED)
 def test_packed_documents(docs, ratio):
-    """Each row packed in another order, windows as the model plans them; entries that no token sees have no gradient."""
+    """Each row packed in another order, windows as the model plans them; entries that no token sees
+    have no gradient.
+    """
     ids = torch.stack(
         [
             torch.cat([torch.full((abs(n),), i if n > 0 else -1) for i, n in enumerate(order)])
@@ -157,7 +165,9 @@ def test_packed_documents(docs, ratio):
 @pytest.mark.parametrize("T", (1, 3, 9))
 @pytest.mark.parametrize("ratio", (2, 4, 128))
 def test_generation_pools_only_windows_that_end_in_the_call(ratio, T):
-    """Rows at various positions, two about to close a window. The other windows are 0, and nothing is read or added there."""
+    """Rows at various positions, two about to close a window. The other windows are 0, and nothing
+    is read or added there.
+    """
     position, back, D = (
         torch.tensor([0, ratio - T, ratio - T - 1, 5 * ratio - 1, 2 * ratio]).clamp(0),
         slots(ratio) - 1,

@@ -1,4 +1,6 @@
-"""Contracts of the indexer_topk kernel: the choice is exact, whatever the tiles, the splits and the order of the scores."""
+"""Contracts of the indexer_topk kernel: the choice is exact, whatever the tiles, the splits and the
+order of the scores.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ SMALL = dict(N=32, BC=16, CAP=16, C=16, PER=1, num_warps=4, num_stages=2)
 
 @pytest.fixture
 def tight(monkeypatch):
-    """Splits list their best already from 16 entries, and a merge takes 64: long caches in small."""
+    """Splits list their best from 16 entries on, and a merge takes 64: long caches in small."""
     monkeypatch.setattr(module, "DENSE", 16)
     monkeypatch.setattr(merge_module, "WIDEST", 64)
 
@@ -50,7 +52,9 @@ def scores(q, k, u, lo, hi):
 
 
 def check(idx, q, k, u, lo, hi, topk, exact=True):
-    """The K best, the lowest of equal ones, in ascending order, then -1; inexact scores may change places if they are close."""
+    """The K best, the lowest of equal ones, in ascending order, then -1; inexact scores may change
+    places if they are close.
+    """
     s, K = scores(q, k, u, lo, hi), min(topk, k.shape[1])
     best = torch.sort(s, stable=True, dim=-1, descending=True)
     expected = (
@@ -154,7 +158,9 @@ def test_tokens_of_a_program_may_see_different_entries(tight):
 
 @pytest.mark.parametrize("B, T", [(1, 1), (2, 3)])
 def test_a_cache_is_read_where_it_lies(B, T):
-    """entries[:B, :-1]: rows of a larger buffer, at any stride between entries; copied only if channels lie apart."""
+    """entries[:B, :-1]: rows of a larger buffer, at any stride between entries; copied only if
+    channels lie apart.
+    """
     q, u, cache = whole(B, T, 2, 8), whole(B, T, 2), whole(4, 41, 3, 8)
     for k in (
         cache[:B, :-1, 1],

@@ -1,4 +1,6 @@
-"""Contracts of the kernels of linear_cross_entropy: chunks of the vocabulary, tiles, and what test_ops.py does not reach."""
+"""Contracts of the kernels of linear_cross_entropy: chunks of the vocabulary, tiles, and what
+test_ops.py does not reach.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def compare(x, weight, target, g=None, tolerance=2e-6, low=8e-3):
     loss, lse, g_x, g_w = exact(x, weight, target, g)
     got, got_lse = module.forward_kernels(x, weight, target)
     assert rms(got, loss) < tolerance and rms(got_lse, lse) < tolerance
-    for a, b in zip(module.backward_kernels(g, got_lse, x, weight, target), (g_x, g_w)):
+    for a, b in zip(
+        module.backward_kernels(g, got_lse, x, weight, target), (g_x, g_w), strict=True
+    ):
         assert rms(a, b) < (low if a.dtype.itemsize == 2 else 10 * tolerance)
         assert bool((a[b == 0] == 0).all())  # rows without a target, exactly
 
@@ -87,13 +91,13 @@ def test_chunking_changes_only_the_order_of_sums(monkeypatch):
         loss, lse = module.forward_kernels(*args)
         results.append((loss, lse, *module.backward_kernels(torch.ones(6), lse, *args)))
     for other in results[1:]:
-        assert all(rms(a, b) < 1e-6 for a, b in zip(results[0], other))
+        assert all(rms(a, b) < 1e-6 for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sharp", [1e4, 1e30])
 def test_huge_logits_do_not_overflow(tiny_chunks, sharp, dtype):
-    """The softmax is then 0 or 1 almost everywhere; a row whose target has all of it costs nothing."""
+    """The softmax is 0 or 1 almost everywhere; a row whose target has all of it costs nothing."""
     x, weight, target = inputs(8, 300, 6, dtype, sharp)
     target[5] = (x[5].double() @ weight.double().T).argmax()
     with override_config({"linear_cross_entropy_forward": TINY}):
@@ -138,6 +142,7 @@ def test_ignored_rows_read_no_gradient(tiny_chunks):
     for a, b in zip(
         module.backward_kernels(g, lse, x, weight, target),
         exact(x[kept], weight, target[kept], g[kept])[2:],
+        strict=True,
     ):
         assert rms(a[kept] if len(a) == 6 else a, b) < 2e-5
 
@@ -160,7 +165,7 @@ def test_the_same_call_gives_the_same_bits(tiny_chunks):
     for _ in range(2):
         loss, lse = module.forward_kernels(x, weight, target)
         results.append((loss, lse, *module.backward_kernels(loss, lse, x, weight, target)))
-    assert all(torch.equal(a, b) for a, b in zip(*results))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 class Largest(TorchDispatchMode):

@@ -1,4 +1,6 @@
-"""Contracts of the whole model on kernels: every op opaque, it equals the model of references, in one graph."""
+"""Contracts of the whole model on kernels: every op opaque, it equals the model of references, in
+one graph.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,8 @@ BACKWARD = {
     "linear_cross_entropy_backward_kernel",
 }
 
-# Every layer kind within a few tokens: window 8, entries of 4 and 8 tokens, 4 of the entries chosen.
+# Every layer kind within a few tokens: window 8, entries of 4 and 8 tokens, 4 of the entries
+# chosen.
 ARGS = dataclasses.replace(
     ModelArgs.debug(), window_size=8, compress_ratios=(0, 4, 8, 4, 0), index_topk=4, max_seq_len=64
 )
@@ -62,14 +65,14 @@ def tokens(B=1, n=T):
 
 
 def run_in_pieces(model, x):
-    """Logits of a prefill, a verify of three tokens and single tokens, rows at different positions."""
+    """Logits of a prefill, a verify of three tokens and single tokens, at different positions."""
     model.setup_caches(len(x), 64)
     pos, out = torch.zeros(len(x), dtype=torch.int64), []
     for n in (13, 3, 1, 1):
         lengths = torch.tensor([n] + [max(1, n - 1)] * (len(x) - 1))
-        rows = torch.stack([row[p : p + n] for row, p in zip(x, pos.tolist())])
+        rows = torch.stack([row[p : p + n] for row, p in zip(x, pos.tolist(), strict=True)])
         logits = model(rows, pos, lengths)
-        out += [row[:n] for row, n in zip(logits, lengths.tolist())]
+        out += [row[:n] for row, n in zip(logits, lengths.tolist(), strict=True)]
         pos = pos + lengths
     return torch.cat(out)
 
@@ -138,7 +141,7 @@ def test_training_equals_that_of_references(monkeypatch):
     for loss in losses:
         loss.backward()
     compared = 0
-    for (name, a), b in zip(reference.named_parameters(), opaque.parameters()):
+    for (name, a), b in zip(reference.named_parameters(), opaque.parameters(), strict=True):
         assert (a.grad is None) == (b.grad is None), name
         if a.grad is not None and a.grad.abs().max() > 1e-9:
             compared += 1

@@ -1,4 +1,6 @@
-"""The rope kernel against complex multiplication in fp64: out of place, in place, backward, any strides."""
+"""The rope kernel against complex multiplication in fp64: out of place, in place, backward, any
+strides.
+"""
 
 from __future__ import annotations
 
@@ -153,7 +155,9 @@ def test_in_place_op_passes_opcheck():
 
 @torch.no_grad()
 def test_compiled_code_rotates_in_place_without_a_copy():
-    """Two products and the rotation between them: no kernel of Inductor's own, which a copy would need."""
+    """Two products and the rotation between them: no kernel of Inductor's own, which a copy would
+    need.
+    """
     x, w, v, (cos, sin) = (
         torch.randn(2, 5, 16),
         torch.randn(16, 72),

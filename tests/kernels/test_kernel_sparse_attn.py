@@ -1,4 +1,6 @@
-"""Contracts of the kernels of ops/sparse_attn.py that the cases of test_ops.py are too small for: tiles, splits, gathers."""
+"""Contracts of the kernels of ops/sparse_attn.py that the cases of test_ops.py are too small for:
+tiles, splits, gathers.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ SMALL = dict(BH=16, BN=16, num_warps=4, num_stages=1)
 
 
 def arguments(B=1, T=9, H=5, D=24, r=8, W=20, kind="window", E=40, K=21, dtype=torch.float32):
-    """Random operands; tokens see between none and all entries, the chosen ones in any order among -1."""
+    """Random operands; tokens see between none and all entries, the chosen ones in any order among
+    -1.
+    """
     q, kv, entries = (
         torch.randn(B, T, H, D),
         torch.randn(B, W - 1 + T, D),
@@ -82,6 +86,7 @@ def compare(args, tolerance):
         ("q", "kv", "sink", "entries"),
         backward_kernel(g, lse, *args),
         backward_reference(g.float(), expected_lse, *exact),
+        strict=True,
     ):
         assert x.shape == y.shape and (not len(y) or rms(x, y) <= 2 * tolerance), name
 
@@ -175,7 +180,9 @@ def test_deterministic_algorithms_avoid_atomics(monkeypatch):
 
 
 def test_a_batch_of_a_cache_is_read_in_place():
-    """Entries whose batches are further apart than they are long must not be copied: a cache may be gigabytes."""
+    """Entries whose batches are further apart than they are long must not be copied: a cache may be
+    gigabytes.
+    """
     args = list(arguments(B=2, T=2, kind="range"))
     cache = torch.full((2, 64, 24), float("nan"))
     cache[:, :40] = args[6]
@@ -198,6 +205,7 @@ def test_entries_may_have_more_values_than_an_int32_counts(kind):
     for got, expected in zip(
         forward_kernel(*args, many, lo + skipped, hi + skipped, moved, eps),
         forward_kernel(*args, entries, lo, hi, idx, eps),
+        strict=True,
     ):
         assert torch.equal(got, expected)
 

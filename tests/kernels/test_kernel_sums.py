@@ -1,6 +1,8 @@
-"""Contract: kernels add in fp32. However long a sum of bf16 is, its result is as if only that had been rounded.
+"""Contract: kernels add in fp32. However long a sum of bf16 is, its result is as if only that had
+been rounded.
 
-All terms are positive, so that sums grow and would lose what is added to them if they were kept in bf16.
+All terms are positive, so that sums grow and would lose what is added to them if they were kept in
+bf16.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ def positive(*shape):
 
 
 def compare(op, spec, args, wrt, roundings):
-    """Outputs and gradients of those arguments against fp64: errors in units of one rounding to bf16."""
+    """Outputs and gradients of those arguments against fp64: errors in units of one rounding to
+    bf16.
+    """
     args = [a.detach().requires_grad_() if i in wrt else a for i, a in enumerate(args)]
     exact = [
         a.detach().double().requires_grad_(i in wrt)
