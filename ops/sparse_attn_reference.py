@@ -79,7 +79,9 @@ def _scores(q, chunk: Chunk, entries):
     block's band [B t/n, band, D]; all entries [B, E, D], or those chosen [B, t, K, D], fp32.
     """
     B, t, H, D = q.shape
-    n, band, idx = chunk.n, chunk.band, chunk.idx
+    n = chunk.n
+    band = chunk.band
+    idx = chunk.idx
     q = q.float()
 
     # Window: the blocks' queries against their bands
@@ -207,7 +209,9 @@ def _chunk_backward(chunk: Chunk, g, lse, entries, g_entries, eps):
     """-> gradients of q [B, t, H, D] fp32, delta [B, t, H, 1], gradients of the keys of the window
     [B, .., D] fp32; adds to g_entries.
     """
-    n, band, idx = chunk.n, chunk.band, chunk.idx
+    n = chunk.n
+    band = chunk.band
+    idx = chunk.idx
     B, t, H, D = chunk.q.shape
 
     # Forward again: q' and p = exp(s - lse), 0 for padded tokens, [B, t, H, band + E or K]

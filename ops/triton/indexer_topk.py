@@ -19,7 +19,8 @@ import torch
 
 from ..launch import TYPES, cdiv, get_config, jit, launch, power_of_two, processors, tl
 from .indexer_topk_merge import indexer_topk_store_state, make_lists, merge
-from .indexer_topk_select import HIDDEN, indexer_topk_choose_all, indexer_topk_select
+from .indexer_topk_score import indexer_topk_score
+from .indexer_topk_select import indexer_topk_choose_all, indexer_topk_select
 
 DENSE = 2048  # up to this many entries in a split, all their keys go to the merge
 
@@ -36,56 +37,83 @@ CONFIGS = [
 
 
 @jit
-def indexer_topk_keys(k, q_t, u, BC: tl.constexpr, BQ: tl.constexpr, HP: tl.constexpr):
-    """k [BC, DP], q_t [DP, BQ HP], u [BQ HP] -> keys of the scores sum_h u relu(q . k), [BC, BQ]"""
-    s = tl.dot(k.to(q_t.dtype), q_t, input_precision="ieee")  # [BC, BQ HP]
-    s = tl.maximum(s, 0.0) * u[None, :]
-    s = tl.sum(tl.reshape(s, (BC, BQ, HP)), 2)
-    bits = s.to(tl.int32, bitcast=True)
-    return tl.minimum(tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits), 2147483646)
-
-
-@jit
-def indexer_topk_score(
-    # index keys of a batch [E, D], and which of them: begin <= e < stop
-    k_ptr,
-    k_stride_e,
+def indexer_topk_flush(
+    # lists of keys and their entries: `held` from before, then entries begin .. stop of those
+    # before `end`
+    buffer_ptr,
+    buffer_entry_ptr,
+    held,
     begin,
     stop,
-    # queries [DP, BQ HP] and weights [BQ HP]
-    q_t,
-    u,
-    # of each token [BQ]: visible entries, whether it needs scores, whether it exists
-    first,
-    visible,
-    scored,
-    mask_q,
-    # destination: a list for each token, from `held` on
-    keys_ptr,
-    offs_list,
-    held,
-    D: tl.constexpr,
-    HP: tl.constexpr,
-    DP: tl.constexpr,
-    BQ: tl.constexpr,
-    BC: tl.constexpr,
+    end,
+    # result, lists for the merge
+    idx_ptr,
+    best_ptr,
+    best_entry_ptr,
+    # first token, number of tokens, and the split and its length
+    row,
+    rows,
+    split,
+    width,
+    part,
+    dense,
+    # see indexer_topk_forward
+    SPLIT: tl.constexpr,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+    CAP: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
 ):
-    """Store the keys of entries begin .. stop."""
-    offs_c = tl.arange(0, BC)
-    offs_d = tl.arange(0, DP)
-    offs_k = offs_c[:, None] * k_stride_e + offs_d[None, :]
-    for e in range(begin, stop, BC):
-        offs_e = e + offs_c
-        mask_e = (offs_e < stop)[:, None]
-        k_ptrs = k_ptr + tl.cast(e, tl.int64) * k_stride_e + offs_k
-        k = tl.load(k_ptrs, mask=mask_e & (offs_d < D)[None, :], other=0.0)
-        key = indexer_topk_keys(k, q_t, u, BC, BQ, HP)
-        inside = (offs_e[:, None] >= first[None, :]) & (
-            offs_e[:, None] < (first + visible)[None, :]
+    """Keep the K best of the lists: at their front or, at last, in the result or in lists for the
+    merge.
+    """
+    last = stop == end
+    base = begin - held
+    count = held + stop - begin
+    # Barriers: all keys are written before they are read, and read before the next
+    if SPLIT == 0:
+        tl.debug_barrier()
+        indexer_topk_select(
+            buffer_ptr,
+            buffer_entry_ptr,
+            rows,
+            held,
+            base,
+            count,
+            last,
+            None,
+            idx_ptr + row * K,
+            K,
+            K,
+            KP,
+            CAP,
+            R,
+            C,
         )
-        key = tl.where(inside & scored[None, :], key, HIDDEN)
-        out_ptrs = keys_ptr + offs_list[None, :] + (held + offs_e - begin)[:, None]
-        tl.store(out_ptrs, key, mask=mask_e & mask_q[None, :])
+        tl.debug_barrier()
+    elif SPLIT == 1:
+        if part > dense:
+            tl.debug_barrier()
+            offs_out = row * width + split * KP
+            indexer_topk_select(
+                buffer_ptr,
+                buffer_entry_ptr,
+                rows,
+                held,
+                base,
+                count,
+                last,
+                best_ptr + offs_out,
+                best_entry_ptr + offs_out,
+                width,
+                K,
+                KP,
+                CAP,
+                R,
+                C,
+            )
+            tl.debug_barrier()
 
 
 @jit
@@ -213,53 +241,29 @@ def indexer_topk_forward(
                         BQ,
                         BC,
                     )
-                    last = stop == end
-                    base = begin - held
-                    count = held + stop - begin
-                    rows = tl.minimum(BQ, T - t)
-                    # Barriers: all keys are written before they are read, and read before the next
-                    if SPLIT == 0:
-                        tl.debug_barrier()
-                        indexer_topk_select(
-                            buffer_ptr,
-                            buffer_entry_ptr,
-                            rows,
-                            held,
-                            base,
-                            count,
-                            last,
-                            None,
-                            idx_ptr + row * K,
-                            K,
-                            K,
-                            KP,
-                            CAP,
-                            R,
-                            C,
-                        )
-                        tl.debug_barrier()
-                    elif SPLIT == 1:
-                        if part > dense:
-                            tl.debug_barrier()
-                            offs_out = row * width + split * KP
-                            indexer_topk_select(
-                                buffer_ptr,
-                                buffer_entry_ptr,
-                                rows,
-                                held,
-                                base,
-                                count,
-                                last,
-                                best_ptr + offs_out,
-                                best_entry_ptr + offs_out,
-                                width,
-                                K,
-                                KP,
-                                CAP,
-                                R,
-                                C,
-                            )
-                            tl.debug_barrier()
+                    indexer_topk_flush(
+                        buffer_ptr,
+                        buffer_entry_ptr,
+                        held,
+                        begin,
+                        stop,
+                        end,
+                        idx_ptr,
+                        best_ptr,
+                        best_entry_ptr,
+                        row,
+                        tl.minimum(BQ, T - t),
+                        split,
+                        width,
+                        part,
+                        dense,
+                        SPLIT,
+                        K,
+                        KP,
+                        CAP,
+                        R,
+                        C,
+                    )
                     begin = stop
                     held = K
 
@@ -275,14 +279,19 @@ def indexer_topk_kernels(
     idx = lo.new_empty(B, T, K)
     if 0 in idx.shape:
         return idx
-    q, u, lo, hi = q.to(dtype).contiguous(), u.contiguous(), lo.contiguous(), hi.contiguous()
+    q = q.to(dtype).contiguous()
+    u = u.contiguous()
+    lo = lo.contiguous()
+    hi = hi.contiguous()
     if k.stride(2) != 1:  # else a cache is read where it lies
         k = k.contiguous()
     key = f"H{H} D{D} T{min(power_of_two(T), 8)} {TYPES[dtype]}"
     config = dict(get_config("indexer_topk_forward", key, CONFIGS, q))
 
     # Block sizes. The configs are made for rows of up to 256 bytes, bf16 with D = 128
-    HP, DP, KP = power_of_two(H), power_of_two(D, 16), power_of_two(K)
+    HP = power_of_two(H)
+    DP = power_of_two(D, 16)
+    KP = power_of_two(K)
     scale = cdiv(DP * dtype.itemsize, 256)
     BQ = max(1, min(config.pop("N") // scale // HP, 16, power_of_two(T)))
     BC = max(16, config.pop("BC") // scale**2)

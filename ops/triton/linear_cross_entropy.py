@@ -184,7 +184,9 @@ def backward_kernels(
     g_x = x.new_empty(x.shape)
     g_w = weight.new_empty(weight.shape)
     config = get_config("linear_cross_entropy_backward", f"V{V}", CONFIGS, x)
-    g, lse, target = g.contiguous(), lse.contiguous(), target.contiguous()
+    g = g.contiguous()
+    lse = lse.contiguous()
+    target = target.contiguous()
     chunks = _Chunks(x, weight)
     x = chunks.x
     p_buffer = x.new_empty(chunks.buffer.shape)

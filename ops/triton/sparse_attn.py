@@ -249,7 +249,9 @@ def forward_kernel(
         step = 2 * config["BN"]
         splits, span = _splits(cdiv(keys, step), programs, q)
         span *= step
-    m, acc, l = lse, None, None
+    m = lse
+    acc = None
+    l = None
     if splits > 1:
         acc, m, l = (q.new_empty(splits, B, T, H, n, dtype=torch.float32) for n in (D, 1, 1))
     entries_stride_b = 0 if entries is None else entries.stride(0)

@@ -50,11 +50,9 @@ def slots(ratio):
 def arguments(B, T, ratio, D, r):
     """Windows anywhere, sharing rows."""
     N, E = slots(ratio) - 1 + T, (T - 1) // ratio + 1
-    end, index, angle = (
-        torch.randint(slots(ratio) - 1, N, (B, E)),
-        torch.randint(0, 3, (B, E)),
-        torch.rand(B, E, r // 2) * 7,
-    )
+    end = torch.randint(slots(ratio) - 1, N, (B, E))
+    index = torch.randint(0, 3, (B, E))
+    angle = torch.rand(B, E, r // 2) * 7
     return (
         torch.randn(B, N, 2 * slots(ratio) // ratio * D),
         end,
@@ -148,7 +146,9 @@ def test_packed_documents(docs, ratio):
             for order in (PACKED[docs], PACKED[docs][::-1])
         ]
     )
-    T, back, D = ids.shape[1], slots(ratio) - 1, 10
+    T = ids.shape[1]
+    back = slots(ratio) - 1
+    D = 10
     win = plan_of(2, T, ratio, 4, doc_ids=ids)
     entry = torch.arange(win.end.shape[1])
     seen = ((win.lo[..., None] <= entry) & (entry < win.hi[..., None])).any(1)
@@ -168,11 +168,9 @@ def test_generation_pools_only_windows_that_end_in_the_call(ratio, T):
     """Rows at various positions, two about to close a window. The other windows are 0, and nothing
     is read or added there.
     """
-    position, back, D = (
-        torch.tensor([0, ratio - T, ratio - T - 1, 5 * ratio - 1, 2 * ratio]).clamp(0),
-        slots(ratio) - 1,
-        24,
-    )
+    position = torch.tensor([0, ratio - T, ratio - T - 1, 5 * ratio - 1, 2 * ratio]).clamp(0)
+    back = slots(ratio) - 1
+    D = 24
     win = plan_of(5, T, ratio, 8, input_pos=position)
     end = win.end + back
     inside = (end >= 0) & (end < back + T)
@@ -217,11 +215,9 @@ def test_logits_of_any_size(ratio):
 
 @pytest.mark.parametrize("B,E,N", ((0, 2, 9), (2, 0, 9)))
 def test_no_entries(B, E, N):
-    rows, weight, angle = (
-        torch.randn(B, N, 40, requires_grad=True),
-        torch.randn(10, requires_grad=True),
-        torch.rand(B, E, 2),
-    )
+    rows = torch.randn(B, N, 40, requires_grad=True)
+    weight = torch.randn(10, requires_grad=True)
+    angle = torch.rand(B, E, 2)
     none = torch.zeros(B, E, dtype=torch.int64)
     out = ops.compress.opaque(rows, none, none, weight, angle, angle, 4, EPS, torch.bfloat16)
     g_rows, g_weight = torch.autograd.grad(out, (rows, weight), out)

@@ -149,7 +149,9 @@ def test_tokens_of_a_program_may_see_different_entries(tight):
     hi = torch.tensor(
         [[0, 3, 40, 41, 70, 70, 7, 29, 99, 20], [79, 79, 60, 5, 6, 38, 39, 40, 99, 99]]
     )
-    q, k, u = whole(2, 10, 2, 3), whole(2, 79, 3), whole(2, 10, 2)
+    q = whole(2, 10, 2, 3)
+    k = whole(2, 79, 3)
+    u = whole(2, 10, 2)
     check(run(q, k, u, lo, hi, 5), q, k, u, lo, hi, 5)
     for t in (slice(1, 3), slice(7, 10)):  # few tokens: split
         args = q[:, t], k, u[:, t], lo[:, t], hi[:, t], 5
@@ -161,7 +163,9 @@ def test_a_cache_is_read_where_it_lies(B, T):
     """entries[:B, :-1]: rows of a larger buffer, at any stride between entries; copied only if
     channels lie apart.
     """
-    q, u, cache = whole(B, T, 2, 8), whole(B, T, 2), whole(4, 41, 3, 8)
+    q = whole(B, T, 2, 8)
+    u = whole(B, T, 2)
+    cache = whole(4, 41, 3, 8)
     for k in (
         cache[:B, :-1, 1],
         cache[0, :40, 0].expand(B, 40, 8),
@@ -209,12 +213,10 @@ def test_very_many_are_chosen_by_the_reference(monkeypatch):
 @pytest.mark.parametrize("T", [3, 1], ids=["whole", "split"])
 def test_entries_that_are_no_numbers_are_still_entries(value, T, tight):
     """Which are chosen means nothing; that they are visible, and different, does."""
-    q, k, u, (lo, hi) = (
-        torch.randn(2, T, 2, 8),
-        torch.randn(2, 90, 8),
-        torch.randn(2, T, 2),
-        causal(2, T, 90),
-    )
+    q = torch.randn(2, T, 2, 8)
+    k = torch.randn(2, 90, 8)
+    u = torch.randn(2, T, 2)
+    (lo, hi) = causal(2, T, 90)
     k[0, 30:60], u[1] = value, value
     idx = run(q, k, u, lo, hi, 7)
     assert (idx >= 0).all() and (idx < hi[..., None]).all() and (idx.diff(dim=-1) > 0).all()

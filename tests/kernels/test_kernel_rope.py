@@ -158,12 +158,10 @@ def test_compiled_code_rotates_in_place_without_a_copy():
     """Two products and the rotation between them: no kernel of Inductor's own, which a copy would
     need.
     """
-    x, w, v, (cos, sin) = (
-        torch.randn(2, 5, 16),
-        torch.randn(16, 72),
-        torch.randn(24, 4),
-        angles(2, 5, 8),
-    )
+    x = torch.randn(2, 5, 16)
+    w = torch.randn(16, 72)
+    v = torch.randn(24, 4)
+    (cos, sin) = angles(2, 5, 8)
 
     def f(x, w, v, cos, sin):
         return rotate_((x @ w).unflatten(-1, (3, 24)), cos, sin, False, "opaque") @ v

@@ -27,11 +27,9 @@ def arguments(B=1, T=9, H=5, D=24, r=8, W=20, kind="window", E=40, K=21, dtype=t
     """Random operands; tokens see between none and all entries, the chosen ones in any order among
     -1.
     """
-    q, kv, entries = (
-        torch.randn(B, T, H, D),
-        torch.randn(B, W - 1 + T, D),
-        torch.randn(B, E + 3, D)[:, :E],
-    )
+    q = torch.randn(B, T, H, D)
+    kv = torch.randn(B, W - 1 + T, D)
+    entries = torch.randn(B, E + 3, D)[:, :E]
     angle = torch.rand(B, T, r // 2) * 6
     window_len = torch.randint(1, W + 1, (B, T))
     lo = torch.randint(-2, E // 2, (B, T))  # padding may lie outside of what there is

@@ -111,7 +111,9 @@ def test_experts(N, d, I, K):
 
 def test_hc_pre_backward_keeps_what_bf16_would_cut_off():
     """Rows of fn with a large part in common, which cancels in the gradient of the streams."""
-    n, d, constants = 4, 40, (1e-3, 1e-3, 2)
+    n = 4
+    d = 40
+    constants = (1e-3, 1e-3, 2)
     x, fn = torch.randn(1, 19, n, d).bfloat16(), torch.randn(n * (2 + n), n * d) * (n * d) ** -0.5
     fn[2 * n :] += 16 * fn[:n].repeat_interleave(n, 0)
     g = torch.zeros(1, 19, d).bfloat16(), torch.zeros(1, 19, n), torch.randn(1, 19, n, n)
