@@ -247,9 +247,7 @@ def prefill(result: dict, length: int) -> None:
 
 
 def train_sides(ours: Transformer, hf: torch.nn.Module, batch: int, length: int) -> dict[str, Run]:
-    """One step each: forward, backward, gradient norm and AdamW, next-token cross-entropy. Ours is
-    compiled, all of it.
-    """
+    """One step each: next-token cross-entropy, gradients and their norm, AdamW; ours all compiled."""
     step, rate = our_train_step(ours), torch.tensor(1e-4)
     hf.train()
     optimizer = torch.optim.AdamW(hf.parameters(), lr=1e-4)
@@ -344,9 +342,7 @@ def train_memory(result: dict, batch: int, length: int, name: str = "tiny") -> N
 
 @torch.no_grad()
 def experts(result: dict) -> None:
-    """Whole compiled steps with the experts in the form that is the default on CPU, beside the
-    traced reference.
-    """
+    """Whole compiled steps with the experts in CPU's default form, beside the traced reference."""
     for key, compiled, batch, length in (
         ("decode B=1", compile_decode, 1, 1),
         ("decode B=8", compile_decode, 8, 1),
@@ -387,9 +383,7 @@ print(status("VmHWM") - before)
 
 
 def memory(result: dict, length: int = 2048) -> None:
-    """Memory that one forward adds to the peak of a process that has loaded the model, each side in
-    one of its own.
-    """
+    """Memory that one forward adds to the peak of a process that has loaded the model."""
     script = FORWARD_MEMORY.format(length=length)
     ours, theirs = (printed_by(script, side) for side in ("ours", "transformers"))
     result[f"memory of a forward over {length}"] = {

@@ -65,9 +65,7 @@ def take_turns(sides: dict[str, Worker], rounds: int) -> dict[str, list[dict]]:
 
 
 def summary(rounds: list[dict]) -> dict:
-    """The least of the rounds, and their spread: how far the middle round lies above the least,
-    relative to it.
-    """
+    """The least of the rounds; spread: how far their median lies above it, relative to it."""
     times = [entry["ms"] for entry in rounds]
     least = min(times)
     wall = min(entry["wall_ms"] for entry in rounds)
@@ -80,9 +78,7 @@ def summary(rounds: list[dict]) -> dict:
 
 
 def ratio(rounds: list[dict], base: list[dict]) -> dict:
-    """Times that the base takes: of the least times, and the least and the most of rounds that
-    followed each other.
-    """
+    """How many times longer the base takes: of the least times, and its range over the rounds."""
     pairs = [b["ms"] / a["ms"] for a, b in zip(rounds, base, strict=True)]
     mine, theirs = summary(rounds), summary(base)
     return {
