@@ -247,7 +247,7 @@ def prefill(result: dict, length: int) -> None:
 
 
 def train_sides(ours: Transformer, hf: torch.nn.Module, batch: int, length: int) -> dict[str, Run]:
-    """One step each: next-token cross-entropy, gradients and their norm, AdamW; ours all compiled."""
+    """One step each: next-token cross-entropy, gradients, their norm, AdamW; ours all compiled."""
     step, rate = our_train_step(ours), torch.tensor(1e-4)
     hf.train()
     optimizer = torch.optim.AdamW(hf.parameters(), lr=1e-4)

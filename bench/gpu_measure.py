@@ -88,7 +88,7 @@ def double(args):
 
 
 def both(function: Callable, wrt: tuple[int, ...]) -> Callable:
-    """Forward and backward: call(*args, g) -> gradients of arguments `wrt`, from those of results."""
+    """Forward and backward: call(*args, g) -> gradients of arguments `wrt` from those of results."""
 
     def call(*args):
         *args, g = args

@@ -124,7 +124,7 @@ def train_kills(count: int, seed: int) -> dict:
             load(folder / "killed" / f"step-{newest:06d}", dtype=torch.float32)
         last = newest + 1
         seconds_of(run("killed", "--stop-after", str(last)))
-        seconds_of(run("whole", "--stop-after", str(last)))
+        seconds_of(run("whole", "--stop-after", str(last), "--save-every", str(last)))
         ours, expected = state("killed", last), state("whole", last)
         assert ours.keys() == expected.keys()
         assert all(torch.equal(ours[key], expected[key]) for key in expected)
@@ -370,13 +370,13 @@ def learning(count: int, seed: int, steps: int = 200) -> dict:
 # Command line
 
 PROOFS = {  # name -> (proof, how many kills, tokens, packings or seeds)
-    "train_kills": (train_kills, 300),
+    "train_kills": (train_kills, 100),
     "save_kills": (save_kills, 500),
     "cache_kills": (cache_kills, 300),
-    "compile_kills": (compile_kills, 20),
+    "compile_kills": (compile_kills, 10),
     "decode": (decode, 20_000),
     "packing": (packing, 400),
-    "learning": (learning, 8),
+    "learning": (learning, 5),
 }
 
 

@@ -1,13 +1,17 @@
-"""The GPU suite runs here at toy sizes: arguments, baselines, errors, records and the scoreboard; times mean nothing."""
+"""The GPU suite runs here at toy sizes: arguments, baselines, errors, records and the scoreboard.
+
+Times mean nothing.
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import pytest
 import torch
 
-from bench import gpu
+from bench import gpu, gpu_scoreboard
 from bench.gpu_measure import CASES, Bench, Side, Skipped, against
 from bench.gpu_models import decode_bytes, flops, numbers
 from model import ModelArgs, Transformer
@@ -30,24 +34,17 @@ def test_a_case_is_a_json_line_with_times_errors_and_ratios(results):
     for case in results.values():
         assert json.loads(json.dumps(case)) == case and case["rows"] and "error" not in case["rows"]
         for row in case["rows"].values():
-            assert (
-                row["sides"]["ours"]["ms"] > 0
-                and row["ratio"]["eager"] > 0
-                and row["floor_ms"] > 0
-                and row["shapes"]
-            )
-            assert row["sides"]["ours"]["error"] < 1e-2 and row["sides"]["eager"]["repetitions"] > 0
+            ours, eager = (row["sides"][name] for name in ("ours", "eager"))
+            assert ours["ms"] > 0 and ours["error"] < 1e-2 and eager["repetitions"] > 0
+            assert row["ratio"]["eager"] > 0 and row["floor_ms"] > 0 and row["shapes"]
 
 
 def test_the_scoreboard_scores_what_was_measured_and_leaves_the_rest_open(results):
     rows, text = gpu.scoreboard(results)
     reached = {row["headline"]: row for row in rows if row["reached"] is not None}
-    assert (
-        "hc_post forward, times eager" in reached
-        and "indexer 8k, ms" not in reached
-        and "CSA forward 4k, ms" in text
-    )
-    line = gpu.Headline("x", "2", 2, 1, lambda cases: cases["a"], most=True)
+    assert "hc_post forward, times eager" in reached
+    assert "indexer 8k, ms" not in reached and "CSA forward 4k, ms" in text
+    line = gpu_scoreboard.less("x", "2", 2, 1, lambda cases: cases["a"])
     assert line.score({"a": 1.5}) == {
         "headline": "x",
         "published": "2",
@@ -58,10 +55,8 @@ def test_the_scoreboard_scores_what_was_measured_and_leaves_the_rest_open(result
         "beaten": False,
     }
     assert line.score({})["matched"] is None
-    assert all(
-        row["reached"] is None and row["matched"] is None
-        for row in gpu.scoreboard(results, toy=True)[0]
-    )
+    for row in gpu.scoreboard(results, toy=True)[0]:
+        assert row["reached"] is None and row["matched"] is None
 
 
 def test_sides_take_turns_and_one_that_fails_stops_nothing():
@@ -74,38 +69,30 @@ def test_sides_take_turns_and_one_that_fails_stops_nothing():
         raise RuntimeError("no such thing\nas this")
 
     def absent(x):
-        pass
+        importlib.import_module("no_such_library")
 
     def skipped(x):
         raise Skipped("not here")
 
     x = torch.ones(4)
-    row = bench.compare(
-        "row",
-        {
-            "ours": side("a", 1e-4),
-            "worse": side("b", 1e-2),
-            "broken": broken,
-            "absent": absent,
-            "skipped": skipped,
-        },
-        [(x,)],
-        moved=32,
-        flops=8,
-        judge=against(lambda: x),
-        note="kept",
-    )
+    sides = {
+        "ours": side("a", 1e-4),
+        "worse": side("b", 1e-2),
+        "broken": broken,
+        "absent": absent,
+        "skipped": skipped,
+    }
+    judge = against(lambda: x)
+    row = bench.compare("row", sides, [(x,)], moved=32, flops=8, judge=judge, note="kept")
+    found = row["sides"]
     turns = [name for name in called[-8:-4]]  # then come the calls by the host's clock
     assert turns == ["a", "b", "a", "b"] and row["note"] == "kept"
-    assert row["sides"]["broken"] == {"failed": "RuntimeError: no such thing\nas this"} and set(
-        row["ratio"]
-    ) == {"worse"}
-    assert (
-        "no_such_library" in row["sides"]["absent"]["absent"]
-        and "not here" in row["sides"]["skipped"]["skipped"]
-    )
-    assert row["sides"]["worse"]["less_accurate"] and not row["sides"]["ours"]["less_accurate"]
-    assert row["sides"]["ours"]["error"] == pytest.approx(1e-4, rel=1e-2)
+    assert found["broken"] == {"failed": "RuntimeError: no such thing\nas this"}
+    assert "no_such_library" in found["absent"]["absent"]
+    assert "not here" in found["skipped"]["skipped"]
+    assert set(row["ratio"]) == {"worse"}
+    assert found["worse"]["less_accurate"] and not found["ours"]["less_accurate"]
+    assert found["ours"]["error"] == pytest.approx(1e-4, rel=1e-2)
 
 
 def test_the_budget_leaves_cases_and_rows_out():
@@ -118,30 +105,26 @@ def test_the_budget_leaves_cases_and_rows_out():
 def test_preparing_runs_what_is_compiled_and_nothing_else():
     bench, called = Bench(toy=True), []
     bench.prepare = True
-    bench.compare(
-        "row",
-        {
-            "ours": lambda x: called.append("ours"),
-            "eager": lambda x: called.append("eager"),
-            "compiled": Side(lambda x: called.append("compiled"), made=True),
-        },
-        [(torch.ones(1),)],
-    )
+    sides = {
+        "ours": lambda x: called.append("ours"),
+        "eager": lambda x: called.append("eager"),
+        "compiled": Side(lambda x: called.append("compiled"), made=True),
+    }
+    bench.compare("row", sides, [(torch.ones(1),)])
     assert called == ["ours", "compiled"] and bench.rows == {"row": {"failed": {}}}
 
 
 def test_work_and_bytes_agree_with_the_published_model():
     def of(*ratios, **more):
         with torch.device("meta"):
-            return Transformer(
-                ModelArgs(
-                    n_layers=len(ratios),
-                    n_hash_layers=0,
-                    n_mtp_layers=0,
-                    compress_ratios=ratios,
-                    **more,
-                )
-            ).to(torch.bfloat16)
+            args = ModelArgs(
+                n_layers=len(ratios),
+                n_hash_layers=0,
+                n_mtp_layers=0,
+                compress_ratios=ratios,
+                **more,
+            )
+            return Transformer(args).to(torch.bfloat16)
 
     assert 3 * flops(of(0, 0, 4, 128), 12288) / 12288 == pytest.approx(10.64e9, rel=0.04)
     slice_ = of(4, 128, 4, 128)
@@ -154,7 +137,5 @@ def test_without_a_gpu_one_line_says_so(capsys):
         pytest.skip("there is a GPU")
     assert gpu.cli.main("bench.gpu", gpu.run, []) == 2
     assert "--toy" in capsys.readouterr().err
-    assert (
-        gpu.cli.main("bench.gpu", gpu.run, ["--only", "G9", "--toy"]) == 2
-        and "G9" in capsys.readouterr().err
-    )
+    assert gpu.cli.main("bench.gpu", gpu.run, ["--only", "G9", "--toy"]) == 2
+    assert "G9" in capsys.readouterr().err
