@@ -1,10 +1,11 @@
-"""Contracts of the kernels as compiled code, for GPUs that need not be there (bench/offline.py): each compiles, fits into
-shared memory, spills no more than recorded, and keeps its matrix instructions.
+"""The kernels as compiled code, for GPUs that need not be there (bench/offline.py).
 
-The record is bench/results/kernels_triton<version>.json; `python -m bench.offline --record` rewrites it, --new adds to it.
-Compiled are, of every kernel on every architecture, the shape that spills most, or takes most shared memory (of those with
-matrix instructions, where there are any), and all with -m slow; with the Triton that is installed, and with 3.6.0 where
-TRITON_360 names a folder that holds it.
+Each compiles, fits into shared memory, spills no more than recorded, and keeps its matrix
+instructions. The record is bench/results/kernels_triton<version>.json; `python -m bench.offline
+--record` rewrites it, --new adds to it. Compiled are, of every kernel on every architecture, the
+shape that spills most, or takes most shared memory (of those with matrix instructions, where there
+are any), and all with -m slow; with the Triton that is installed, and with 3.6.0 where TRITON_360
+names a folder that holds it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -42,14 +44,12 @@ SLACK = 1.1  # spills may grow by this and a few before somebody must look
 
 @functools.cache
 def calls(model: str) -> list[cases.Call]:
-    return list(
-        {
-            call.key: call
-            for phase in cases.PHASES
-            if phase.model == model
-            for call in cases.calls(phase)
-        }.values()
-    )
+    """The different calls of all phases."""
+    by_key = {}
+    for phase in cases.PHASES:
+        if phase.model == model:
+            by_key.update({call.key: call for call in cases.calls(phase)})
+    return list(by_key.values())
 
 
 def recorded(version: str) -> dict:
@@ -59,41 +59,37 @@ def recorded(version: str) -> dict:
     return json.loads(path.read_text())["kernels"]
 
 
-def judge(results, table) -> list[str]:
-    """What is wrong with (architecture, kernel, resources) triples, in words."""
-    wrong = []
+def complaints(results, table) -> list[str]:
+    """One line for everything wrong with (architecture, kernel, resources) triples."""
+    lines = []
     for arch, name, now in results:
-        was = table.get(name, {}).get(arch, {})
+        was = table.get(name, {}).get(arch)
         if "error" in now:
-            wrong.append(f"{arch} does not compile {name}: {now['error']}")
+            lines.append(f"{arch} does not compile {name}: {now['error']}")
             continue
         if now["shared"] > SHARED[arch] * 1024:
-            wrong.append(
-                f"{arch} has {SHARED[arch]} KiB of shared memory, not {now['shared']} bytes: {name}"
-            )
-        if not was:
-            wrong.append(f"{arch} has no record of {name}: python -m bench.offline --record")
-            continue
-        if now["spills"] > was["spills"] * SLACK + 8:
-            wrong.append(
-                f"{arch} spills {now['spills']} times, {was['spills']} when recorded: {name}"
-            )
-        if now["spilling"] > was["spilling"] + 0.02:
-            wrong.append(
-                f"{arch} spills in loops, {now['spilling']:.0%} of them, {was['spilling']:.0%} when recorded: {name}"
-            )
-        if (
-            any(now["matrix"].get(kind, 0) * SLACK < n for kind, n in was["matrix"].items())
-            or now["dots"]
-            and not now["matrix"]
-        ):
-            wrong.append(
-                f"{arch} has matrix instructions {now['matrix']}, recorded {was['matrix']}: {name}"
-            )
-        for what, more in (("registers", 16), ("shared", 2048)):
-            if now[what] > was[what] * SLACK + more:
-                wrong.append(f"{arch} needs {now[what]} {what}, {was[what]} when recorded: {name}")
-    return wrong
+            limit = f"{SHARED[arch]} KiB of shared memory"
+            lines.append(f"{arch} has {limit}, not {now['shared']} bytes: {name}")
+        if was:
+            lines += [f"{arch} {complaint}: {name}" for complaint in regressions(now, was)]
+        else:
+            lines.append(f"{arch} has no record of {name}: python -m bench.offline --record")
+    return lines
+
+
+def regressions(now: dict, was: dict) -> Iterator[str]:
+    """One line for each resource that a kernel needs more of than when it was recorded."""
+    if now["spills"] > was["spills"] * SLACK + 8:
+        yield f"spills {now['spills']} times, {was['spills']} when recorded"
+    if now["spilling"] > was["spilling"] + 0.02:
+        shares = f"{now['spilling']:.0%} of them, {was['spilling']:.0%} when recorded"
+        yield f"spills in loops, {shares}"
+    fewer = any(now["matrix"].get(kind, 0) * SLACK < n for kind, n in was["matrix"].items())
+    if fewer or now["dots"] and not now["matrix"]:
+        yield f"has matrix instructions {now['matrix']}, recorded {was['matrix']}"
+    for resource, more in (("registers", 16), ("shared", 2048)):
+        if now[resource] > was[resource] * SLACK + more:
+            yield f"needs {now[resource]} {resource}, {was[resource]} when recorded"
 
 
 @functools.cache
@@ -102,8 +98,11 @@ def kernels() -> dict:
 
 
 def heaviest(table) -> dict:
-    """Of the recorded shapes of each kernel on each architecture, the one that spills most, then has most shared memory; fp32,
-    whose products are no matrix instructions, only where a kernel has nothing else."""
+    """Of the recorded shapes of each kernel and architecture the one with most spills, then shared
+    memory.
+
+    fp32, whose products are no matrix instructions, only where a kernel has nothing else.
+    """
     found = {}
     for arch, name in kernels():
         was = table.get(name, {}).get(arch, {})
@@ -115,17 +114,19 @@ def heaviest(table) -> dict:
 def compiled_elsewhere(folder: str, wanted: dict, tmp_path: Path) -> list:
     """What compile_all gives with the Triton in a folder."""
     (tmp_path / "wanted").write_bytes(pickle.dumps(wanted))
-    code = "import json, pickle, sys; from bench import offline; print(json.dumps(list(offline.compile_all(pickle.load(sys.stdin.buffer)))))"
+    code = """if True:
+        import json, pickle, sys
+        from bench import offline
+
+        wanted = pickle.load(sys.stdin.buffer)
+        print(json.dumps(list(offline.compile_all(wanted))))
+    """
     root = str(Path(__file__).parent.parent.parent)
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([folder, root])}
+    command = [sys.executable, "-c", code]
     with open(tmp_path / "wanted", "rb") as file:
         done = subprocess.run(
-            [sys.executable, "-c", code],
-            stdin=file,
-            capture_output=True,
-            text=True,
-            env=env,
-            cwd=root,
+            command, stdin=file, capture_output=True, text=True, env=env, cwd=root
         )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -139,32 +140,37 @@ def test_kernels_fit_the_gpu(version, everything, tell, tmp_path):
     folder = os.environ.get("TRITON_360", "")
     if version == "3.6.0" and not folder:
         pytest.skip(
-            "no kernel is compiled with Triton 3.6.0: set TRITON_360=FOLDER, after pip install --no-deps --target FOLDER triton==3.6.0"
+            "no kernel is compiled with Triton 3.6.0: set TRITON_360=FOLDER, "
+            "after pip install --no-deps --target FOLDER triton==3.6.0"
         )
     table = recorded(triton.__version__ if version == "installed" else version)
     wanted = kernels() if everything else heaviest(table)
-    results = list(
-        compile_all(wanted)
-        if version == "installed"
-        else compiled_elsewhere(folder, wanted, tmp_path)
-    )
+    if version == "installed":
+        results = list(compile_all(wanted))
+    else:
+        results = compiled_elsewhere(folder, wanted, tmp_path)
     assert {(arch, name) for arch, name, _ in results} == set(wanted)
     for arch in TARGETS:
-        of = [now for where, _, now in results if where == arch]
+        resources = [now for where, _, now in results if where == arch]
+        spilling = sum(r.get("spills", 0) > 0 for r in resources)
+        shared = max(r.get("shared", 0) for r in resources) >> 10
+        registers = max(r.get("registers", 0) for r in resources)
         tell(
-            f"Triton {version:9} {arch:7} {len(of):3} kernels, {sum(r.get('spills', 0) > 0 for r in of)} of them spill; at most "
-            f"{max(r.get('shared', 0) for r in of) >> 10} KiB shared and {max(r.get('registers', 0) for r in of)} registers"
+            f"Triton {version:9} {arch:7} {len(resources):3} kernels, {spilling} of them spill; "
+            f"at most {shared} KiB shared and {registers} registers"
         )
-    wrong = judge(results, table)
+    wrong = complaints(results, table)
     assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("version", [triton.__version__, "3.6.0"])
 def test_every_kernel_is_in_the_record_and_fits_there(version):
-    """All that the graphs launch and nothing else; each compiled and within the GPU's limits when it was recorded."""
+    """All that the graphs launch and nothing else; each compiled and within the GPU's limits when
+    it was recorded.
+    """
     table = recorded(version)
     assert {(arch, name) for name, archs in table.items() for arch in archs} == set(kernels())
-    wrong = judge([(arch, name, table[name][arch]) for arch, name in kernels()], table)
+    wrong = complaints([(arch, name, table[name][arch]) for arch, name in kernels()], table)
     assert not wrong, "\n".join(wrong)
 
 
@@ -184,8 +190,8 @@ def test_every_tile_is_in_the_table_and_still_a_candidate(model, arch):
 @jit
 def greedy(x, y, N: tl.constexpr):
     i = tl.arange(0, N)
-    at = i[:, None] * N + i[None]
-    tl.store(y + at, tl.dot(tl.load(x + at), tl.load(x + at)))
+    offsets = i[:, None] * N + i[None]
+    tl.store(y + offsets, tl.dot(tl.load(x + offsets), tl.load(x + offsets)))
 
 
 def launched(arch: str, programs: int = 1) -> list[Launch]:
@@ -212,48 +218,48 @@ def test_the_largest_tile_that_fits_is_chosen_and_written(tmp_path, monkeypatch)
     table = tune.by_resources("sm_90", [Greedy])
     assert table == {("greedy", "a key"): CANDIDATES[2]}
     monkeypatch.setattr(tune, "TUNED", tmp_path / "tuned.json")
-    tune.TUNED.write_text(
-        '{"other": {"sm_80": {"k": {"N": 1}}}, "greedy": {"sm_90": {"b": {"N": 2}, "a key": {"N": 3}}}}'
-    )
-    tune.write({"sm_90": table})
-    assert json.loads(tune.TUNED.read_text()) == {
+    before = {
         "other": {"sm_80": {"k": {"N": 1}}},
-        "greedy": {"sm_90": {"b": {"N": 2}, "a key": CANDIDATES[2]}},
+        "greedy": {"sm_90": {"b": {"N": 2}, "a key": {"N": 3}}},
     }
+    tune.TUNED.write_text(json.dumps(before))
+    tune.write({"sm_90": table})
+    before["greedy"]["sm_90"]["a key"] = CANDIDATES[2]
+    assert json.loads(tune.TUNED.read_text()) == before
 
 
 def test_a_tile_is_worse_the_more_it_spills_or_leaves_idle():
     fine = dict(shared=1, dots=1, matrix={"HMMA": 1}, spills=0, spilling=0.0, instructions=100)
-    worse = lambda change={}, programs=132: tune.shortcoming(
-        {**fine, **change}, launched("sm_90", programs)[0], "sm_90", CANDIDATES[0]
-    )
-    assert worse() == worse(dict(spills=4)) == worse(programs=200) == 0
-    assert (
-        0
-        < worse(dict(spills=6))
-        < worse(dict(spills=50))
-        < worse(dict(matrix={}))
-        == worse(dict(shared=1 << 20))
-        == worse(dict(error="no"))
-    )
-    assert 0 < worse(dict(spilling=0.1)) and 0 < worse(programs=100) < worse(programs=10)
+
+    def shortcoming(programs=132, **change):
+        launch = launched("sm_90", programs)[0]
+        return tune.shortcoming({**fine, **change}, launch, "sm_90", CANDIDATES[0])
+
+    assert shortcoming() == shortcoming(spills=4) == shortcoming(programs=200) == 0
+    unusable = shortcoming(matrix={})
+    assert 0 < shortcoming(spills=6) < shortcoming(spills=50) < unusable
+    assert shortcoming(shared=1 << 20) == shortcoming(error="no") == unusable
+    assert shortcoming(spilling=0.1) > 0
+    assert 0 < shortcoming(programs=100) < shortcoming(programs=10)
 
 
-def test_what_is_wrong_is_found():
-    """A kernel that needs too much, one that lost its matrix instructions, and one that does not compile."""
+def test_regressions_are_found():
+    """A kernel that needs too much, one without matrix instructions, one that does not compile."""
     with override_config({"greedy": CANDIDATES[1]}):
         result = compile_launch(launched("sm_90")[0], "sm_90")._asdict()
     assert result["matrix"] and result["spills"] > 0
     table = {"greedy": {"sm_90": {**result, "spills": 0, "matrix": {"DMMA": 1}}}}
-    wrong = judge(
-        [
-            ("sm_90", "greedy", {**result, "shared": 1 << 20}),
-            ("sm_90", "other", {"error": "no"}),
-            ("sm_90", "new", result),
-        ],
-        table,
-    )
-    assert len(wrong) == 6
+    results = [
+        ("sm_90", "greedy", {**result, "shared": 1 << 20}),
+        ("sm_90", "other", {"error": "no"}),
+        ("sm_90", "new", result),
+    ]
+    assert len(complaints(results, table)) == 6
+
+    def count(now: dict, was: dict) -> int:
+        return len(complaints([("sm_90", "greedy", now)], {"greedy": {"sm_90": was}}))
+
+    assert count(result, result) == 0
     for change in (
         dict(spills=result["spills"] * 2),
         dict(spilling=0.03),
@@ -262,20 +268,9 @@ def test_what_is_wrong_is_found():
         dict(matrix={kind: n // 2 for kind, n in result["matrix"].items()}),
         dict(matrix={}),
     ):
-        assert (
-            len(judge([("sm_90", "greedy", {**result, **change})], {"greedy": {"sm_90": result}}))
-            == 1
-        ), change
-    assert (
-        len(
-            judge(
-                [("sm_90", "greedy", {**result, "matrix": {}})],
-                {"greedy": {"sm_90": {**result, "matrix": {}}}},
-            )
-        )
-        == 1
-    )
-    assert judge([("sm_90", "greedy", result)], {"greedy": {"sm_90": result}}) == []
+        assert count({**result, **change}, result) == 1, change
+    without = {**result, "matrix": {}}
+    assert count(without, without) == 1
 
 
 def test_the_nearest_load_in_the_table_is_taken(monkeypatch):
