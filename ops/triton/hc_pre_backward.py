@@ -322,7 +322,7 @@ def backward(
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of x, fn, base and scale; g_in is a gradient of x from elsewhere, to be added."""
     n, d = x.shape[2:]
-    g_y, x, fn = g_y.contiguous(), x.contiguous(), fn.contiguous()
+    g_y, x, fn = (t.contiguous() for t in (g_y, x, fn))
     grads = [t.new_empty(t.shape) for t in (x, fn, base, scale)]
     g_x, g_fn, g_base, g_scale = grads
     g_post, g_comb, base, scale = (t.float().contiguous() for t in (g_post, g_comb, base, scale))

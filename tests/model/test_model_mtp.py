@@ -76,7 +76,8 @@ class PlainMTP:
         return 2 * post.sigmoid()[:, None] * out + c.T @ x
 
     def attention(self, x, t: int):
-        H, D, groups = self.args.n_heads, self.args.head_dim, self.args.o_groups
+        H, D = self.args.n_heads, self.args.head_dim
+        groups = self.args.o_groups
         low = self.norm(self.of("attn.wq_a.weight") @ x, self.of("attn.q_norm.weight"))
         q = self.norm((low @ self.of("attn.wq_b.weight").T).view(H, D))
         key = self.norm(self.of("attn.wkv.weight") @ x, self.of("attn.kv_norm.weight"))
