@@ -60,8 +60,9 @@ def hc_post_forward(y, x, post, comb, out, d, n: tl.constexpr, BD: tl.constexpr)
     c = load_scalars(comb + token * n * n, n * n)
     # x'_k = post_k y + sum_j comb[j, k] x_j
     for k in tl.static_range(n):
+        out_ptrs = out + offsets + k * d
         new = p[k] * yt + weighted_sum(c, xs, k, n, n)
-        tl.store(out + offsets + k * d, new.to(out.dtype.element_ty), mask=mask)
+        tl.store(out_ptrs, new.to(out.dtype.element_ty), mask=mask)
 
 
 @jit
