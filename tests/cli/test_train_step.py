@@ -146,42 +146,21 @@ def test_layers_compiled_for_training_do_not_meet_the_evaluation(capsys, monkeyp
 
 
 def test_the_command_line_trains_saves_and_reports(capsys, folder):
-    assert (
-        S.main(
-            command(
-                folder,
-                "--out",
-                str(folder / "out"),
-                "--qat",
-                "fp4",
-                "--plot",
-                str(folder / "loss.png"),
-                "--metrics",
-                str(folder / "metrics.jsonl"),
-                "--json",
-            )
-        )
-        == 0
-    )
+    places = ["--out", str(folder / "out"), "--plot", str(folder / "loss.png")]
+    places += ["--metrics", str(folder / "metrics.jsonl")]
+    assert S.main(command(folder, *places, "--qat", "fp4", "--json")) == 0
     out, err = capsys.readouterr()
     report = json.loads(out.splitlines()[-1])
-    assert (
-        report["steps"] == 4
-        and report["tokens"] == 4 * 2 * 48
-        and 3 < report["held_out_nats_per_char"] < 7
-        and report["memory_bytes"] > 0
-    )
-    assert report["sample"].startswith("KING RICHARD.") and report["sample"].splitlines()[-1] in err
+    assert report["steps"] == 4 and report["tokens"] == 4 * 2 * 48
+    assert 3 < report["held_out_nats_per_char"] < 7 and report["memory_bytes"] > 0
+    assert report["sample"].startswith("KING RICHARD.")
+    assert report["sample"].splitlines()[-1] in err
+    assert "% of peak" in err and "min left" in err
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 4] and lines[-1]["loss"] == report["loss"]
-    assert (
-        (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
-        and "% of peak" in err
-        and "min left" in err
-    )
-    assert load(folder / "out", dtype=torch.float32).args.act_quant and not list(
-        folder.glob("*.tmp")
-    )
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert load(folder / "out", dtype=torch.float32).args.act_quant
+    assert not list(folder.glob("*.tmp"))
 
 
 def checkpoints_in(folder: str | Path, keep: int = 3) -> Checkpoints:
@@ -221,16 +200,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(capsys, folder, mo
     whole, parts = folder / "whole", folder / "parts"
     assert S.main(command(folder, "--checkpoints", str(whole), *more)) == 0
     for stop in range(1, total + 1):
-        assert (
-            S.main(command(folder, "--checkpoints", str(parts), "--stop-after", str(stop), *more))
-            == 0
-        )
+        argv = command(folder, "--checkpoints", str(parts), "--stop-after", str(stop), *more)
+        assert S.main(argv) == 0
     assert capsys.readouterr().out.count("going on from") == total - 1
     a, b = state_of(whole, total), state_of(parts, total)
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    assert (whole / f"step-{total:06d}/model.safetensors").read_bytes() == (
-        parts / f"step-{total:06d}/model.safetensors"
-    ).read_bytes()
+    model = f"step-{total:06d}/model.safetensors"
+    assert (whole / model).read_bytes() == (parts / model).read_bytes()
 
     def read_metrics(path: Path) -> list[dict]:
         lines = (path / "metrics.jsonl").read_text().splitlines()
@@ -371,39 +347,28 @@ def test_an_interrupted_run_saves_and_a_killed_one_loses_nothing_saved(folder, n
     else:
         assert run.returncode == 130 and f"saved {saved.path(saved.steps()[-1])}" in rest
     last = saved.steps()[-1]
-    assert (
-        S.main(
-            command(
-                folder,
-                "--checkpoints",
-                str(folder / "run"),
-                "--steps",
-                "500",
-                "--stop-after",
-                str(last + 1),
-            )
-        )
-        == 0
-    )
+    assert S.main([*argv, "--stop-after", str(last + 1)]) == 0
     assert saved.steps()[-1] == last + 1 and not list((folder / "run").glob(".step-*"))
+
+
+def interrupt_when_logging(monkeypatch) -> None:
+    """Ctrl-C at the first line of metrics."""
+    log = S.MetricsLog.__call__
+
+    def interrupted(self, metrics):
+        log(self, metrics)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(S.MetricsLog, "__call__", interrupted)
 
 
 def test_a_run_without_checkpoints_is_saved_when_interrupted(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
-    log = S.MetricsLog.__call__
-    monkeypatch.setattr(
-        S.MetricsLog,
-        "__call__",
-        lambda self, metrics: (log(self, metrics), signal.raise_signal(signal.SIGINT)),
-    )
-    assert S.main(command(folder)) == 130
-    assert "interrupted/step-000001" in capsys.readouterr().out and checkpoints_in(
-        "interrupted"
-    ).steps() == [1]
-    assert S.main(command(folder)) == 130  # another run's state is not mixed with it
-    assert "interrupted-2/step-000001" in capsys.readouterr().out and checkpoints_in(
-        "interrupted"
-    ).steps() == [1]
+    interrupt_when_logging(monkeypatch)
+    for name in ("interrupted", "interrupted-2"):  # another run's state is not mixed with it
+        assert S.main(command(folder)) == 130
+        assert f"{name}/step-000001" in capsys.readouterr().out
+        assert checkpoints_in("interrupted").steps() == [1]
 
 
 def test_a_signal_that_ends_the_compiler_too_is_an_interruption(folder, monkeypatch, capsys):
@@ -460,12 +425,7 @@ def test_a_full_disk_is_said_in_one_line(folder, monkeypatch, capsys, interrupte
 
     monkeypatch.setattr(resume, "save_file", full)
     if interrupted:
-        log = S.MetricsLog.__call__
-        monkeypatch.setattr(
-            S.MetricsLog,
-            "__call__",
-            lambda self, metrics: (log(self, metrics), signal.raise_signal(signal.SIGINT)),
-        )
+        interrupt_when_logging(monkeypatch)
     assert S.main(command(folder, "--checkpoints", str(folder / "run"))) == 2
     error = capsys.readouterr().err
     assert (
@@ -539,50 +499,21 @@ def test_flags_reach_what_they_are_about(folder, monkeypatch):
         return Optimizer(model, *args, **kw)
 
     monkeypatch.setattr(S.Ranks, "optimizer", optimizer)
-    monkeypatch.setattr(
-        S,
-        "compile_train_step",
-        lambda model, optimizer, cfg, **kw: (
-            steps.append((model.args.expert_qat, cfg, kw)),
-            make(model, optimizer, cfg, **kw),
-        )[1],
-    )
-    assert (
-        S.main(
-            command(
-                folder,
-                "--optimizer",
-                "adamw",
-                "--clip",
-                "0.25",
-                "--micro-batch",
-                "1",
-                "--recompute",
-                "full",
-                "--qat",
-                "fp8",
-                "--index-warmup",
-                "1",
-                "--index-loss",
-                "0.5",
-                "--steps",
-                "1",
-            )
-        )
-        == 0
-    )
+
+    def compile_train_step(model, optimizer, cfg, **options):
+        steps.append((model.args.expert_qat, cfg, options))
+        return make(model, optimizer, cfg, **options)
+
+    monkeypatch.setattr(S, "compile_train_step", compile_train_step)
+    flags = "--optimizer adamw --clip 0.25 --micro-batch 1 --recompute full --qat fp8 "
+    flags += "--index-warmup 1 --index-loss 0.5 --steps 1"
+    assert S.main(command(folder, *flags.split())) == 0
     assert optimizers == [("adamw", {"clip": 0.25})] * 2
     for dense, (qat, cfg, options) in zip((True, False), steps, strict=True):
-        assert (
-            qat == "fp8"
-            and cfg == PRESETS["eager"]
-            and options["weights"] == LossWeights(mtp=0.3, balance=1e-4, index=0.5)
-        )
-        assert (options["aux"], options["micro_batch"], options["recompute"]) == (
-            Aux(index_loss=True, dense=dense),
-            1,
-            "full",
-        )
+        assert qat == "fp8" and cfg == PRESETS["eager"]
+        assert options["weights"] == LossWeights(mtp=0.3, balance=1e-4, index=0.5)
+        assert options["aux"] == Aux(index_loss=True, dense=dense)
+        assert options["micro_batch"] == 1 and options["recompute"] == "full"
 
 
 def test_a_step_moves_router_biases_by_their_rate():
@@ -687,39 +618,16 @@ def test_a_checkpoint_that_is_torn_or_anothers_is_refused(folder, capsys):
 
 def test_a_released_folder_is_trained_on(capsys, folder):
     """Their weights become masters; saved are the same layout, other weights, the tokenizer."""
-    tiny = str(ROOT / "assets" / "tiny")
-    assert (
-        S.main(
-            command(
-                folder,
-                "--init",
-                tiny,
-                "--dtype",
-                "bfloat16",
-                "--steps",
-                "1",
-                "--out",
-                str(folder / "out"),
-                "--experts",
-                "fp4",
-                "--linears",
-                "fp8",
-                "--json",
-            )
-        )
-        == 0
-    )
+    tiny, out = ROOT / "assets" / "tiny", folder / "out"
+    flags = "--dtype bfloat16 --steps 1 --experts fp4 --linears fp8 --json"
+    assert S.main(command(folder, "--init", str(tiny), "--out", str(out), *flags.split())) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["loss"] < 5  # per token of a vocabulary of 1024: it has been trained before
-    old, new = open_folder(tiny)[0], open_folder(folder / "out")[0]
-    assert {name: info for name, info in old.tensors.items()} == dict(new.tensors)
-    assert not torch.equal(
-        old.get("layers.2.attn.wq_a.weight").view(torch.uint8),
-        new.get("layers.2.attn.wq_a.weight").view(torch.uint8),
-    )
-    assert (folder / "out" / "tokenizer.model").read_bytes() == Path(
-        tiny, "tokenizer.model"
-    ).read_bytes()
+    old, new = open_folder(tiny)[0], open_folder(out)[0]
+    assert dict(old.tensors) == dict(new.tensors)
+    name = "layers.2.attn.wq_a.weight"
+    assert not torch.equal(old.get(name).view(torch.uint8), new.get(name).view(torch.uint8))
+    assert (out / "tokenizer.model").read_bytes() == (tiny / "tokenizer.model").read_bytes()
 
 
 @pytest.mark.parametrize("fmt", ("fp4", "fp8"))
