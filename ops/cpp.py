@@ -1,7 +1,8 @@
-"""C++ kernels of ops on CPU: ops/cpu/*.cpp, compiled by Inductor's toolchain against torch's stable ABI.
+"""C++ kernels of ops on CPU: ops/cpu/*.cpp, compiled by Inductor, against torch's stable ABI.
 
-`registry.build_cpu_kernels` builds them, once a machine, before a phase or training step is traced. Until then, and where
-nothing can be compiled, an op runs its Python function. `disabled` switches kernels off, to measure or to test without.
+`registry.build_cpu_kernels` builds them, once a machine, before a phase or training step is traced.
+Until then, and where nothing can be compiled, an op runs its Python function. `disabled` switches
+kernels off, to measure or to test without.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _disabled: dict[str, bool] = {}  # by op; a plain dict, so that compiled code ca
 
 
 def supports_cpp(*args) -> bool:
-    """Whether all tensors are of the types that the kernels take: float32 values and int64 indices."""
+    """Whether all tensors are of the types that kernels take: float32 values, int64 indices."""
     tensors = [t for t in args if isinstance(t, torch.Tensor)]
     return all(t.dtype in (torch.float32, torch.int64) for t in tensors)
 
@@ -34,8 +35,9 @@ def enabled(op: str) -> bool:
 def disabled(*ops: str):
     """Within the block these ops run, and are traced, as if they had no C++ kernels.
 
-    Compiled code keeps what it was traced with. A kernel that takes all arguments (`sinkhorn`, `moe_decode`) is
-    registered in the op itself: an explicitly opaque call keeps running it once it is built.
+    Compiled code keeps what it was traced with. A kernel that takes all arguments (`sinkhorn`,
+    `moe_decode`) is registered in the op itself: an explicitly opaque call keeps running it once it
+    is built.
     """
     before = dict(_disabled)
     _disabled.update(dict.fromkeys(ops, True))
@@ -47,7 +49,7 @@ def disabled(*ops: str):
 
 
 def source(library: str) -> str:
-    """The C++ of a library, its header in place: its text is part of the key of Inductor's code cache."""
+    """The C++ of a library, its header in place: the text is the key of Inductor's code cache."""
     text = (FOLDER / f"{library}.cpp").read_text()
     header = (FOLDER / "common.h").read_text().replace("#pragma once\n", "", 1)
     assert text.startswith(INCLUDE), f"{library}.cpp does not begin with {INCLUDE.strip()}"
@@ -56,7 +58,7 @@ def source(library: str) -> str:
 
 
 class CppKernel:
-    """The CPU implementation of an op by a C++ function of the op's own name and schema, in ops/cpu/<library>.cpp.
+    """The CPU implementation of an op: a function of its name and schema in ops/cpu/<library>.cpp.
 
     Ops of one library are built together.
     """
@@ -75,7 +77,7 @@ class CppKernel:
         self.registration.impl(self.name, self.python, "CPU")
 
     def build(self) -> bool:
-        """Compile, once a machine, and register the C++ in place of the Python. -> whether that was possible."""
+        """Compile, once a machine, and register the C++ in place of the Python. -> success."""
         if self.built is None:
             together = [k for k in KERNELS.values() if k.library == self.library]
             for kernel in together:
@@ -89,7 +91,7 @@ class CppKernel:
 
 
 def _load(library: str, namespace: str, names: list[str]) -> bool:
-    """Compile and load a library that registers these functions for CPU. -> whether that was possible."""
+    """Compile and load a library that registers these functions for CPU. -> success."""
     lines = "\n".join(f'  m.impl("{name}", TORCH_BOX(&{name}));' for name in names)
     registration = f"STABLE_TORCH_LIBRARY_IMPL({namespace}, CPU, m) {{\n{lines}\n}}\n"
     try:

@@ -5,18 +5,20 @@
     y        = sum_k h W2^T            each term in the dtype of x, summed in fp32
 
     x [N, d]   w13 [E, 2I, d] (W1 rows first)   w2 [E, d, I]   idx [N, K] int64   weight [N, K] fp32
-    packed weights: FP4 int8 [E, 2I, d/2], [E, d, I/2] with scales [E, 2I, ceil(d/32)], [E, d, ceil(I/32)];
-                    FP8 e4m3 with 128 x 128 scales, those of W1 and W3 stacked; scales uint8 (e8m0 bits) or fp32
-    act_quant rounds x and h to fp8 in blocks of 128
-    idx = E: no expert, in the opaque form, for more than one token: the pair costs next to nothing (see parallel.py),
-             and the gradient of its weight is not defined
+    packed weights   FP4: int8 [E, 2I, d/2], [E, d, I/2]; scales [E, 2I, d/32], [E, d, I/32], rounded up
+                     FP8: e4m3, scales of blocks of 128 x 128, those of W1 and W3 stacked
+                     scales: uint8 (e8m0 bits) or fp32
+    act_quant        rounds x and h to fp8 in blocks of 128
+    idx = E          no expert, in the opaque form, for more than one token: the pair costs next to
+                     nothing (see parallel.py), and the gradient of its weight is not defined
     y [N, d] fp32
 
-The traced reference has static shapes: few tokens gather their experts' weights, many go through all experts with zero
-weights. The opaque form groups tokens by expert instead, which needs the counts on the host: cheap on CPU, where mode
-"cpu" takes it for many tokens. It has two variants there: moe_decode for few tokens, compiled without gradients, and
-moe_train for many in fp32 with gradients, whose backward reads W1 x and W3 x where moe's computes them again. Packed
-weights are frozen. Errors: shapes that do not fit together.
+The traced reference has static shapes: few tokens gather their experts' weights, many go through
+all experts with zero weights. The opaque form groups tokens by expert instead, which needs the
+counts on the host: cheap on CPU, where mode "cpu" takes it for many tokens. It has two variants
+there: moe_decode for few tokens, compiled without gradients, and moe_train for many in fp32 with
+gradients, whose backward reads W1 x and W3 x where moe's computes them again. Packed weights are
+frozen. Errors: shapes that do not fit together.
 """
 
 from __future__ import annotations
@@ -55,7 +57,8 @@ def check(x, w13, w2, idx, weight, s13, s2, limit, act_quant):
     require(
         w13.shape == (E, 2 * I, d // pack)
         and w2.shape == (E, d, I // pack)
-        and I % pack == d % pack == 0
+        and I % pack == 0
+        and d % pack == 0
         and idx.dim() == 2
         and idx.shape[0] == x.shape[0]
         and weight.shape == idx.shape,
@@ -82,9 +85,9 @@ def _few(idx, w13):
 
 
 def _many(x, w13, idx):
-    """Whether grouping by expert beats, on CPU, both gathering experts and going through all of them."""
+    """Whether grouping by expert beats, on CPU, both gathering experts and going through all."""
     N, E = len(x), len(w13)
-    return not _few(idx, w13) and (N > 32 or E * N > 8 * idx.numel())
+    return not _few(idx, w13) and (N > 32 or 8 * idx.numel() < E * N)
 
 
 def reference(

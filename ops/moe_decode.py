@@ -1,8 +1,9 @@
-"""moe_decode: variant of moe for few tokens on CPU, compiled without gradients, in C++ (cpu/moe_decode.cpp).
+"""moe_decode: variant of moe for few tokens on CPU, compiled without gradients.
 
-The mathematics, shapes and act_quant of moe (see moe.py), for fp32 weights that are not packed; moe has checked the
-arguments. Each chosen expert is read once, row by row, for up to four of its tokens: decoding is bound by memory. The
-node has no gradient (looking for one would cost as much as a small expert).
+The mathematics, shapes and act_quant of moe (see moe.py), for fp32 weights that are not packed; moe
+has checked the arguments. Each chosen expert is read once, row by row, for up to four of its
+tokens: decoding is bound by memory (cpu/moe_decode.cpp). The node has no gradient: looking for one
+would cost as much as a small expert.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from .swiglu import HAS_KERNELS
 
 
 def _materialized(x):
-    """x itself; a strided view, which Inductor computes once into a buffer instead of anew for every row that uses it."""
+    """x itself, as a strided view: Inductor computes one into a buffer, once, instead of anew for
+    every row that uses it."""
     x = x.contiguous()
     return x.as_strided(x.shape, x.stride())
 

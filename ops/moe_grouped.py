@@ -1,7 +1,7 @@
-"""moe, expert by expert: the tokens that chose one are gathered and go through matrix products of its size.
+"""moe, expert by expert: tokens that chose one are gathered, and go through matrix products.
 
-The Python of the opaque op and of its backward (see moe.py for the formula, shapes and dtypes). How many tokens an
-expert has must be known on the host, so this is not for tracing.
+The Python of the opaque op and of its backward (see moe.py for the formula, shapes and dtypes). How
+many tokens an expert has must be known on the host, so this is not for tracing.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def one_of(scale: torch.Tensor | None, expert) -> torch.Tensor | None:
 
 
 def _groups(idx, E):
-    """Yield (expert, flat positions in idx that chose it) for each expert that was chosen; none is beyond E - 1."""
+    """Yield (expert e < E, flat positions in idx that chose it) for each expert that was chosen."""
     flat = idx.flatten()
     counts = torch.bincount(flat, minlength=E).tolist()
     order = flat.argsort(stable=True)
@@ -123,6 +123,6 @@ def flops(x, w13, w2, idx, *args, out_shape=None, **kw):
 
 
 def backward_flops(g, x, w13, w2, idx, weight, s13=None, *args, out_shape=None, **kw):
-    """Two gradients for each product of the forward (one if weights are packed), and W1 x, W3 x again."""
+    """Two gradients for each product (one if weights are packed), and W1 x, W3 x again."""
     thirds = 8 if s13 is None else 5
     return thirds * flops(x, w13, w2, idx) // 3

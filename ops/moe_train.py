@@ -1,8 +1,9 @@
 """moe_train: variant of moe for many tokens on CPU with gradients, in fp32, in C++ (cpu/moe.cpp).
 
-The mathematics and shapes of moe (see moe.py), for fp32 weights that are not packed, without act_quant; moe has checked
-the arguments. The forward saves the pre-activations W1 x and W3 x of all pairs, which moe's backward would compute
-again: a quarter of its work, for 8 I bytes a pair. Without a C++ compiler they are computed again.
+The mathematics and shapes of moe (see moe.py), for fp32 weights that are not packed, without
+act_quant; moe has checked the arguments. The forward saves the pre-activations W1 x and W3 x of all
+pairs, which moe's backward would compute again: a quarter of its work, for 8 I bytes a pair.
+Without a C++ compiler they are computed again.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def reference(
 
 
 def _fake(x, w13, w2, idx, *rest):
-    """-> y, and h13 [N K, 2, I rounded up to whole vectors] flat: W1 x and W3 x of all pairs, in the order of experts."""
+    """-> y, and h13 [N K, 2 padded]: W1 x and W3 x of all pairs, in the order of experts."""
     I = w13.shape[1] // 2
     padded = -(-I // LANES) * LANES
     return x.new_empty(x.shape), x.new_empty(idx.numel(), 2 * padded)

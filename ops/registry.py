@@ -1,15 +1,18 @@
 """How an op is registered and how a model chooses between its forms.
 
-Every heavy region of the model is an `Op` with interchangeable forms of the same mathematics, its modes:
+Every heavy region of the model is an `Op` with interchangeable forms of the same mathematics, its
+modes:
 
     reference   plain PyTorch, traced into the graph, differentiated by autograd
-    opaque      one node `torch.ops.dsv4.<name>` in the graph, with a fake, a backward op and a FLOP formula;
-                on CPU it runs the reference or C++ (cpp.py), on a GPU (or in Triton's interpreter) the kernel
-    cpu         whichever is faster on CPU: one of the two, or a variant of the op, by sizes, by whether gradients
-                are enabled and by whether it is compiled. The reference, if the op knows nothing faster
+    opaque      one node `torch.ops.dsv4.<name>` in the graph, with a fake, a backward op and a FLOP
+                formula; on CPU it runs the reference or C++ (cpp.py), on a GPU (or in Triton's
+                interpreter) the kernel
+    cpu         the faster one on CPU: either of the two or a variant of the op, by sizes, by whether
+                gradients are enabled and by whether it is compiled; the reference, if the op knows
+                nothing faster
 
-Without a choice, an op runs in mode "cpu" on CPU and in mode "opaque" elsewhere. A model holds a `Table`: its own
-immutable choice per op. `use({...})` sets the choices of tables made inside it.
+Without a choice, an op runs in mode "cpu" on CPU and in mode "opaque" elsewhere. A model holds a
+`Table`: its own immutable choice per op. `use({...})` sets the choices of tables made inside it.
 """
 
 from __future__ import annotations
@@ -55,8 +58,8 @@ def register(
     fake            output shapes from input shapes
     flops           FLOPs from argument shapes, as torch.utils.flop_counter passes them
     setup_context, backward   as in torch.library.register_autograd; backward calls an op of its own
-    kernel          as impl, by Triton: runs instead of it on a GPU, and on CPU in Triton's interpreter
-    cpp             library of a C++ kernel for CPU, see cpp.py: it runs once `build_cpu_kernels` has built it
+    kernel          as impl, by Triton: runs on a GPU, and on CPU in Triton's interpreter
+    cpp             library of a C++ kernel for CPU, see cpp.py: runs once `build_cpu_kernels` built it
     supports_cpp    whether the C++ takes these arguments; impl takes the others. None: it takes all
     native          False: kernel and cpp are left out, impl runs everywhere
     """
@@ -87,7 +90,7 @@ def register(
 
 
 def _register_cpp(schema: str, impl: Callable, library: str, supports_cpp: Callable) -> None:
-    """On CPU: an op of the same name in a namespace of its own for what C++ supports, impl for the rest."""
+    """On CPU: C++, an op of the same name in another namespace, for what it supports; else impl."""
     name = schema.split("(")[0]
     CppKernel(CPP, name, impl, library)
     _cpp_library.define(schema)
@@ -101,7 +104,7 @@ def _register_cpp(schema: str, impl: Callable, library: str, supports_cpp: Calla
 
 
 class Op:
-    """One op. Calling it validates the arguments (outside compiled code) and runs the form that suits the device.
+    """One op. A call checks the arguments (outside compiled code) and runs the form of the device.
 
     check(*args)      raises ValueError naming the argument at fault
     cpu(*args)        the form of mode "cpu"; None: the reference
@@ -166,7 +169,7 @@ class Op:
 class Table:
     """An immutable choice of form for every op: `table.sparse_attn(...)` calls the chosen one.
 
-    modes            the choices: op names to "reference", "opaque" or "cpu". Ops it does not name follow the device
+    modes            the choices: op names to "reference", "opaque" or "cpu". Others follow the device
     modes_on("cpu")  the mode of every op on a device
     """
 
@@ -198,8 +201,8 @@ def build_cpu_kernels(table: Table, phase: str) -> None:
 
     phase   "decode": few tokens; "prefill": many; both without gradients; "train": with gradients
 
-    Tracing builds nothing: call this before compiling what shall use it, as compile_config.py does. Ops whose C++
-    cannot be compiled here keep their Python.
+    Tracing builds nothing: call this before compiling what shall use it, as compile_config.py does.
+    Ops whose C++ cannot be compiled here keep their Python.
     """
     for name, mode in table.modes_on("cpu").items():
         for op in OPS[name].cpp_kernels(mode, phase):
@@ -219,7 +222,7 @@ def validate(modes: dict[str, str]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def use(modes: dict[str, str]):
-    """Within the block, models and calls take these forms by default: `with ops.use({"moe": "reference"}): ...`"""
+    """Within the block models and calls take these forms: `with ops.use({"moe": "reference"}): ...`"""
     before = dict(_modes)
     _modes.update(validate(modes))
     try:

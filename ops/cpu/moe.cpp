@@ -1,136 +1,199 @@
 #include "common.h"
 
-struct Routed {
-  const Tensor x_, w13_, w2_, idx_, weight_;
-  const float *x, *w13, *w2, *weight, limit;
-  const int64_t N, K, E, I, P, d;  // P: I, rounded up to whole vectors
+// moe and moe_train for fp32: the mathematics and shapes of ops/moe.py, weights not packed, no
+// act_quant. Expert by expert, as ops/moe_grouped.py: the tokens that chose one are gathered and
+// go through matrix products of its size.
+
+using MaybeTensor = std::optional<Tensor>;
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+struct Experts {
+  std::vector<Tensor> held;  // contiguous
+  const float *x, *w13, *w2, *weight;
+  float limit;
+  int64_t N, K, E, I, d;
+  int64_t padded;                           // I, rounded up to whole vectors
   std::vector<std::vector<int64_t>> pairs;  // of each expert: n K + k
   std::vector<int64_t> first;  // of each expert: where its pairs begin, in the order of experts
-  Routed(const Tensor& x, const Tensor& w13, const Tensor& w2, const Tensor& idx, const Tensor& weight, double limit)
-      : x_(floats(x)), w13_(floats(w13)), w2_(floats(w2)), idx_(packed(idx, ScalarType::Long)), weight_(floats(weight)), x(data(x_)),
-        w13(data(w13_)), w2(data(w2_)), weight(data(weight_)), limit(limit), N(idx.size(0)), K(idx.size(1)), E(w13.size(0)),
-        I(w13.size(1) / 2), P((I + 7) / 8 * 8), d(w13.size(2)), pairs(E), first(E + 1) {
-    for (int64_t p = 0; p < N * K; p++) {
-      const int64_t e = ((const int64_t*)idx_.data_ptr())[p];
+
+  Experts(const Tensor& x_, const Tensor& w13_, const Tensor& w2_, const Tensor& idx_,
+          const Tensor& weight_, double limit)
+      : held{floats(x_), floats(w13_), floats(w2_), floats(weight_)}, limit(limit) {
+    x = data(held[0]);
+    w13 = data(held[1]);
+    w2 = data(held[2]);
+    weight = data(held[3]);
+    N = idx_.size(0);
+    K = idx_.size(1);
+    E = w13_.size(0);
+    I = w13_.size(1) / 2;
+    d = w13_.size(2);
+    padded = (I + 7) / 8 * 8;
+    pairs.resize(E);
+    first.resize(E + 1);
+    const Tensor idx = indices(idx_);
+    for (int64_t pair = 0; pair < N * K; pair++) {
+      const int64_t e = int_data(idx)[pair];
       STD_TORCH_CHECK(0 <= e && e <= E, "moe: there is no expert ", e);
-      if (e < E) pairs[e].push_back(p);
+      if (e < E) pairs[e].push_back(pair);
     }
     for (int64_t e = 0; e < E; e++) first[e + 1] = first[e] + pairs[e].size();
   }
-  // Pre-activations [n, 2, P] of the rows of x of those who chose e
-  void up(int64_t e, const std::vector<float>& xs, float* h13) const {
+
+  Matrix w1_or_w3(int64_t e, int k) const { return {w13 + (2 * e + k) * I * d, I, d, d}; }
+  Matrix w2_of(int64_t e) const { return {w2 + e * d * I, d, I, I}; }
+
+  // h13 [n, 2, padded]: W1 x and W3 x, of rows [n, d] of x
+  void pre_activations(int64_t e, Matrix rows, float* h13) const {
+    for (int k = 0; k < 2; k++)
+      matmul(rows, w1_or_w3(e, k).T(), h13 + k * padded, 2 * padded);
+  }
+  // Rows [n, d], one for each pair of the expert, of those of its tokens
+  Matrix gather(const float* tokens, int64_t e, std::vector<float>& rows) const {
     const int64_t n = pairs[e].size();
-    for (int k = 0; k < 2; k++) product({xs.data(), d, 1}, {w13 + (2 * e + k) * I * d, 1, d}, h13 + k * P, 2 * P, n, I, d, false);
+    float* to = ensure_size(rows, n * d);
+    for (int64_t i = 0; i < n; i++)
+      std::memcpy(to + i * d, tokens + pairs[e][i] / K * d, d * sizeof(float));
+    return {to, n, d, d};
   }
-  void gather(const float* from, int64_t e, std::vector<float>& to) const {
-    room(to, pairs[e].size() * d);
-    for (size_t i = 0; i < pairs[e].size(); i++) std::memcpy(to.data() + i * d, from + pairs[e][i] / K * d, 4 * d);
-  }
-  void scatter(const std::vector<float>& from, int64_t e, float* to) const {
-    for (size_t i = 0; i < pairs[e].size(); i++) add_scaled(to + pairs[e][i] / K * d, 1, from.data() + i * d, d);
+  void scatter_add(const float* rows, int64_t e, float* tokens) const {
+    for (size_t i = 0; i < pairs[e].size(); i++)
+      add_scaled(tokens + pairs[e][i] / K * d, 1, rows + i * d, d);
   }
 };
 
-static Vec8 least(Vec8 x, Vec8 limit) { return x < limit ? x : limit; }
-static Vec8 clamped(Vec8 x, Vec8 limit) { return least(x > -limit ? x : -limit, limit); }
-static Vec8 sigmoid(Vec8 x) { return 1 / (1 + exponential(-x)); }
+static Vec8 at_most(Vec8 x, Vec8 limit) { return x < limit ? x : limit; }
+static Vec8 clamp(Vec8 x, Vec8 limit) { return at_most(x > -limit ? x : -limit, limit); }
 
-// kept: pre-activations of all pairs, in the order of experts, or null
-static Tensor forward(const Routed& r, const Tensor& x, float* kept) {
-  const int64_t I = r.I, P = r.P, d = r.d;
-  const Vec8 most = Vec8{} + r.limit;
-  Tensor y = torch::stable::new_empty(x, {r.N, d});
-  Sums of_y(y, parts_of(r.E));
-  in_parts(r.E, [&](int64_t part, int64_t begin, int64_t end) {
-    static thread_local std::vector<float> xs, h13, h, ys;
-    float* sum = of_y.of(part);
+// saved: memory for the pre-activations of all pairs, in the order of experts, or null
+static Tensor forward(const Experts& m, const Tensor& x, float* saved) {
+  const int64_t d = m.d, padded = m.padded;
+  const Vec8 limit = Vec8{} + m.limit;
+  Tensor y = torch::stable::new_empty(x, {m.N, d});
+  Partials y_parts(y, count_parts(m.E));
+  in_parts(m.E, [&](int64_t part, int64_t begin, int64_t end) {
+    static thread_local std::vector<float> x_rows, h13_rows, h_rows, y_rows;
+    float* y_part = y_parts.slice(part);
     for (int64_t e = begin; e < end; e++) {
-      const int64_t n = r.pairs[e].size();
-      if (!n) continue;
-      float* rows = kept ? kept + r.first[e] * 2 * P : room(h13, n * 2 * P);
-      r.gather(r.x, e, xs), r.up(e, xs, rows);
-      room(h, n * P), room(ys, n * d);
-      for (int64_t t = 0; t < n; t++)
-        for (int64_t i = 0; i < P; i += 8) {
-          const Vec8 gate = least(vec(rows + t * 2 * P + i), most), up = clamped(vec(rows + t * 2 * P + P + i), most);
-          vec(h.data() + t * P + i) = gate * sigmoid(gate) * up * r.weight[r.pairs[e][t]];
+      const int64_t n = m.pairs[e].size();
+      if (n == 0) continue;
+      float* h13 = saved ? saved + m.first[e] * 2 * padded : ensure_size(h13_rows, n * 2 * padded);
+      float* h = ensure_size(h_rows, n * padded);
+      float* y_e = ensure_size(y_rows, n * d);
+      m.pre_activations(e, m.gather(m.x, e, x_rows), h13);
+      // h [n, I] = silu(gate) up weight
+      for (int64_t t = 0; t < n; t++) {
+        const float* row = h13 + t * 2 * padded;
+        const float weight = m.weight[m.pairs[e][t]];
+        for (int64_t i = 0; i < padded; i += 8) {
+          const Vec8 gate = at_most(vec(row + i), limit);
+          const Vec8 up = clamp(vec(row + padded + i), limit);
+          vec(h + t * padded + i) = gate * sigmoid8(gate) * up * weight;
         }
-      product({h.data(), P, 1}, {r.w2 + e * d * I, 1, I}, ys.data(), d, n, d, I, false);
-      r.scatter(ys, e, sum);
+      }
+      // y += h W2^T
+      matmul({h, n, m.I, padded}, m.w2_of(e).T(), y_e, d);
+      m.scatter_add(y_e, e, y_part);
     }
   });
-  of_y.finish();
+  y_parts.reduce();
   return y;
 }
 
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-static Gradients backward(const Routed& r, const Tensor& g_, const Tensor& x, const float* kept) {
+// One token of backward: h13 and g_h [I] to the gradients g13 of h13 (maybe in place) and to h.
+// Returns the gradient of weight.
+static float act_backward(int64_t I, int64_t padded, float max, float weight, const float* h13,
+                          const float* g_h, float* g13, float* h) {
+  const Vec8 limit = Vec8{} + max, zero = {};
+  for (int64_t i = 0; i < padded; i += 8) {
+    const Vec8 gate = vec(h13 + i), up = vec(h13 + padded + i);
+    const Vec8 gate_c = at_most(gate, limit), up_c = clamp(up, limit);
+    const Vec8 sig = sigmoid8(gate_c), silu = gate_c * sig;
+    const Vec8 g = vec(g_h + i) * weight;
+    vec(h + i) = silu * up_c;
+    vec(g13 + i) = gate <= limit ? g * up_c * sig * (1 + gate_c - silu) : zero;
+    vec(g13 + padded + i) = up_c == up ? g * silu : zero;
+  }
+  const float g_weight = dot(g_h, h, I);
+  vectorize(padded, [&](auto at) { at(h) *= weight; });
+  return g_weight;
+}
+
+static Gradients backward(const Experts& m, const Tensor& g_, const Tensor& x,
+                          const float* saved) {
   const Tensor g = floats(g_);
-  const int64_t I = r.I, P = r.P, d = r.d;
-  const Vec8 most = Vec8{} + r.limit, zero = {};
-  Tensor g_x = torch::stable::new_empty(x, {r.N, d}), g_w13 = torch::stable::new_empty(x, {r.E, 2 * I, d});
-  Tensor g_w2 = torch::stable::new_empty(x, {r.E, d, I}), g_weight = torch::stable::new_empty(x, {r.N, r.K});
-  std::memset(data(g_weight), 0, 4 * r.N * r.K);  // pairs without an expert
-  Sums of_x(g_x, parts_of(r.E));
-  in_parts(r.E, [&](int64_t part, int64_t begin, int64_t end) {
-    static thread_local std::vector<float> xs, gs, h13, h, g_h, g_xs;
-    float* sum = of_x.of(part);
+  const int64_t I = m.I, d = m.d, padded = m.padded;
+  Tensor g_x = torch::stable::new_empty(x, {m.N, d});
+  Tensor g_w13 = torch::stable::new_empty(x, {m.E, 2 * I, d});
+  Tensor g_w2 = torch::stable::new_empty(x, {m.E, d, I});
+  Tensor g_weight = torch::stable::new_empty(x, {m.N, m.K});
+  std::memset(data(g_weight), 0, m.N * m.K * sizeof(float));  // of pairs without an expert
+  Partials g_x_parts(g_x, count_parts(m.E));
+  in_parts(m.E, [&](int64_t part, int64_t begin, int64_t end) {
+    static thread_local std::vector<float> x_rows, g_rows, h13_rows, h_rows, g_h_rows, g_x_rows;
+    float* g_x_part = g_x_parts.slice(part);
     for (int64_t e = begin; e < end; e++) {
-      const int64_t n = r.pairs[e].size();
-      float *to13 = data(g_w13) + e * 2 * I * d, *to2 = data(g_w2) + e * d * I;
-      const float *w13 = r.w13 + e * 2 * I * d, *w2 = r.w2 + e * d * I;
-      r.gather(r.x, e, xs);
-      float* g13s = room(h13, n * 2 * P);
-      if (!kept) r.up(e, xs, g13s);
-      r.gather(data(g), e, gs);
-      room(h, n * P), room(g_h, n * P), room(g_xs, n * d);
-      product({gs.data(), d, 1}, {w2, I, 1}, g_h.data(), P, n, I, d, false);
-      for (int64_t t = 0; t < n; t++) {  // pre-activations to their gradient, maybe in place
-        float *row = g13s + t * 2 * P, *to = h.data() + t * P, *from = g_h.data() + t * P;
-        const float* pre = kept ? kept + (r.first[e] + t) * 2 * P : row;
-        const float w = r.weight[r.pairs[e][t]];
-        for (int64_t i = 0; i < P; i += 8) {
-          const Vec8 gate = vec(pre + i), up = vec(pre + P + i), v = least(gate, most), u = clamped(up, most);
-          const Vec8 sig = sigmoid(v), silu = v * sig, g = vec(from + i) * w;
-          vec(to + i) = silu * u;
-          vec(row + i) = gate <= most ? g * u * sig * (1 + v - silu) : zero;
-          vec(row + P + i) = u == up ? g * silu : zero;
-        }
-        data(g_weight)[r.pairs[e][t]] = dot(from, to, I);
-        each(P, [&](auto at) { at(to) *= w; });
+      const int64_t n = m.pairs[e].size();
+      float* g_w13_e = data(g_w13) + e * 2 * I * d;
+      float* g_w2_e = data(g_w2) + e * d * I;
+      if (n == 0) {
+        std::memset(g_w13_e, 0, 2 * I * d * sizeof(float));
+        std::memset(g_w2_e, 0, d * I * sizeof(float));
+        continue;
       }
+      const Matrix x_e = m.gather(m.x, e, x_rows), g_e = m.gather(data(g), e, g_rows);
+      float* g13 = ensure_size(h13_rows, n * 2 * padded);  // pre-activations, then their gradient
+      float* h = ensure_size(h_rows, n * padded);
+      float* g_h = ensure_size(g_h_rows, n * padded);
+      float* g_x_e = ensure_size(g_x_rows, n * d);
+      if (!saved) m.pre_activations(e, x_e, g13);
+      const float* h13 = saved ? saved + m.first[e] * 2 * padded : g13;
+      // g_h [n, I] = g W2
+      matmul(g_e, m.w2_of(e), g_h, padded);
+      for (int64_t t = 0; t < n; t++) {
+        const int64_t pair = m.pairs[e][t];
+        data(g_weight)[pair] =
+            act_backward(I, padded, m.limit, m.weight[pair], h13 + t * 2 * padded,
+                         g_h + t * padded, g13 + t * 2 * padded, h + t * padded);
+      }
+      // g_x = g_gate W1 + g_up W3; g_W1 = g_gate^T x, g_W3 = g_up^T x; g_W2 = g^T h
       for (int k = 0; k < 2; k++) {
-        const float* g13 = g13s + k * P;
-        product({g13, 2 * P, 1}, {w13 + k * I * d, d, 1}, g_xs.data(), d, n, d, I, k);
-        product({g13, 1, 2 * P}, {xs.data(), d, 1}, to13 + k * I * d, d, I, d, n, false);
+        const Matrix g_k{g13 + k * padded, n, I, 2 * padded};
+        matmul(g_k, m.w1_or_w3(e, k), g_x_e, d, k > 0);
+        matmul(g_k.T(), x_e, g_w13_e + k * I * d, d);
       }
-      product({gs.data(), 1, d}, {h.data(), P, 1}, to2, I, d, I, n, false);
-      r.scatter(g_xs, e, sum);
+      matmul(g_e.T(), {h, n, I, padded}, g_w2_e, I);
+      m.scatter_add(g_x_e, e, g_x_part);
     }
   });
-  of_x.finish();
+  g_x_parts.reduce();
   return {g_x, g_w13, g_w2, g_weight};
 }
 
-Tensor moe(const Tensor& x, const Tensor& w13, const Tensor& w2, const Tensor& idx, const Tensor& weight, const std::optional<Tensor>&,
-           const std::optional<Tensor>&, double limit, bool) {
-  return forward(Routed(x, w13, w2, idx, weight, limit), x, nullptr);
+Tensor moe(const Tensor& x, const Tensor& w13, const Tensor& w2, const Tensor& idx,
+           const Tensor& weight, const MaybeTensor&, const MaybeTensor&, double limit, bool) {
+  return forward(Experts(x, w13, w2, idx, weight, limit), x, nullptr);
 }
 
-Gradients moe_backward(const Tensor& g, const Tensor& x, const Tensor& w13, const Tensor& w2, const Tensor& idx, const Tensor& weight,
-                       const std::optional<Tensor>&, const std::optional<Tensor>&, double limit, bool) {
-  return backward(Routed(x, w13, w2, idx, weight, limit), g, x, nullptr);
+Gradients moe_backward(const Tensor& g, const Tensor& x, const Tensor& w13, const Tensor& w2,
+                       const Tensor& idx, const Tensor& weight, const MaybeTensor&,
+                       const MaybeTensor&, double limit, bool) {
+  return backward(Experts(x, w13, w2, idx, weight, limit), g, x, nullptr);
 }
 
-std::tuple<Tensor, Tensor> moe_train(const Tensor& x, const Tensor& w13, const Tensor& w2, const Tensor& idx, const Tensor& weight, double limit) {
-  const Routed r(x, w13, w2, idx, weight, limit);
-  Tensor h13 = torch::stable::new_empty(x, {r.N * r.K, 2 * r.P});
-  if (r.P > r.I || r.first[r.E] < r.N * r.K) std::memset(data(h13), 0, 4 * h13.numel());  // what no product fills
-  return {forward(r, x, data(h13)), h13};
+std::tuple<Tensor, Tensor> moe_train(const Tensor& x, const Tensor& w13, const Tensor& w2,
+                                     const Tensor& idx, const Tensor& weight, double limit) {
+  const Experts m(x, w13, w2, idx, weight, limit);
+  Tensor h13 = torch::stable::new_empty(x, {m.N * m.K, 2 * m.padded});
+  // Where no product writes: the padding of rows, and pairs without an expert
+  const bool gaps = m.padded > m.I || m.first[m.E] < m.N * m.K;
+  if (gaps) std::memset(data(h13), 0, h13.numel() * sizeof(float));
+  return {forward(m, x, data(h13)), h13};
 }
 
-Gradients moe_train_backward(const Tensor& g, const Tensor& h13, const Tensor& x, const Tensor& w13, const Tensor& w2, const Tensor& idx,
-                            const Tensor& weight, double limit) {
-  const Tensor kept = floats(h13);
-  return backward(Routed(x, w13, w2, idx, weight, limit), g, x, data(kept));
+Gradients moe_train_backward(const Tensor& g, const Tensor& h13, const Tensor& x,
+                             const Tensor& w13, const Tensor& w2, const Tensor& idx,
+                             const Tensor& weight, double limit) {
+  const Tensor saved = floats(h13);
+  return backward(Experts(x, w13, w2, idx, weight, limit), g, x, data(saved));
 }
