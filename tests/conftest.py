@@ -5,6 +5,7 @@ one: the tests of KERNELS then build their tensors there.
 """
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -33,6 +34,8 @@ sys.path[:0] = [
     str(Path(__file__).parent),
     str(Path(__file__).parent / "ops"),
 ]
+
+from tiers import FULL
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 KERNELS = {path.name for path in Path(__file__).parent.glob("kernels/test_kernel_*.py")}
@@ -81,6 +84,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.name in QUICK:
             item.add_marker(pytest.mark.quick)
+        if any(re.search(pattern, item.nodeid) for pattern in FULL):
+            item.add_marker(pytest.mark.full)
 
 
 @pytest.fixture(scope="session")
