@@ -124,7 +124,8 @@ class RankRows:
     """Of the rows of a step, those of one process: an equal part, in order."""
 
     def __init__(self, rows: Rows, rank: int, size: int):
-        self.rows, self.length, self.rank, self.size = rows, rows.length, rank, size
+        self.rows, self.length = rows, rows.length
+        self.rank, self.size = rank, size
 
     def __call__(self, numbers: range) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         part = len(numbers) // self.size
@@ -151,7 +152,8 @@ class Ranks:
         ValueError if the processes cannot share the rows evenly, or if there is ep and no torchrun.
         """
         self.distributed = {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
-        self.rank, self.size, self.ep = 0, 1, ep
+        self.rank, self.size = 0, 1
+        self.ep = ep
         if self.distributed:
             self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         elif ep:
@@ -233,8 +235,7 @@ class Ranks:
     # The model
 
     def shard(self, model: Transformer) -> Transformer:
-        """Divide a model, which all processes have made with equal weights on the CPU; its parts
-        lie on the device.
+        """Divide a model that all processes have made alike, on the CPU; parts are on the device.
 
         ValueError if --ep divides neither the processes nor the experts.
         """
@@ -249,8 +250,7 @@ class Ranks:
         for tensor in (*replicated, *model.buffers()):
             tensor.data = tensor.data.to(self.device)
 
-        # Gradients are summed in fp32. Experts have a mesh of their own where groups divide them
-        # further.
+        # Gradients are summed in fp32. Groups that divide their experts do so over their own mesh.
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
         for block in blocks:
             if 1 < self.ep_size < self.size:
@@ -398,7 +398,8 @@ class ShardedOptimizer(Optimizer):
     @torch.no_grad()
     def __init__(self, ranks: Ranks, model: Transformer, *args, **options):
         super().__init__(model, *args, **options)
-        self.ranks, self.size, self.group = ranks, ranks.size, ranks.group
+        self.ranks = ranks
+        self.size, self.group = ranks.size, ranks.group
         self.parameters = {name: p for name, p, *_ in (*self.muon, *self.adam)}
         self.replicated = {
             name

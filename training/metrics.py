@@ -63,8 +63,9 @@ class MetricsLog:
         log: Callable[[str], None],
     ):
         self.file = Path(file).resolve() if file else None
-        self.steps, self.peak, self.flops = steps, peak, flops
-        self.device, self.log = device, log
+        self.steps, self.log = steps, log
+        self.peak, self.flops = peak, flops
+        self.device = device
         self.history: list[dict] = []
         if self.file:
             self.history = self._read(first)

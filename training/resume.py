@@ -41,7 +41,8 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str, keep: int, ranks: Ranks):
-        self.folder, self.keep, self.ranks = Path(folder), keep, ranks
+        self.folder, self.keep = Path(folder), keep
+        self.ranks = ranks
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, in order."""
