@@ -1,10 +1,15 @@
-"""What is compiled, and how: presets, and one function per phase that compiles it.
+"""How the model is compiled: presets, and one function per phase that compiles it.
 
-A phase (prefill chunk, decode, verify, training step) is a function of its own with static shapes. Two facts are kept
-apart. Capturable: every phase of every model is one Dynamo graph. Executed: what a preset runs may be that one graph
-("model"), or one graph per layer kind, shared by the layers of that kind, between a graph for what comes before the
-layers and one for what comes after ("layer"): deep models compile in a fraction of the time, and no arithmetic lies
-between the graphs. Either way there is no graph break, and nothing recompiles as positions, lengths or rates change.
+A phase (prefill chunk, decode, verify, training step) is a function of its own with static shapes.
+Two facts are kept apart:
+
+    capturable  every phase of every model is one Dynamo graph
+    executed    a preset runs that one graph (region "model"), or one graph per kind of layer, which
+                the layers of that kind share, between a graph before the layers and one after them
+                (region "layer"): deep models compile in a fraction of the time, and no arithmetic
+                lies between the graphs
+
+Either way there is no graph break, and nothing recompiles as positions, lengths or rates change.
 """
 
 from __future__ import annotations
@@ -13,11 +18,10 @@ import dataclasses
 import functools
 import runpy
 import sys
-import types
-from typing import Callable
+from collections.abc import Callable
 
 import torch
-from torch._dynamo.utils import counters
+from torch import nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -25,11 +29,12 @@ from torch.utils.checkpoint import (
 )
 
 import ops
-from model import Aux, Transformer, call
-from tools import cli, compile_cache, stats
+from model import Aux, Block, Transformer, call
+from tools import cli, compile_cache, torch_private
 from training.losses import LossWeights, combine_losses, make_targets, training_loss
 
-DEEP = 12  # layers above which a preset without a region of its own compiles layer by layer
+MAX_WHOLE_GRAPH_LAYERS = 12  # deeper models compile layer by layer unless a preset says otherwise
+SAVED_OPS = ("sparse_attn", "moe", "moe_train", "indexer_topk")  # not run again by "selective"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +42,9 @@ class CompileConfig:
     """How phases are compiled.
 
     backend     a torch.compile backend, or None to run eagerly
-    region      "model": one graph; "layer": one per layer kind; None: "layer" for prefill, where it costs nothing, and for
-                deep models, else "model"
-    cudagraphs  capture decode and verify into a CUDA graph
+    region      "model": one graph; "layer": one per kind of layer; None: "layer" for prefill, where
+                it costs nothing, and for models of more than MAX_WHOLE_GRAPH_LAYERS, else "model"
+    cudagraphs  record decode and verify into a CUDA graph
     options     Inductor options, as pairs
     """
 
@@ -49,28 +54,47 @@ class CompileConfig:
     options: tuple[tuple[str, object], ...] = ()
 
 
+AUTOTUNE = (("max_autotune", True), ("coordinate_descent_tuning", True))
 PRESETS = {
     "eager": CompileConfig(backend=None),
     "default": CompileConfig(),
     "cudagraphs": CompileConfig(cudagraphs=True),
     "regional": CompileConfig(region="layer"),
-    "max-autotune": CompileConfig(
-        cudagraphs=True, options=(("max_autotune", True), ("coordinate_descent_tuning", True))
-    ),
+    "max-autotune": CompileConfig(cudagraphs=True, options=AUTOTUNE),
 }
 
 
+def usable_preset(asked: str | None, default: str, device: str) -> str:
+    """The preset asked for, or the default.
+
+    Where code for CPU cannot be compiled: "eager" in place of the default; a ValueError if asked.
+    """
+    name = asked or default
+    if device != "cpu" or PRESETS[name].backend is None:
+        return name
+    lacks = torch_private.missing_cpu_toolchain()
+    if lacks is None:
+        return name
+    if asked:
+        raise ValueError(f"--compile {name} needs {lacks}: install it, or use --compile eager")
+    print(f"running without torch.compile, which needs {lacks}", file=sys.stderr)
+    return "eager"
+
+
+# --------------------------------------------------------------------------------------------------
+# Graphs
+
+
 def compile_function(function: Callable, name: str, cfg: CompileConfig, **options) -> Callable:
-    """`function` as one full graph of static shapes, under a name and a compile count of its own."""
+    """`function` as one full graph of static shapes, with a compile count of its own.
+
+    options     of Inductor, beside those of cfg
+    """
     if cfg.backend is None:
         return function
-    code = function.__code__.replace(co_name=name)  # Dynamo counts compiles per code object
-    function = types.FunctionType(
-        code, function.__globals__, name, function.__defaults__, function.__closure__
-    )
     options = {**options, **dict(cfg.options)} if cfg.backend == "inductor" else {}
-    return torch.compile(
-        function, backend=cfg.backend, fullgraph=True, dynamic=False, options=options or None
+    return torch_private.compile_isolated(
+        function, name, backend=cfg.backend, fullgraph=True, dynamic=False, options=options or None
     )
 
 
@@ -81,29 +105,64 @@ def build_cpu_kernels(model: Transformer, cfg: CompileConfig, phase: str) -> Non
         ops.build_cpu_kernels(model.ops, phase)
 
 
-def regional(model: Transformer, cfg: CompileConfig, phase: str) -> bool:
+def compiles_by_layer(model: Transformer, cfg: CompileConfig, phase: str) -> bool:
     """Whether cfg compiles this phase of the model layer by layer."""
-    region = cfg.region or ("layer" if phase == "prefill" or len(model.layers) > DEEP else "model")
-    return cfg.backend is not None and region == "layer"
+    if cfg.backend is None:
+        return False
+    if cfg.region is not None:
+        return cfg.region == "layer"
+    return phase == "prefill" or len(model.layers) > MAX_WHOLE_GRAPH_LAYERS
 
 
-def kind(block: torch.nn.Module) -> tuple:
-    """What a compiled layer depends on: its modules' types and plain attributes, its tensors' shapes and dtypes."""
-    plain = (int, float, str, bool, type(None))
-    modules = tuple(
-        (name, type(m).__name__, tuple((k, v) for k, v in vars(m).items() if isinstance(v, plain)))
-        for name, m in block.named_modules()
-    )
-    tensors = (*block.named_parameters(), *block.named_buffers())
-    return modules, tuple((name, tuple(t.shape), t.dtype) for name, t in tensors)
+def layer_signature(block: nn.Module) -> tuple:
+    """Blocks of equal signature share a graph.
+
+    All that a graph depends on: types and plain attributes of the modules, shapes and dtypes of the
+    tensors.
+    """
+    modules = []
+    for name, module in block.named_modules():
+        plain = {
+            key: value
+            for key, value in vars(module).items()
+            if isinstance(value, (int, float, str, bool, type(None)))
+        }
+        modules.append((name, type(module).__name__, tuple(plain.items())))
+    tensors = [
+        (name, tuple(t.shape), t.dtype)
+        for name, t in (*block.named_parameters(), *block.named_buffers())
+    ]
+    return tuple(modules), tuple(tensors)
+
+
+def compile_layers(blocks, compile_layer: Callable[[], Callable]) -> dict[nn.Module, Callable]:
+    """Block -> layer(block, *args), made by compile_layer() once for each signature."""
+    by_signature: dict[tuple, Callable] = {}
+    layers = {}
+    for block in blocks:
+        signature = layer_signature(block)
+        if signature not in by_signature:
+            by_signature[signature] = compile_layer()
+        layers[block] = by_signature[signature]
+    return layers
+
+
+def call_forward(block: nn.Module, *args):
+    """The block's forward alone: hooks of the module stay outside of the graph."""
+    return type(block).forward(block, *args)
+
+
+# --------------------------------------------------------------------------------------------------
+# Generation
 
 
 class Phase:
     """A compiled phase of generation: `phase(tokens [B, T], input_pos [B], lengths=None, *rest)`.
 
-    Calls run without gradients. `then(logits, input_pos, lengths, *rest)` is part of the graph and makes the result;
-    without it the logits are the result. Each combination of shapes is compiled once, when it is first called (`build`).
-    Dynamo's guards are off: the shapes and the caches, all that may change between calls, are checked here instead.
+    Calls run without gradients. `epilogue(logits, input_pos, lengths, *rest)` is part of the graph
+    and makes the result; without it the logits are the result. Each combination of shapes is
+    compiled once, when it is first called (`build`). Dynamo's guards are off: the shapes and the
+    caches, all that may change between calls, are checked here instead.
     """
 
     def __init__(
@@ -112,16 +171,15 @@ class Phase:
         cfg: CompileConfig,
         name: str,
         logits: str,
-        then: Callable | None = None,
+        epilogue: Callable | None = None,
     ):
-        self.model, self.cfg, self.name, self.logits = model, cfg, name, logits
-        self.then = then or (lambda logits, *rest: logits)
+        self.model, self.cfg = model, cfg
+        self.name, self.logits = name, logits
+        self.epilogue = epilogue or only_logits
         self.built: dict[tuple, Callable] = {}
-        device = model.embed.weight.device
-        if cfg.cudagraphs and device.type != "cuda":
-            raise ValueError(
-                f"cudagraphs need a CUDA device, not {device.type}: choose another preset"
-            )
+        device = model.embed.weight.device.type
+        if cfg.cudagraphs and device != "cuda":
+            raise ValueError(f"cudagraphs need a CUDA device, not {device}: choose another preset")
 
     @torch.no_grad()
     def __call__(
@@ -131,77 +189,85 @@ class Phase:
         lengths: torch.Tensor | None = None,
         *rest,
     ):
-        args = [
-            a.contiguous() if isinstance(a, torch.Tensor) else a
-            for a in (tokens, input_pos, lengths, *rest)
-        ]
-        weight, caches = self.model.embed.weight, ()
-        if self.cfg.cudagraphs:  # a recorded graph holds on to addresses
-            caches = (weight.data_ptr(), self.model.layers[0].attn.ring.rows.data_ptr())
-        key = (
-            self.model.cache_size,
-            self.model.args.act_quant,
-            weight.dtype,
-            weight.device,
-            caches,
-            *[(a.shape, a.dtype) if isinstance(a, torch.Tensor) else a for a in args],
-        )
-        run = self.built.get(key)
-        if run is None:
-            run = self.built[key] = self.build()
-            args = [
-                a.clone() if isinstance(a, torch.Tensor) else a for a in args
-            ]  # or one tensor given twice stays one
+        args = tokens, input_pos, lengths, *rest
+        args = [a.contiguous() if isinstance(a, torch.Tensor) else a for a in args]
+        key = self._key(args)
+        if key not in self.built:
+            self.built[key] = self.build()
+            args = clone_tensors(args)  # or the graph would take one tensor given twice as one
             if self.cfg.cudagraphs and self.name != "prefill":
-                run = self.built[key] = captured(run, *args)
-        return run(*args)
+                self.built[key] = record_cuda_graph(self.built[key], *args)
+            with torch_private.unlimited_compiles():
+                return self.built[key](*args)
+        return self.built[key](*args)
+
+    def _key(self, args: list) -> tuple:
+        """All that a graph without guards depends on and that may change between calls."""
+        model, weight = self.model, self.model.embed.weight
+        addresses = ()
+        if self.cfg.cudagraphs:  # a recorded graph holds on to them
+            addresses = weight.data_ptr(), model.layers[0].attn.ring.rows.data_ptr()
+        shapes = [(a.shape, a.dtype) if isinstance(a, torch.Tensor) else a for a in args]
+        settings = model.cache_size, model.args.act_quant, weight.dtype, weight.device
+        return *settings, addresses, *shapes
 
     def build(self) -> Callable:
-        model, then, logits = self.model, self.then, self.logits
+        """-> run(tokens, input_pos, lengths, *rest), compiled when it is first called."""
+        model, epilogue, logits = self.model, self.epilogue, self.logits
         build_cpu_kernels(model, self.cfg, "prefill" if self.name == "prefill" else "decode")
-        options = {"guard_filter_fn": lambda guards: [False] * len(guards)}
+        options = {"guard_filter_fn": torch_private.skip_all_guards}
         if model.embed.weight.device.type == "cpu" and self.name != "prefill":
-            options["cpp_wrapper"] = (
-                True  # small kernels: calling them from Python would cost as much as running them
-            )
+            # Small kernels: calling them from Python would cost as much as running them.
+            options["cpp_wrapper"] = True
 
-        def phase(function, part=""):
+        def compiled(function: Callable, part: str = "") -> Callable:
             return compile_function(function, self.name + part, self.cfg, **options)
 
-        if not regional(model, self.cfg, self.name):
-            return phase(
-                lambda tokens, input_pos, lengths, *rest: then(
-                    model(tokens, input_pos, lengths, logits=logits), input_pos, lengths, *rest
-                )
-            )
-        start = phase(lambda *args: model.embed_inputs(*args), "_start")
-        kinds = {}
-        layers = [
-            (
-                block,
-                kinds.setdefault(kind(block), phase(lambda block, *args: block(*args), "_layer")),
-            )
-            for block in model.layers
-        ]
-        finish = phase(
-            lambda X, plan, *rest: then(model.lm_logits(X, plan, logits), *rest), "_finish"
-        )
+        def whole(tokens, input_pos, lengths, *rest):
+            y = model(tokens, input_pos, lengths, logits=logits)
+            return epilogue(y, input_pos, lengths, *rest)
 
-        def run(tokens, input_pos, lengths, *rest):
-            tokens, plan, X = start(tokens, input_pos, lengths)
-            for block, layer in layers:
+        def embed(tokens, input_pos, lengths):
+            return model.embed_inputs(tokens, input_pos, lengths)
+
+        def head(X, plan, *rest):
+            return epilogue(model.lm_logits(X, plan, logits), *rest)
+
+        if not compiles_by_layer(model, self.cfg, self.name):
+            return compiled(whole)
+        embed, head = compiled(embed, "_embed"), compiled(head, "_head")
+        layers = compile_layers(model.layers, lambda: compiled(call_block, "_layer"))
+
+        def by_layer(tokens, input_pos, lengths, *rest):
+            tokens, plan, X = embed(tokens, input_pos, lengths)
+            for block, layer in layers.items():
                 X, _ = layer(block, X, tokens, plan)
-            return finish(X, plan, input_pos, lengths, *rest)
+            return head(X, plan, input_pos, lengths, *rest)
 
-        return run
+        return by_layer
 
 
-def captured(run: Callable, *args) -> Callable:
-    """Record run(*args) into a CUDA graph -> a function that copies its arguments in, replays, and copies results out.
+def only_logits(logits: torch.Tensor, *rest) -> torch.Tensor:
+    """The epilogue of a phase that has no other."""
+    return logits
 
-    The warm-up calls that recording needs feed the same tokens to the same positions: the caches end as after one call.
+
+def call_block(block: nn.Module, *args):
+    """A layer of a phase. Compiled in a Phase only: entries without guards match any call."""
+    return block(*args)
+
+
+def clone_tensors(args) -> list:
+    return [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+
+
+def record_cuda_graph(run: Callable, *args) -> Callable:
+    """-> replay(*args): run(*args) as a recorded CUDA graph, with arguments and results copied.
+
+    The warm-up calls that recording needs feed the same tokens to the same positions: the caches
+    end as after one call.
     """
-    static = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+    static = clone_tensors(args)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -213,59 +279,113 @@ def captured(run: Callable, *args) -> Callable:
         result = run(*static)
 
     def replay(*args):
-        for a, b in zip(static, args):
-            if isinstance(a, torch.Tensor):
-                a.copy_(b)
+        for to, value in zip(static, args, strict=True):
+            if isinstance(to, torch.Tensor):
+                to.copy_(value)
         graph.replay()
-        return tuple(r.clone() for r in result) if isinstance(result, tuple) else result.clone()
+        if isinstance(result, tuple):
+            return tuple(r.clone() for r in result)
+        return result.clone()
 
     return replay
 
 
-def compile_prefill(model: Transformer, cfg: CompileConfig, then: Callable | None = None) -> Phase:
-    """-> prefill(tokens [B, T], input_pos [B], lengths=None) -> logits [B, 1, V] of each row's last valid token.
+def compile_prefill(
+    model: Transformer, cfg: CompileConfig, epilogue: Callable | None = None
+) -> Phase:
+    """-> prefill(tokens [B, T], input_pos [B], lengths=None) -> logits [B, 1, V].
 
-    Feed prompts in chunks of one size T; lengths pads the last one. then: see Phase.
+    They are those of each row's last valid token. Feed prompts in chunks of one size T; lengths
+    pads the last one. epilogue: see Phase.
     """
-    return Phase(model, cfg, "prefill", "last", then)
+    return Phase(model, cfg, "prefill", "last", epilogue)
 
 
-def compile_decode(model: Transformer, cfg: CompileConfig, then: Callable | None = None) -> Phase:
-    """-> decode(tokens [B, 1], input_pos [B], lengths=None) -> logits [B, 1, V]. then: see Phase."""
-    return Phase(model, cfg, "decode", "all", then)
+def compile_decode(
+    model: Transformer, cfg: CompileConfig, epilogue: Callable | None = None
+) -> Phase:
+    """-> decode(tokens [B, 1], input_pos [B], lengths=None) -> logits [B, 1, V]."""
+    return Phase(model, cfg, "decode", "all", epilogue)
 
 
-def compile_verify(model: Transformer, cfg: CompileConfig, then: Callable | None = None) -> Phase:
-    """-> verify(tokens [B, 1 + k], input_pos [B], lengths=None) -> logits [B, 1 + k, V]. then: see Phase."""
-    return Phase(model, cfg, "verify", "all", then)
+def compile_verify(
+    model: Transformer, cfg: CompileConfig, epilogue: Callable | None = None
+) -> Phase:
+    """-> verify(tokens [B, 1 + k], input_pos [B], lengths=None) -> logits [B, 1 + k, V]."""
+    return Phase(model, cfg, "verify", "all", epilogue)
 
 
-KEPT = (
-    "sparse_attn",
-    "moe",
-    "moe_train",
-    "indexer_topk",
-)  # what selective recomputation does not do again
+# --------------------------------------------------------------------------------------------------
+# Training
 
 
-def recomputed(forward: Callable, how: str) -> Callable:
-    """`forward`, whose activations are not kept for the backward but computed again there: "full"; "selective": all but those
-    of KEPT; "none": as it is."""
-    if how not in ("none", "selective", "full"):
-        raise ValueError(f"recompute {how!r}: choose none, selective or full")
-    if how == "none":
-        return forward
-    kept = {getattr(torch.ops.dsv4, name).default for name in KEPT}
+def checkpointed(function: Callable, recompute: str) -> Callable:
+    """`function`, whose activations the backward computes again.
+
+    recompute   "none": it saves them all; "selective": it saves the results of SAVED_OPS only;
+                "full": it saves none
+    """
+    if recompute not in ("none", "selective", "full"):
+        raise ValueError(f"recompute {recompute!r}: choose none, selective or full")
+    if recompute == "none":
+        return function
+    saved = {getattr(torch.ops.dsv4, name).default for name in SAVED_OPS}
 
     def policy(context, op, *args, **kwargs):
-        return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.MUST_SAVE if op in saved else CheckpointPolicy.PREFER_RECOMPUTE
 
-    how = (
-        {"context_fn": functools.partial(create_selective_checkpoint_contexts, policy)}
-        if how == "selective"
-        else {}
-    )
-    return lambda *args: checkpoint(forward, *args, use_reentrant=False, **how)
+    options = {}
+    if recompute == "selective":
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
+
+    def run(*args):
+        return checkpoint(function, *args, use_reentrant=False, **options)
+
+    return run
+
+
+def checkpoint_blocks(recompute: str) -> Callable:
+    """-> a run_block (see Transformer.forward) that calls blocks checkpointed."""
+    call_checkpointed = checkpointed(call, recompute)
+
+    def run_block(function: Callable, *args):
+        run = call_checkpointed if isinstance(function, Block) else call
+        return run(function, *args)
+
+    return run_block
+
+
+def compile_blocks(
+    model: Transformer,
+    cfg: CompileConfig,
+    recompute: str,
+    wrap_block: Callable[[Callable], Callable] | None,
+) -> Callable:
+    """-> a run_block (see Transformer.forward) that calls compiled layers, embedding and losses."""
+
+    def compile_layer() -> Callable:
+        layer = compile_function(checkpointed(call_forward, recompute), "train_layer", cfg)
+        return wrap_block(layer) if wrap_block else layer
+
+    def compile_embed_inputs(part: nn.Module) -> Callable:
+        def embed_inputs(*args):
+            return part.embed_inputs(*args)
+
+        return compile_function(embed_inputs, "train_embed", cfg)
+
+    layers = compile_layers((*model.layers, *model.mtp), compile_layer)
+    others = {
+        combine_losses: compile_function(combine_losses, "train_losses", cfg),
+        model.embed_inputs: compile_embed_inputs(model),
+        model.mtp.embed_inputs: compile_embed_inputs(model.mtp),
+    }
+
+    def run_block(function: Callable, *args):
+        if function in layers:
+            return layers[function](function, *args)
+        return others[function](*args)
+
+    return run_block
 
 
 def compile_train_step(
@@ -274,141 +394,119 @@ def compile_train_step(
     cfg: CompileConfig,
     loss: Callable | None = None,
     *,
+    # The loss
     weights: LossWeights = LossWeights(),
     aux: Aux = Aux(),
+    # Memory
     micro_batch: int | None = None,
     recompute: str = "none",
-    add_up: Callable[[list[torch.Tensor]], list[torch.Tensor]] | None = None,
+    # Several processes
+    all_reduce_sum: Callable[[list[torch.Tensor]], list[torch.Tensor]] | None = None,
+    wrap_block: Callable[[Callable], Callable] | None = None,
 ) -> Callable:
-    """-> step(tokens, targets, doc_ids, lr) -> {"loss", "mtp_loss", ...}: detached 0-D tensors, see training_loss.
+    """-> step(tokens, labels, doc_ids, lr) -> {"loss", "mtp_loss", ...}: see training_loss.
 
-    tokens, targets [B, S] int64, doc_ids likewise or None; lr a 0-D tensor.
-    optimizer    one of torch.optim; or one whose step(lr, load) frees the gradients and returns a dict of metrics, and that
-                 may have compile(compiler), with compiler(function, name) -> function; load as in training_loss, or None
-    loss         loss(model, tokens, targets: Targets, doc_ids) -> total, dict of its parts; None: training_loss, with weights
-                 and aux
-    micro_batch  rows whose activations are held at a time; their gradients add up. None: all
-    recompute    activations that are computed again in the backward: "none", "selective" or "full", block by block
-    add_up       tensors -> their sums over the processes that share the step's rows; None: there is one
+    tokens, labels [B, S] int64, doc_ids likewise or None; lr () fp32; results () fp32, detached.
+
+    optimizer       one of torch.optim; or one whose step(lr, load) frees the gradients and returns
+                    a dict of metrics, load as in training_loss, or None. It may have
+                    compile(compiler), with compiler(function, name) -> function
+    loss            loss(model, tokens, targets: Targets, doc_ids) -> total, dict of its parts,
+                    which compiles as one graph. None: training_loss, with weights and aux
+    micro_batch     rows whose activations are held at a time; their gradients add up. None: all
+    recompute       activations that the backward computes again, block by block: see checkpointed
+    all_reduce_sum  tensors -> their sums over the processes that share the step's rows. None: one
+    wrap_block      run -> run, around each compiled layer, run(block, *args): FSDP2 gathers there
     """
-    build_cpu_kernels(model, cfg, "train")
-    compiled, patches = lambda function, name: compile_function(function, name, cfg), {}
-    layerwise = regional(model, cfg, "train")
-    kinds: dict[tuple, Callable] = {}
-    forward = recomputed(lambda block, *args: type(block).forward(block, *args), recompute)
-    for block in (*model.layers, *model.mtp):
-        layer = (
-            kinds.setdefault(kind(block), compiled(lambda *args: forward(*args), "train_layer"))
-            if layerwise
-            else forward
-        )
-        if layerwise or recompute != "none":
-            patches[block, "forward"] = functools.partial(layer, block)
-    run_block = call
-    if layerwise and loss is None:
-        for part in (model, model.mtp):
-            start = compiled(
-                lambda part, *args: type(part).embed_inputs(part, *args), "train_start"
-            )
-            patches[part, "embed_inputs"] = functools.partial(start, part)
-        finish = compiled(combine_losses, "train_finish")
+    by_layer = compiles_by_layer(model, cfg, "train")
 
-        def run_block(function, *args):
-            return (finish if function is combine_losses else function)(*args)
+    def compiled(function: Callable, name: str) -> Callable:
+        return compile_function(function, name, cfg)
 
-    loss = loss or (lambda *args: training_loss(*args, weights, aux, run_block))
-    if not layerwise:
+    if loss is None:
+        build_cpu_kernels(model, cfg, "train")
+        run_block = checkpoint_blocks(recompute)
+        if by_layer:
+            run_block = compile_blocks(model, cfg, recompute, wrap_block)
+
+        def loss(model, tokens, targets, doc_ids):
+            return training_loss(model, tokens, targets, doc_ids, weights, aux, run_block)
+
+    elif by_layer or recompute != "none":
+        raise ValueError("a loss of your own is one graph: choose region 'model', recompute 'none'")
+    if not by_layer:
         loss = compiled(loss, "train")
-    prepare = compiled(make_targets, "train_aim")
+    prepare = compiled(make_targets, "train_targets")
     if hasattr(optimizer, "compile"):
         optimizer.compile(compiled)
 
-    def step(tokens, targets, doc_ids, lr):
-        size, metrics = micro_batch or len(tokens), {}
-        parts = list(
-            zip(
-                tokens.split(size),
-                targets.split(size),
-                [None] * len(tokens) if doc_ids is None else doc_ids.split(size),
-            )
-        )
-        goals = [prepare(*part) for part in parts]
-        counts = torch.stack([goal.counts for goal in goals]).sum(0)
-        if add_up:
-            counts = add_up([counts])[0]
-        try:  # within the step only: what else is done with the model stays eager
-            for (module, name), function in patches.items():
-                module.__dict__[name] = function
-            for (tokens, _, doc_ids), goal in zip(parts, goals):
-                total, new = loss(model, tokens, goal._replace(counts=counts), doc_ids)
-                total.backward()
-                metrics = {
-                    name: metrics[name] + value if name in metrics else value
-                    for name, value in new.items()
-                }
-        finally:
-            for module, name in patches:
-                del module.__dict__[name]
-        if add_up:
-            metrics = dict(zip(metrics, add_up([*metrics.values()])))
-        load = metrics.pop("load", None)
-        if isinstance(optimizer, torch.optim.Optimizer):
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-            optimizer.zero_grad()
-        else:
-            metrics |= optimizer.step(lr, load) or {}
-        return metrics
+    def step(tokens, labels, doc_ids, lr):
+        rows = micro_batch or len(tokens)
+        docs = [None] * len(tokens) if doc_ids is None else doc_ids.split(rows)
+        parts = list(zip(tokens.split(rows), labels.split(rows), docs, strict=False))
+        targets = [prepare(*part) for part in parts]
+        counts = torch.stack([t.counts for t in targets]).sum(0)
+        if all_reduce_sum:
+            counts = all_reduce_sum([counts])[0]
+        metrics: dict[str, torch.Tensor] = {}
+        for (tokens, _, doc_ids), target in zip(parts, targets, strict=True):
+            total, new = loss(model, tokens, target._replace(counts=counts), doc_ids)
+            total.backward()
+            for name, value in new.items():
+                metrics[name] = metrics[name] + value if name in metrics else value
+        if all_reduce_sum:
+            sums = all_reduce_sum([*metrics.values()])
+            metrics = dict(zip(metrics, sums, strict=True))
+        return metrics | update(optimizer, lr, metrics.pop("load", None))
 
     return step
 
 
+def update(optimizer, lr: torch.Tensor, load: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """One step of an optimizer, ours or one of torch.optim -> its metrics."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return optimizer.step(lr, load) or {}
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return {}
+
+
 class CompileCount:
-    """Graphs and graph breaks since it was made, and recompiles: graphs compiled since `warm()`, the declared warm-up."""
+    """Graphs and graph breaks since it was made, and recompiles.
+
+    A recompile is a graph compiled after `warm()`, the declared end of the warm-up.
+    """
 
     def __init__(self):
-        self._graphs, self._breaks, self._warm = *self._now(), None
-
-    @staticmethod
-    def _now() -> tuple[int, int]:
-        return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+        self._graphs, self._breaks = torch_private.compile_counts()
+        self._warm: int | None = None
 
     def warm(self) -> None:
-        self._warm = self._now()[0]
+        self._warm, _ = torch_private.compile_counts()
 
     @property
     def graphs(self) -> int:
-        return self._now()[0] - self._graphs
+        return torch_private.compile_counts()[0] - self._graphs
 
     @property
     def breaks(self) -> int:
-        return self._now()[1] - self._breaks
+        return torch_private.compile_counts()[1] - self._breaks
 
     @property
     def recompiles(self) -> int | None:
-        return None if self._warm is None else self._now()[0] - self._warm
+        return None if self._warm is None else torch_private.compile_counts()[0] - self._warm
 
 
-def usable_preset(asked: str | None, default: str, device: str) -> str:
-    """The preset asked for, or the default. Where CPU code cannot be compiled, eager instead of the default, and ValueError if asked."""
-    name = asked or default
-    lacks = stats.missing_cpu_toolchain() if device == "cpu" and PRESETS[name].backend else None
-    if lacks and asked:
-        raise ValueError(f"--compile {name} needs {lacks}: install it, or use --compile eager")
-    if lacks:
-        print(f"running without torch.compile, which needs {lacks}", file=sys.stderr)
-    return "eager" if lacks else name
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Command line
 
 
 def run(argv: list[str] | None) -> int:
     parser = cli.Parser(
         prog="compile_config.py",
-        description="What torch.compile makes of the model, and its cache.",
+        description="Report what torch.compile makes of the model; carry its cache.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True)

@@ -275,7 +275,8 @@ class Trainer:
             aux=stage.aux,
             micro_batch=flags.micro_batch,
             recompute=flags.recompute,
-            add_up=ranks.all_reduce_sum,
+            all_reduce_sum=ranks.all_reduce_sum,
+            wrap_block=ranks.wrap_block,
         )
         if self.metrics_log is None:  # not before: a refused run leaves the file alone
             self.metrics_log = MetricsLog(

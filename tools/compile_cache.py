@@ -15,7 +15,8 @@ import zlib
 from pathlib import Path
 
 import torch
-from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+from tools.torch_private import cache_dir
 
 ROOT = Path(__file__).parent.parent
 SOURCE_FOLDERS = ("ops", "training", "generation")  # beside the modules at the top

@@ -36,16 +36,17 @@ from checkpoint import check, checkpoint_tensors, empty_model, load, open_folder
 from compile_config import (
     PRESETS,
     CompileCount,
+    checkpoint_blocks,
     compile_decode,
     compile_prefill,
     compile_train_step,
     compile_verify,
-    recomputed,
 )
 from config import CSA_RATIOS
 from model import ModelArgs, Transformer
 from ops.registry import require
 from tools import cli, stats
+from tools.torch_private import compile_isolated
 from training.losses import training_loss
 from training.optim import Optimizer
 
@@ -111,13 +112,12 @@ def call_of(
     """A function of tensors that runs the phase, and arguments for it."""
     tokens = torch.zeros(shape.batch, shape.length, dtype=torch.int64)
     if phase == "train":
-        for block in (*model.layers, *model.mtp):
-            block.forward = recomputed(block.forward, recompute)
-        return lambda tokens, targets, doc_ids: training_loss(model, tokens, targets, doc_ids)[0], (
-            tokens,
-            tokens + 1,
-            tokens * 0,
-        )
+        run_block = checkpoint_blocks(recompute)
+
+        def loss(tokens, labels, doc_ids):
+            return training_loss(model, tokens, labels, doc_ids, run_block=run_block)[0]
+
+        return loss, (tokens, tokens + 1, tokens * 0)
     pos, lengths = (
         torch.zeros(shape.batch, dtype=torch.int64),
         torch.full((shape.batch,), shape.length),
@@ -178,7 +178,10 @@ def capture(function: Callable, *args, grad: bool = False) -> Captured:
     torch._dynamo.reset()
     before = sum(counters["graph_break"].values())
     with torch.set_grad_enabled(grad):
-        result = torch.compile(function, backend=backend, fullgraph=True, dynamic=False)(*args)
+        compiled = compile_isolated(
+            function, "captured", backend=backend, fullgraph=True, dynamic=False
+        )
+        result = compiled(*args)
         if grad:
             result.backward()
     return Captured(graphs, len(captures), sum(counters["graph_break"].values()) - before)

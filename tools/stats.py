@@ -7,7 +7,6 @@ import platform
 import re
 import resource
 import sys
-import sysconfig
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -94,15 +93,3 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
         device_sync(device)
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best
-
-
-def missing_cpu_toolchain() -> str | None:
-    """The part that this machine lacks to compile for CPU, in words; None if it has all."""
-    from torch._inductor.cpp_builder import get_cpp_compiler  # imports all of Inductor
-
-    try:
-        get_cpp_compiler()
-    except Exception:  # its class has moved between torch versions
-        return "a C++ compiler (g++ or clang++)"
-    header = os.path.join(sysconfig.get_path("include"), "Python.h")
-    return None if os.path.exists(header) else f"Python's headers ({header})"

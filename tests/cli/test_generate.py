@@ -23,7 +23,7 @@ from generation.engine import Engine
 from generation.session import StreamSession
 from model import ModelArgs, Transformer
 from testing import Margins, clear_choices, hf_model, randomize, rms
-from tools import stats
+from tools import torch_private
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TINY = ROOT / "assets" / "tiny"
@@ -659,7 +659,7 @@ def test_prompt_files_that_hold_nothing_are_refused(capsys, tmp_path):
 
 
 def test_without_a_compiler_it_runs_eagerly_and_says_so(capsys, monkeypatch, folder):
-    monkeypatch.setattr(stats, "missing_cpu_toolchain", lambda: "a C++ compiler")
+    monkeypatch.setattr(torch_private, "missing_cpu_toolchain", lambda: "a C++ compiler")
     command = f"--checkpoint {folder} --prompt-ids 5,6 --max-new-tokens 2"
     assert G.main([*command.split(), "--json"]) == 0
     captured = capsys.readouterr()

@@ -99,7 +99,8 @@ def trained(case: Case, ranks, steps: range = range(STEPS), checkpoints: Checkpo
         ranks.preset(CompileConfig(backend=case.backend)),
         weights=LossWeights(balance=0.1),
         micro_batch=case.micro_batch,
-        add_up=ranks.all_reduce_sum,
+        all_reduce_sum=ranks.all_reduce_sum,
+        wrap_block=ranks.wrap_block,
     )
     metrics = []
     for i in steps:

@@ -24,7 +24,7 @@ from compile_config import PRESETS, CompileConfig, CompileCount, compile_train_s
 from model import Aux, ModelArgs, Transformer
 from parallel import Ranks
 from testing import randomize, small
-from tools import stats
+from tools import torch_private
 from training import dataset as D
 from training import resume
 from training.flags import ROOT
@@ -583,7 +583,7 @@ def test_only_what_is_written_must_be_writable(monkeypatch, tmp_path):
 
 
 def test_without_a_compiler_it_trains_eagerly_and_says_so(folder, monkeypatch, capsys):
-    monkeypatch.setattr(stats, "missing_cpu_toolchain", lambda: "a C++ compiler")
+    monkeypatch.setattr(torch_private, "missing_cpu_toolchain", lambda: "a C++ compiler")
     argv = [a for a in command(folder, "--steps", "1") if a not in ("--compile", "eager")]
     assert S.main(argv) == 0 and "a C++ compiler" in capsys.readouterr().err
     assert (

@@ -19,8 +19,7 @@ from torch._inductor import metrics
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from compile_config import CompileConfig, compile_function
-from compile_config import kind as layer_signature
+from compile_config import CompileConfig, compile_function, layer_signature
 from fake_cuda import lower
 from model import ModelArgs, Transformer
 from testing import cache_shapes, randomize

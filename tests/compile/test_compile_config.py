@@ -90,11 +90,11 @@ def test_deep_models_are_compiled_by_layer_and_prefill_always():
     shallow, deep = build(), build(n_layers=13, n_hash_layers=0, compress_ratios=(4,) * 13 + (0,))
     cfg = C.PRESETS["default"]
     assert [
-        C.regional(model, cfg, phase)
+        C.compiles_by_layer(model, cfg, phase)
         for model in (shallow, deep)
         for phase in ("prefill", "decode")
     ] == [True, False, True, True]
-    assert not C.regional(deep, C.PRESETS["eager"], "prefill")
+    assert not C.compiles_by_layer(deep, C.PRESETS["eager"], "prefill")
 
 
 def test_new_caches_are_noticed():
@@ -125,13 +125,13 @@ def test_arguments_that_were_one_tensor_stay_independent():
     assert rms(run(tokens_of(2, 1), at, ones), eager(tokens_of(2, 1), at, ones)) <= 1e-5
 
 
-def test_then_is_part_of_the_graph():
+def test_an_epilogue_is_part_of_the_graph():
     torch._dynamo.reset()
     model, count = fresh(build()), C.CompileCount()
     run = C.compile_decode(
         model,
         C.CompileConfig(backend=QUICK),
-        then=lambda logits, pos, lengths, bonus: (logits.argmax(-1) + bonus, pos + lengths),
+        epilogue=lambda logits, pos, lengths, bonus: (logits.argmax(-1) + bonus, pos + lengths),
     )
     token, pos = run(
         tokens_of(2, 1), torch.tensor([5, 6]), torch.tensor([1, 0]), torch.tensor(1000)

@@ -1,4 +1,4 @@
-"""Contracts of tools/stats.py: threads, the compiler that CPU code needs, memory."""
+"""Contracts of tools/stats.py: threads and memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import torch
-import torch._inductor.cpp_builder as builder
 
 from tools import stats
 
@@ -26,16 +25,6 @@ def test_threads_follow_the_environment_and_the_size(monkeypatch):
         assert stats.choose_threads(1 << 40) == 1
     finally:
         torch.set_num_threads(before)
-
-
-def test_what_compiling_for_cpu_lacks_is_named(monkeypatch):
-    assert stats.missing_cpu_toolchain() is None
-    monkeypatch.setattr(stats.sysconfig, "get_path", lambda name: "/nowhere")
-    assert "Python.h" in stats.missing_cpu_toolchain()
-    monkeypatch.setattr(
-        builder, "get_cpp_compiler", lambda: (_ for _ in ()).throw(RuntimeError("none"))
-    )
-    assert "g++" in stats.missing_cpu_toolchain()
 
 
 def test_peak_memory_is_this_processes_own():

@@ -15,12 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_step as S
 from compile_config import (
-    KEPT,
+    SAVED_OPS,
     PRESETS,
     CompileConfig,
     CompileCount,
     compile_train_step,
-    recomputed,
+    checkpointed,
 )
 from model import Aux, ModelArgs, Transformer
 from ops.router_balance import router_balance
@@ -234,7 +234,7 @@ def test_recomputation_changes_memory_not_gradients(recompute, region):
 @pytest.mark.parametrize("forms", ({}, OPAQUE), ids=("CPU's own", "opaque"))
 @pytest.mark.parametrize("recompute, times", (("none", 1), ("selective", 1), ("full", 2)))
 def test_selective_recomputation_runs_the_heavy_ops_once(recompute, times, forms):
-    counts = dict.fromkeys(KEPT, 0)
+    counts = dict.fromkeys(SAVED_OPS, 0)
 
     class Count(TorchDispatchMode):
         def __torch_dispatch__(self, op, types, args=(), kwargs=None):
@@ -254,7 +254,7 @@ def test_selective_recomputation_runs_the_heavy_ops_once(recompute, times, forms
 
 def test_unknown_recomputation_and_outputs_are_refused():
     with pytest.raises(ValueError, match="recompute 'some'"):
-        recomputed(lambda: None, "some")
+        checkpointed(lambda: None, "some")
     model = Transformer(ModelArgs.debug())
     with pytest.raises(ValueError, match="dense and recall need index_loss"):
         model(batch()[0], aux=Aux(dense=True))

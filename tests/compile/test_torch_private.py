@@ -1,0 +1,95 @@
+"""Contracts of tools/torch_private.py: compiles that share nothing, and the compiler for CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch._inductor.cpp_builder as builder
+
+import compile_config as C
+from model import Transformer
+from testing import randomize, rms, small
+from tools import torch_private
+
+pytestmark = pytest.mark.compile
+SHAPES = {"wide": dict(dim=96), "narrow": dict(dim=64)}
+AT = torch.tensor([3, 7])
+
+
+def build(name: str) -> Transformer:
+    layers = dict(n_layers=2, n_hash_layers=1, n_mtp_layers=0, compress_ratios=(0, 4))
+    model = randomize(Transformer(small(**layers, **SHAPES[name])), seed=1)
+    model.eval().setup_caches(2, 64)
+    return model
+
+
+def tokens() -> torch.Tensor:
+    return torch.tensor([[5], [9]])
+
+
+@pytest.fixture(params=("isolated", "cloned"))
+def isolation(request, monkeypatch):
+    """As on torch 2.13, and as on torch 2.11, which cannot isolate compiles."""
+    if request.param == "isolated" and not torch_private.ISOLATES_RECOMPILES:
+        pytest.skip("torch.compile has no isolate_recompiles here")
+    monkeypatch.setattr(torch_private, "ISOLATES_RECOMPILES", request.param == "isolated")
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("region", ("model", "layer"))
+@pytest.mark.parametrize("names", [("wide", "narrow"), ("narrow", "wide")])
+def test_models_of_different_shapes_in_one_process_each_get_their_own_graphs(
+    isolation, names, region
+):
+    """Phases drop their guards: an entry found by another model's phase would match any call."""
+    cfg = C.CompileConfig(backend="eager", region=region)
+    models = {name: build(name) for name in names}
+    expected = {name: model(tokens(), AT) for name, model in models.items()}
+    phases = {name: C.compile_decode(model, cfg) for name, model in models.items()}
+    for name in (*names, *names):  # the second round finds its entries
+        assert rms(phases[name](tokens(), AT), expected[name]) <= 1e-5, name
+
+
+@pytest.mark.parametrize("guarded_first", (True, False))
+def test_a_phase_and_a_guarded_compile_of_the_same_model_do_not_meet(isolation, guarded_first):
+    """The model compiled as a whole by its user, beside a phase of another model."""
+    wide, narrow = build("wide"), build("narrow")
+    expected = wide(tokens(), AT), narrow(tokens(), AT)
+    phase = C.compile_decode(wide, C.CompileConfig(backend="eager", region="model"))
+    compiled = torch.compile(narrow, backend="eager", fullgraph=True, dynamic=False)
+    calls = [(phase, expected[0]), (compiled, expected[1])]
+    for run, result in calls[:: -1 if guarded_first else 1] * 2:
+        with torch.no_grad():
+            assert rms(run(tokens(), AT), result) <= 1e-5
+
+
+def test_isolated_compiles_are_counted_each_on_its_own(isolation):
+    """More compiles of one function than Dynamo's limit for one of them allows."""
+
+    def double(x):
+        return 2 * x
+
+    for i in range(2 * torch._dynamo.config.recompile_limit):
+        run = torch_private.compile_isolated(
+            double, "double", backend="eager", fullgraph=True, dynamic=False
+        )
+        assert run(torch.ones(i + 1)).sum() == 2 * (i + 1)
+
+
+def test_phases_are_not_limited_by_their_number(isolation):
+    model, cfg = build("narrow"), C.CompileConfig(backend="eager", region="model")
+    with torch._dynamo.config.patch(accumulated_recompile_limit=2):
+        for _ in range(4):
+            C.compile_decode(model, cfg)(tokens(), AT)
+
+
+def test_a_missing_compiler_for_cpu_is_named(monkeypatch):
+    assert torch_private.missing_cpu_toolchain() is None
+    monkeypatch.setattr(torch_private.sysconfig, "get_path", lambda name: "/nowhere")
+    assert "Python.h" in torch_private.missing_cpu_toolchain()
+
+    def fail():
+        raise RuntimeError("none")
+
+    monkeypatch.setattr(builder, "get_cpp_compiler", fail)
+    assert "g++" in torch_private.missing_cpu_toolchain()

@@ -1,0 +1,78 @@
+"""The parts of PyTorch without a stable API that compiling and running a model needs.
+
+Paths and lines are those of PyTorch 2.13: https://github.com/pytorch/pytorch/blob/v2.13.0/. ops/cpp.py
+and parallel.py have one more each, beside its use: `CppCodeCache`, and the hooks of FSDP2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+import sys
+import sysconfig
+import types
+from collections.abc import Callable
+
+import torch
+
+# torch/_inductor/runtime/cache_dir_utils.py line 14: the folder of compiled code
+from torch._inductor.runtime.cache_dir_utils import cache_dir  # noqa: F401
+
+# Since torch 2.13: torch/__init__.py line 2620 (documented, but absent from 2.11)
+ISOLATES_RECOMPILES = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+
+
+def compile_isolated(function: Callable, name: str, **options) -> Callable:
+    """torch.compile(function, **options), which shares no compiled entries with another compile of it.
+
+    Each call thus counts recompiles of its own, and may drop its guards. An isolated compile still
+    looks its calls up among the entries of compiles that are not isolated: whoever compiles without
+    guards must compile that function here only.
+    """
+    if ISOLATES_RECOMPILES:
+        return torch.compile(function, isolate_recompiles=True, **options)
+    return torch.compile(clone_function(function, name), **options)
+
+
+def clone_function(function: Callable, name: str) -> Callable:
+    """The function with a code object of its own: torch 2.11 keeps compiled entries by code object."""
+    code = function.__code__.replace(co_name=name)
+    defaults, closure = function.__defaults__, function.__closure__
+    return types.FunctionType(code, function.__globals__, name, defaults, closure)
+
+
+def skip_all_guards(guards) -> list[bool]:
+    """torch.compiler.skip_all_guards_unsafe (torch/compiler/__init__.py line 796) for torch 2.11."""
+    return [False] * len(guards)
+
+
+skip_all_guards = getattr(torch.compiler, "skip_all_guards_unsafe", skip_all_guards)
+
+
+def unlimited_compiles() -> contextlib.AbstractContextManager:
+    """Lifts the limit on compiles of one function, all isolated ones together.
+
+    torch/_dynamo/config.py line 124: 256, after which a compile of a full graph is an error.
+    """
+    return torch._dynamo.config.patch(accumulated_recompile_limit=sys.maxsize)
+
+
+def compile_counts() -> tuple[int, int]:
+    """Graphs and graph breaks of this process so far."""
+    # torch/_dynamo/utils.py line 177, as torch._dynamo.testing.CompileCounter has no breaks
+    counters = torch._dynamo.utils.counters
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+
+
+def missing_cpu_toolchain() -> str | None:
+    """The part that this machine lacks to compile for CPU, in words; None if it has all."""
+    # torch/_inductor/cpp_builder.py line 372; local, as it imports all of Inductor
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception:  # its class has moved between torch versions
+        return "a C++ compiler (g++ or clang++)"
+    header = os.path.join(sysconfig.get_path("include"), "Python.h")
+    return None if os.path.exists(header) else f"Python's headers ({header})"
