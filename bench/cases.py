@@ -14,7 +14,8 @@ import ops
 from model import Linear, Transformer
 from ops.launch import Launch, override_config, record
 from ops.registry import LAUNCHERS
-from tools import report
+from tools import capture
+from tools.report import NAMED
 
 MILLION = 1 << 20
 # other token counts than those of a phase whose kernels have tiles of their own
@@ -31,7 +32,7 @@ class Phase(NamedTuple):
 
     model: str
     phase: str
-    shape: report.Shape
+    shape: capture.Shape
     weights: str = "bf16"
 
     def __str__(self) -> str:
@@ -39,17 +40,17 @@ class Phase(NamedTuple):
 
 
 def phases(model: str) -> list[Phase]:
-    prefill, decode = report.Shape(1, 8192, 8192), report.Shape(1, 1, MILLION)
+    prefill, decode = capture.Shape(1, 8192, 8192), capture.Shape(1, 1, MILLION)
     return [
         Phase(model, "prefill", prefill),
         Phase(model, "train", prefill),
         Phase(model, "decode", decode),
-        Phase(model, "decode", report.Shape(8, 1, 4096)),
+        Phase(model, "decode", capture.Shape(8, 1, 4096)),
         Phase(model, "prefill", prefill, "fp4"),
         Phase(model, "decode", decode, "fp4"),
         Phase(model, "prefill", prefill, "fp8"),
         Phase(model, "decode", decode, "fp8"),
-        Phase(model, "verify", report.Shape(1, 1 + report.DRAFTED, MILLION)),
+        Phase(model, "verify", capture.Shape(1, 1 + capture.DRAFTED, MILLION)),
         Phase(model, "decode", decode, "fp32"),
     ]
 
@@ -57,8 +58,8 @@ def phases(model: str) -> list[Phase]:
 PHASES = [
     *phases("flash"),
     *phases("pro"),
-    Phase("flash", "train", report.Shape(1, 4096, 4096), "fp32"),
-    Phase("flash", "prefill", report.Shape(1, 8192, 8192), "fp32"),
+    Phase("flash", "train", capture.Shape(1, 4096, 4096), "fp32"),
+    Phase("flash", "prefill", capture.Shape(1, 8192, 8192), "fp32"),
 ]
 
 
@@ -162,19 +163,19 @@ def others(call: Call, phase: Phase) -> Iterator[Call]:
         yield Call("sinkhorn_backward", (comb, comb, eps, iters))
 
 
-def captured_of(phase: Phase) -> report.Captured:
+def captured_of(phase: Phase) -> capture.Captured:
     """The graph of one layer of each kind, every op opaque, on fake tensors."""
-    args, before = report.one_of_each(report.NAMED[phase.model]()), torch.get_default_dtype()
+    args, before = capture.one_of_each(NAMED[phase.model]()), torch.get_default_dtype()
     torch.set_default_dtype(torch.float32 if phase.weights == "fp32" else torch.bfloat16)
     try:
         with FakeTensorMode():
-            model = Transformer(args, ops={name: "opaque" for name in report.MODEL_OPS})
+            model = Transformer(args, ops={name: "opaque" for name in capture.MODEL_OPS})
             if phase.weights in ("fp8", "fp4"):
                 pack(model, phase.weights)
             if phase.phase != "train":
                 model.setup_caches(phase.shape.batch, phase.shape.context)
-            function, inputs = report.call_of(model, phase.phase, phase.shape)
-            return report.capture(function, *inputs, grad=phase.phase == "train")
+            function, inputs = capture.call_of(model, phase.phase, phase.shape)
+            return capture.capture(function, *inputs, grad=phase.phase == "train")
     finally:
         torch.set_default_dtype(before)
 
@@ -190,7 +191,7 @@ def calls(phase: Phase) -> list[Call]:
 
     found, prefix = [], f"{ops.NAMESPACE}."
     for node in captured_of(phase).calls():
-        name = report.name_of(node.target)
+        name = capture.name_of(node.target)
         if name.startswith(prefix):
             args = tree_map(value, node.args, is_leaf=is_node)
             found.append(Call(name.removeprefix(prefix), tuple(args)))

@@ -17,7 +17,8 @@ import sys
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from bench.record import record
-from tools.report import args_of, kinds, measured, report
+from tools.capture import kinds
+from tools.report import args_of, measured, report
 
 DEPTHS, PHASES = (6, 12, 43), ("decode", "train")
 
@@ -41,11 +42,11 @@ def depth() -> None:
 
 
 def tiny() -> None:
-    record("report_tiny", report("tiny", say=say))
+    record("report_tiny", report("tiny", log=say))
 
 
 def captured(name: str) -> None:
-    record(f"report_{name}", report(name, full=True, compiled=False, say=say))
+    record(f"report_{name}", report(name, full=True, compiled=False, log=say))
 
 
 CASES = {

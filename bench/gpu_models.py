@@ -25,7 +25,7 @@ from compile_config import (
     compile_verify,
 )
 from model import ModelArgs, Transformer
-from tools.report import MODEL_OPS
+from tools.capture import MODEL_OPS
 
 FLASH_LAYERS = 43
 SHARES = {

@@ -64,7 +64,7 @@ def _is_cached_code(file: Path) -> bool:
 
 
 def save_cache(path: str) -> int:
-    """Pack Inductor's cache folder into a .tar.gz -> number of files; a ValueError if it is empty."""
+    """Pack Inductor's cache folder into a .tar.gz -> number of files; not empty, or ValueError."""
     if not Path(path).absolute().parent.is_dir() or Path(path).is_dir():
         raise ValueError(f"{path}: cannot be written; name a file in a folder that exists")
     folder = Path(cache_dir())
@@ -132,8 +132,7 @@ def _check_key(path: str, tar: tarfile.TarFile) -> None:
 
 
 def _unpack(tar: tarfile.TarFile, entry: tarfile.TarInfo, folder: Path) -> bool:
-    """Write one entry below `folder` -> whether it was written: entries that point elsewhere or exist
-    are skipped."""
+    """Write one entry below `folder`, unless it exists or points elsewhere -> whether it did."""
     target = folder / entry.name.removeprefix("cache/")
     inside = target.resolve().is_relative_to(folder.resolve())
     if not entry.isfile() or not entry.name.startswith("cache/") or not inside or target.exists():

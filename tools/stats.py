@@ -18,8 +18,7 @@ ONE_THREAD_BYTES = 1 << 28  # models that read less than this per token run on o
 
 
 def process_start() -> float:
-    """When this process started, in seconds of time.time(); where /proc is missing, when this module
-    was imported."""
+    """Start of this process in seconds of time.time(); without /proc, import of this module."""
     try:
         fields = Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()
         uptime = float(Path("/proc/uptime").read_text().split()[0])

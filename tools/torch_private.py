@@ -1,7 +1,7 @@
 """The parts of PyTorch without a stable API that compiling and running a model needs.
 
-Paths and lines are those of PyTorch 2.13: https://github.com/pytorch/pytorch/blob/v2.13.0/. ops/cpp.py
-and parallel.py have one more each, beside its use: `CppCodeCache`, and the hooks of FSDP2.
+Paths and lines are those of PyTorch 2.13: https://github.com/pytorch/pytorch/blob/v2.13.0/.
+ops/cpp.py and parallel.py have one more each beside its use: `CppCodeCache`, the state of FSDP2.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ ISOLATES_RECOMPILES = "isolate_recompiles" in inspect.signature(torch.compile).p
 
 
 def compile_isolated(function: Callable, name: str, **options) -> Callable:
-    """torch.compile(function, **options), which shares no compiled entries with another compile of it.
+    """torch.compile(function, **options) with compiled entries of its own.
 
-    Each call thus counts recompiles of its own, and may drop its guards. An isolated compile still
-    looks its calls up among the entries of compiles that are not isolated: whoever compiles without
-    guards must compile that function here only.
+    Another compile of the function does not count as its recompile, nor find its entries: it may
+    drop its guards. It does find the entries of compiles that are not isolated: a function that is
+    compiled without guards anywhere must be compiled here everywhere.
     """
     if ISOLATES_RECOMPILES:
         return torch.compile(function, isolate_recompiles=True, **options)
@@ -36,18 +36,21 @@ def compile_isolated(function: Callable, name: str, **options) -> Callable:
 
 
 def clone_function(function: Callable, name: str) -> Callable:
-    """The function with a code object of its own: torch 2.11 keeps compiled entries by code object."""
+    """A copy with a code object of its own: torch 2.11 keeps compiled entries by code object."""
+    if isinstance(function, types.MethodType):
+        return types.MethodType(clone_function(function.__func__, name), function.__self__)
     code = function.__code__.replace(co_name=name)
     defaults, closure = function.__defaults__, function.__closure__
     return types.FunctionType(code, function.__globals__, name, defaults, closure)
 
 
-def skip_all_guards(guards) -> list[bool]:
-    """torch.compiler.skip_all_guards_unsafe (torch/compiler/__init__.py line 796) for torch 2.11."""
+def _skip_all_guards(guards) -> list[bool]:
+    """For torch versions without torch.compiler.skip_all_guards_unsafe."""
     return [False] * len(guards)
 
 
-skip_all_guards = getattr(torch.compiler, "skip_all_guards_unsafe", skip_all_guards)
+# A guard_filter_fn: torch/compiler/__init__.py line 796
+skip_all_guards = getattr(torch.compiler, "skip_all_guards_unsafe", _skip_all_guards)
 
 
 def unlimited_compiles() -> contextlib.AbstractContextManager:

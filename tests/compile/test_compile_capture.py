@@ -11,7 +11,7 @@ from torch._inductor.utils import run_and_get_code
 
 from model import ModelArgs, Transformer
 from testing import cache_shapes, randomize, rms, small
-from tools.report import MODEL_OPS, capture, faults, name_of
+from tools.capture import MODEL_OPS, capture, faults, name_of
 from training.losses import training_loss
 from training.optim import Optimizer
 

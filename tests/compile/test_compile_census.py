@@ -23,7 +23,7 @@ from compile_config import CompileConfig, compile_function, layer_signature
 from fake_cuda import lower
 from model import ModelArgs, Transformer
 from testing import cache_shapes, randomize
-from tools.report import (
+from tools.capture import (
     MODEL_OPS,
     PHASES,
     Shape,
@@ -237,7 +237,7 @@ def test_a_symbolic_size_is_found():
     torch._dynamo.reset()
     graphs = []
     torch.compile(function, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)(x)
-    from tools.report import Captured
+    from tools.capture import Captured
 
     for node in graphs[0].graph.nodes:
         node.meta.setdefault("val", node.meta.get("example_value"))

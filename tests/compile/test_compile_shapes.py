@@ -9,7 +9,8 @@ from __future__ import annotations
 import pytest
 
 from model import ModelArgs
-from tools.report import MODEL_OPS, NAMED, Shape, capture_fake, flops_of, report_phase
+from tools.capture import MODEL_OPS, Shape, capture_fake, flops_of
+from tools.report import NAMED, report_phase
 
 pytestmark = pytest.mark.compile
 MODELS, PHASES = ("flash", "pro"), ("prefill", "decode", "train")

@@ -15,7 +15,8 @@ import torch
 
 import compile_config as C
 from model import Transformer
-from tools.report import args_of, kinds
+from tools.capture import kinds
+from tools.report import args_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 pytestmark = pytest.mark.compile

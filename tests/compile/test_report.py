@@ -15,6 +15,7 @@ import compile_config as C
 from bench.record import RESULTS
 from model import ModelArgs, Transformer, make_plan
 from testing import randomize, small
+from tools import capture
 from tools import report as R
 
 
@@ -89,11 +90,11 @@ def test_layers_that_repeat_add_up_to_the_whole(debug):
 @pytest.mark.parametrize(
     "phase, shape",
     [
-        ("train", R.Shape(1, 150, 150)),
-        ("prefill", R.Shape(1, 150, 150)),
-        ("decode", R.Shape(1, 1, 150)),
-        ("verify", R.Shape(1, 4, 150)),
-        ("prefill", R.Shape(1, 64, 512)),
+        ("train", capture.Shape(1, 150, 150)),
+        ("prefill", capture.Shape(1, 150, 150)),
+        ("decode", capture.Shape(1, 1, 150)),
+        ("verify", capture.Shape(1, 4, 150)),
+        ("prefill", capture.Shape(1, 64, 512)),
     ],
     ids=str,
 )
@@ -115,10 +116,10 @@ def test_needed_flops_count_the_pairs_that_the_plan_makes_visible(phase, shape):
         None,
         None,
     )
-    captured, model = R.capture_fake(args, phase, shape)
+    captured, model = capture.capture_fake(args, phase, shape)
     met = set()
     for node in captured.calls():
-        name, layer = R.name_of(node.target), R.index_of(node, args)
+        name, layer = capture.name_of(node.target), capture.index_of(node, args)
         if name.startswith(("dsv4.sparse_attn", "dsv4.indexer_topk")):
             ratio, indexer = args.compress_ratios[layer], name == "dsv4.indexer_topk"
             size = (
@@ -138,12 +139,14 @@ def test_needed_flops_count_the_pairs_that_the_plan_makes_visible(phase, shape):
                     ).sum()
                 )
             backward = name.endswith("_backward")
-            counted = 2 * size * R.keys(args, ratio, shape, None, indexer)
-            assert R.flops_of(node) == (5 * counted // 2 if backward else counted)
+            counted = 2 * size * capture.keys(args, ratio, shape, None, indexer)
+            assert capture.flops_of(node) == (5 * counted // 2 if backward else counted)
             expected = (
                 0 if layer == args.n_layers else 2 * size * int(seen) * (2 if backward else 1)
             )
-            assert R.needed(node, args, phase, shape) * R.flops_of(node) == pytest.approx(expected)
+            assert capture.needed(node, args, phase, shape) * capture.flops_of(
+                node
+            ) == pytest.approx(expected)
             met.add((name, ratio))
     assert {("dsv4.sparse_attn", ratio) for ratio in (0, 4, 128)} | {
         ("dsv4.indexer_topk", 4)
@@ -185,7 +188,7 @@ def test_flops_are_counted_by_hand_for_one_layer():
             "compress_ratios": (0,),
         }
     )
-    captured, _ = R.capture_fake(args, "decode", R.Shape(1, 1, 64))
+    captured, _ = capture.capture_fake(args, "decode", capture.Shape(1, 1, 64))
     H, D, d, g, I = args.n_heads, args.head_dim, args.dim, args.o_groups, args.moe_inter_dim
     attention = (
         d * args.q_lora_rank
@@ -199,7 +202,7 @@ def test_flops_are_counted_by_hand_for_one_layer():
     expected = (
         2 * (attention + experts + mixing + d * args.vocab_size) + 4 * H * D * args.window_size
     )
-    assert sum(map(R.flops_of, captured.calls())) == expected
+    assert sum(map(capture.flops_of, captured.calls())) == expected
 
 
 def test_the_table_and_the_json_say_the_same(capsys, debug):
@@ -237,7 +240,10 @@ def test_a_checkpoint_folder_is_reported_like_a_name(capsys, tmp_path, debug):
 
 def test_another_depth_goes_on_as_the_last_layers_alternate():
     assert R.args_of("tiny:9").compress_ratios == (0, 0, 4, 128, 4, 128, 4, 128, 4, 0)
-    assert R.args_of("tiny:43").n_layers == 43 and R.kinds(R.args_of("tiny:43"))["CSA, score"] == 21
+    assert (
+        R.args_of("tiny:43").n_layers == 43
+        and capture.kinds(R.args_of("tiny:43"))["CSA, score"] == 21
+    )
     for config in ("tiny:x", "tiny:"):
         with pytest.raises(ValueError, match=config):
             R.args_of(config)
@@ -316,7 +322,9 @@ def test_reports_of_different_models_are_not_compared_number_by_number():
 def test_every_recorded_report_can_be_compared_with():
     for name in ("tiny", "flash", "pro"):
         report = R.read(RESULTS / f"report_{name}.json")
-        assert R.compare(report, report) == ([], []) and set(report["phases"]) == set(R.PHASES)
+        assert R.compare(report, report) == ([], []) and set(report["phases"]) == set(
+            capture.PHASES
+        )
         for phase in report["phases"].values():
             total = sum(
                 layer["count"] * n
@@ -373,7 +381,7 @@ def test_folders_are_measured_from_wherever_the_report_is_started(monkeypatch, t
     monkeypatch.setattr(R.subprocess, "run", run)
     monkeypatch.chdir(tmp_path)
     for config in ("v4", "debug:5"):
-        R.measured(config, "decode", "default", say=print)
+        R.measured(config, "decode", "default", log=print)
     assert asked == [str(tmp_path / "v4")] * 2 + ["debug:5"] * 2
 
 

@@ -13,7 +13,7 @@ from model import ModelArgs, Transformer
 from ops.registry import LAUNCHERS
 from ops.triton.sparse_attn import sparse_attn_forward
 from testing import randomize, rms
-from tools import report
+from tools import capture
 from training.losses import training_loss
 
 FORWARD = {
@@ -53,9 +53,9 @@ def models(args=ARGS, dtype=torch.float32):
     """The same weights behind references and behind kernels."""
     torch.manual_seed(1)
     reference = randomize(
-        Transformer(args, ops={name: "reference" for name in report.MODEL_OPS}), seed=1
+        Transformer(args, ops={name: "reference" for name in capture.MODEL_OPS}), seed=1
     )
-    opaque = Transformer(args, ops={name: "opaque" for name in report.MODEL_OPS})
+    opaque = Transformer(args, ops={name: "opaque" for name in capture.MODEL_OPS})
     opaque.load_state_dict(reference.state_dict())
     return reference.to(dtype), opaque.to(dtype)
 

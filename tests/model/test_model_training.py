@@ -15,17 +15,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_step as S
 from compile_config import (
-    SAVED_OPS,
     PRESETS,
+    SAVED_OPS,
     CompileConfig,
     CompileCount,
-    compile_train_step,
     checkpointed,
+    compile_train_step,
 )
 from model import Aux, ModelArgs, Transformer
 from ops.router_balance import router_balance
 from testing import gradients, random_model, rms, small
-from tools.report import MODEL_OPS
+from tools.capture import MODEL_OPS
 from training.flags import ROOT
 from training.losses import LossWeights, make_targets, training_loss
 from training.optim import Optimizer

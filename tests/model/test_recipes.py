@@ -19,7 +19,7 @@ import torch
 import model as M
 from model import ModelArgs, Transformer
 from testing import random_model, random_tokens, rms
-from tools.report import MODEL_OPS, capture, faults, name_of
+from tools.capture import MODEL_OPS, capture, faults, name_of
 from training.losses import training_loss
 
 ROOT = Path(__file__).resolve().parent.parent.parent
