@@ -1,7 +1,7 @@
 """Shared by all tests: imports from the repository root, one thread, quiet Transformers.
 
-Kernels are tested in a process of their own, in Triton's interpreter (TRITON_INTERPRET=1), or on the GPU where there is
-one: the tests of KERNELS then build their tensors there.
+Kernels are tested in a process of their own, in Triton's interpreter (TRITON_INTERPRET=1), or on
+the GPU where there is one: the tests of KERNELS then build their tensors there.
 """
 
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-TOLD = pytest.StashKey[list[str]]()
+LINES = pytest.StashKey[list[str]]()
 QUICK = {
     f"test_{name}.py"
     for name in (
@@ -29,6 +29,8 @@ QUICK = {
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# One process compiles the same functions for hundreds of tests, all of which count together.
+torch._dynamo.config.accumulated_recompile_limit = 1 << 16
 sys.path[:0] = [
     str(Path(__file__).parent.parent),
     str(Path(__file__).parent),
@@ -91,12 +93,12 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def tell(request):
     """tell(line) shows a line when all tests are done: tables that people read."""
-    return request.config.stash.setdefault(TOLD, []).append
+    return request.config.stash.setdefault(LINES, []).append
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """What tests had to tell, and seconds per file: what to look at when the suite grows slow."""
-    for line in config.stash.get(TOLD, []):
+    """Lines from `tell`, and seconds per file: the place to look at when the suite grows slow."""
+    for line in config.stash.get(LINES, []):
         terminalreporter.write_line(line)
     seconds = {}
     for reports in terminalreporter.stats.values():

@@ -1,4 +1,4 @@
-"""The suite catches what it is for: each fault, seeded into a copy of the project, makes a named test fail and say why."""
+"""Each fault, seeded into a copy of the project, makes a named test fail that says why."""
 
 from __future__ import annotations
 
@@ -30,12 +30,14 @@ CAPTURE, CENSUS, SESSIONS, SHAPES = (
     f"tests/compile/test_compile_{name}.py::"
     for name in ("capture", "census", "sessions", "shapes")
 )
+REGISTER_FAKE = '    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)'
+MAKE_PLAN = "        plan = make_plan(self.args, self.freqs, tokens, ratios, *positions, aux)"
 DECODE = CAPTURE + "test_inference_is_one_graph[decode-opaque-False]"
-FAULTS = {
+DEFAULT = {  # of each run
     "an item() in the compressor": Fault(
         "model.py",
         "        score = linear_fp32(x, self.wgate.weight)",
-        "        x = x[:, : int(win.phase.max().item()) + x.shape[1]]\n"
+        "        x = x[:, : int(windows.offset.max().item()) + x.shape[1]]\n"
         "        score = linear_fp32(x, self.wgate.weight)",
         DECODE,
         r"host sync aten\._local_scalar_dense.*model\.py.*in forward",
@@ -43,7 +45,8 @@ FAULTS = {
     "a Python-int position in the cache": Fault(
         "model.py",
         "        size, pos = self.rows.shape[1] - 1, plan.input_pos[:, None]",
-        "        self.at = getattr(self, 'at', -1) + 1\n        size, pos = self.rows.shape[1] - 1, plan.input_pos[:, None] + 0 * self.at",
+        "        self.at = getattr(self, 'at', -1) + 1\n"
+        "        size, pos = self.rows.shape[1] - 1, plan.input_pos[:, None] + 0 * self.at",
         SESSIONS + "test_a_session_compiles_once[every boundary]",
         r"RecompileError: Recompiling[\s\S]*'at'[\s\S]*model\.py",
     ),
@@ -60,15 +63,17 @@ FAULTS = {
         "def forward_reference(",
         "def forward_reference(*args):\n"
         "    entries, idx = args[6], args[9]\n    if idx is not None:\n"
-        "        B, T, K = idx.shape\n        args[6][:, None].expand(B, T, -1, -1).gather(2, idx.clamp(min=0)[..., None].expand(B, T, K, entries.shape[-1]))\n"
+        "        B, T, K = idx.shape\n"
+        "        index = idx.clamp(min=0)[..., None].expand(B, T, K, entries.shape[-1])\n"
+        "        entries[:, None].expand(B, T, -1, -1).gather(2, index)\n"
         "    return _forward_reference(*args)\n\n\ndef _forward_reference(",
         "tests/model/test_model_memory.py::test_no_intermediate_exceeds_the_bound[prefill-4-reference]",
         r"MB: aten\.gather",
     ),
     "a dropped fake kernel": Fault(
         "ops/registry.py",
-        '    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)',
-        '    if name != "rope":\n        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)',
+        REGISTER_FAKE,
+        f'    if name != "rope":\n    {REGISTER_FAKE}',
         DECODE,
         r"dsv4.rope[\s\S]*(fake|[Mm]eta)",
     ),
@@ -95,7 +100,7 @@ FAULTS = {
     ),
 }
 
-MORE = {  # two more of each kind, thought of when the suite was finished
+FULL = {  # of -m full
     "a bincount of the experts' load": Fault(
         "model.py",
         "        weight = score.gather(1, chosen)",
@@ -106,39 +111,41 @@ MORE = {  # two more of each kind, thought of when the suite was finished
     ),
     "tokens looked up by a mask": Fault(
         "model.py",
-        "        if lengths is not None:\n            tokens = tokens.masked_fill",
-        "        tokens = tokens + 0 * tokens[tokens > 0].sum()\n        if lengths is not None:\n            tokens = tokens.masked_fill",
+        MAKE_PLAN,
+        "        tokens = tokens + 0 * tokens[tokens > 0].sum()\n" + MAKE_PLAN,
         DECODE,
         r"(host sync aten\.nonzero|symbolic value in aten\.index).*model\.py",
     ),
     "a call counter in the model": Fault(
         "model.py",
-        "        tokens, plan, X = self.start(tokens, input_pos, lengths, doc_ids, watch)",
-        "        self.calls = getattr(self, 'calls', 0) + 1\n        tokens, plan, X = self.start(tokens + 0 * self.calls, input_pos, lengths, doc_ids, watch)",
+        "        tokens, plan, X = run_block(self.embed_inputs, tokens, *positions, aux)",
+        "        self.calls = getattr(self, 'calls', 0) + 1\n"
+        "        tokens = tokens + 0 * self.calls\n"
+        "        tokens, plan, X = run_block(self.embed_inputs, tokens, *positions, aux)",
         SESSIONS + "test_a_session_compiles_once[two conversations]",
         r"RecompileError: Recompiling[\s\S]*'calls'",
     ),
     "a step number that is a Python int": Fault(
         "training/optim.py",
-        "norm, (b1, b2) = grad_norm(list(grads.values())), self.betas",
-        "self.done = getattr(self, 'done', 0) + 1\n"
-        "        norm, (b1, b2) = grad_norm(list(grads.values())), (b ** (1 / self.done) for b in self.betas)",
+        "        corrections = [1 - beta**self.count for beta in self.betas]",
+        "        self.done = getattr(self, 'done', 0) + 1\n"
+        "        corrections = [1 - beta**self.done for beta in self.betas]",
         SESSIONS + "test_the_optimizer_compiles_once",
         r"RecompileError: Recompiling[\s\S]*'done'",
     ),
     "a window skipped when none ends": Fault(
         "model.py",
         "        score = linear_fp32(x, self.wgate.weight)",
-        "        if (win.end < 0).all():\n            return self.entries[:, :-1]\n"
+        "        if (windows.end < 0).all():\n            return self.entries[:, :-1]\n"
         "        score = linear_fp32(x, self.wgate.weight)",
         DECODE,
         r"[Dd]ata-dependent[\s\S]*model\.py",
     ),
     "a check of token ids in the forward": Fault(
         "model.py",
-        "        if lengths is not None:\n            tokens = tokens.masked_fill",
-        "        if tokens.max() >= self.args.vocab_size:\n            raise ValueError('no such token')\n"
-        "        if lengths is not None:\n            tokens = tokens.masked_fill",
+        MAKE_PLAN,
+        "        if tokens.max() >= self.args.vocab_size:\n"
+        "            raise ValueError('no such token')\n" + MAKE_PLAN,
         DECODE,
         r"[Dd]ata-dependent[\s\S]*model\.py",
     ),
@@ -151,22 +158,22 @@ MORE = {  # two more of each kind, thought of when the suite was finished
     ),
     "logits of a whole prompt": Fault(
         "model.py",
-        "linear_fp32(self.head_input(self.select(X, plan, logits)), self.head.weight)\n\n\n# ---",
-        "self.select(linear_fp32(self.head_input(X), self.head.weight), plan, logits)\n\n\n# ---",
+        "return linear_fp32(self.head_input(self.select(X, plan, logits)), self.head.weight)",
+        "return self.select(linear_fp32(self.head_input(X), self.head.weight), plan, logits)",
         SHAPES + "test_the_largest_value_is_bounded[flash-prefill]",
         r"aten\.mm\.default \[8192, 129280\]",
     ),
     "a backward op without a fake": Fault(
         "ops/registry.py",
-        '    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)',
-        '    if name != "moe_backward":\n        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)',
+        REGISTER_FAKE,
+        f'    if name != "moe_backward":\n    {REGISTER_FAKE}',
         CAPTURE + "test_training_forward_and_backward_are_one_graph_each[opaque]",
         r"dsv4.moe_backward[\s\S]*(fake|[Mm]eta)",
     ),
     "another op without a fake": Fault(
         "ops/registry.py",
-        '    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)',
-        '    if name != "hc_post":\n        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)',
+        REGISTER_FAKE,
+        f'    if name != "hc_post":\n    {REGISTER_FAKE}',
         DECODE,
         r"dsv4.hc_post[\s\S]*(fake|[Mm]eta)",
     ),
@@ -187,7 +194,8 @@ MORE = {  # two more of each kind, thought of when the suite was finished
     "a ring rewritten at every step": Fault(
         "model.py",
         "        return rows\n\n\n# ----",
-        "        self.rows.copy_(self.rows.flip(1).flip(1) * 1.0000001)\n        return rows\n\n\n# ----",
+        "        self.rows.copy_(self.rows.flip(1).flip(1) * 1.0000001)\n"
+        "        return rows\n\n\n# ----",
         CENSUS + "test_no_cache_is_computed_whole",
         r"computes a whole cache: .*model\.py",
     ),
@@ -200,8 +208,8 @@ MORE = {  # two more of each kind, thought of when the suite was finished
     ),
     "one site's hc_post traced": Fault(
         "model.py",
-        "        return self.ops.hc_post(self.ffn(self.ffn_norm(x), tokens, plan, notes), X, post, comb), notes",
-        "        import ops\n        return ops.hc_post.reference(self.ffn(self.ffn_norm(x), tokens, plan, notes), X, post, comb), notes",
+        "        return ops.hc_post(y, X, post, comb), aux",
+        "        from ops import hc_post\n        return hc_post.reference(y, X, post, comb), aux",
         CAPTURE + "test_each_opaque_op_is_one_node",
         r"'hc_post': 4",
     ),
@@ -214,15 +222,15 @@ MORE = {  # two more of each kind, thought of when the suite was finished
     ),
     "positions made on the CPU": Fault(
         "model.py",
-        "col = torch.arange(B, device=device)[:, None], torch.arange(T, device=device)[None]",
-        "col = torch.arange(B, device=device)[:, None], torch.arange(T, device='cpu')[None].to(device)",
+        "    col = torch.arange(T, device=device)[None]",
+        "    col = torch.arange(T, device='cpu')[None].to(device)",
         CENSUS + "test_nothing_leaves_the_device_and_the_default_form_there_is_opaque[prefill]",
         r"leaves the device or waits for it: aten[\s\S]*in make_plan",
     ),
     "the CPU's form of an op on every device": Fault(
         "ops/registry.py",
-        '(on_cpu if args[0].device.type == "cpu" else opaque)(*args)',
-        "on_cpu(*args)",
+        'form = cpu if args[0].device.type == "cpu" else opaque',
+        "form = cpu",
         CENSUS + "test_nothing_leaves_the_device_and_the_default_form_there_is_opaque[decode]",
         r"decode by default does not run the opaque ops",
     ),
@@ -237,7 +245,8 @@ MORE = {  # two more of each kind, thought of when the suite was finished
     "torch.cond on data in the router": Fault(
         "model.py",
         "        weight = score.gather(1, chosen)",
-        "        score = torch.cond(score.amax() > 1e9, lambda s: s * 0.5, lambda s: s * 1.0, (score,))\n"
+        "        branches = (lambda s: s * 0.5), (lambda s: s * 1.0)\n"
+        "        score = torch.cond(score.amax() > 1e9, *branches, (score,))\n"
         "        weight = score.gather(1, chosen)",
         DECODE,
         r"branch on data cond.*model\.py",
@@ -245,15 +254,46 @@ MORE = {  # two more of each kind, thought of when the suite was finished
     "a table that forgets an op": Fault(
         "ops/registry.py",
         "            object.__setattr__(self, name, op.bind(modes.get(name)))",
-        "            object.__setattr__(self, name, op.bind('reference' if name == 'rope' else modes.get(name)))",
+        "            mode = 'reference' if name == 'rope' else modes.get(name)\n"
+        "            object.__setattr__(self, name, op.bind(mode))",
         CAPTURE + "test_each_opaque_op_is_one_node",
         r"'rope': 6",
     ),
 }
 
 
+FAULTS = DEFAULT | FULL
+
+
+def occurrences(fault: Fault) -> int:
+    """How often the text that the fault replaces stands in its file."""
+    return (ROOT / fault.file).read_text().count(fault.old)
+
+
+def test_each_seeded_text_occurs_exactly_once():
+    """Or the fault cannot be seeded: adapt `old`, and the names in `new`, to the source."""
+    rotted = {name: occurrences(fault) for name, fault in FAULTS.items()}
+    rotted = {name: n for name, n in rotted.items() if n != 1}
+    assert not rotted, f"occurrences of seeded texts, by fault: {rotted}"
+
+
+def test_each_seeded_fault_is_python():
+    for name, fault in FAULTS.items():
+        text = (ROOT / fault.file).read_text().replace(fault.old, fault.new)
+        compile(text, f"{fault.file} with {name}", "exec")
+
+
+def test_each_named_test_exists():
+    missing = []
+    for name, fault in FAULTS.items():
+        file, function = fault.test.split("[")[0].split("::")
+        if f"def {function}(" not in (ROOT / file).read_text():
+            missing.append(f"{name}: {file}::{function}")
+    assert not missing, missing
+
+
 def copy_of_the_project(folder: Path) -> Path:
-    """Without what tests of the compiler do not need."""
+    """Without the folders that tests of the compiler do not need."""
     leave = shutil.ignore_patterns(
         ".git", ".venv", "__pycache__", ".pytest_cache", ".cache", "assets", "results"
     )
@@ -265,22 +305,11 @@ def seeded(folder: Path, fault: Fault) -> subprocess.CompletedProcess:
     project = copy_of_the_project(folder)
     file = project / fault.file
     text = file.read_text()
-    assert text.count(fault.old) == 1, (
-        f"{fault.file} has changed: {fault.old!r} stands in it {text.count(fault.old)} times"
-    )
     file.write_text(text.replace(fault.old, fault.new))
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider"]
     return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-x",
-            "-p",
-            "no:cacheprovider",
-            "--show-capture=no",
-            fault.test,
-        ],
+        [*command, "--show-capture=no", fault.test],
         cwd=project,
         env=env,
         capture_output=True,
@@ -289,12 +318,11 @@ def seeded(folder: Path, fault: Fault) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(
-    "name", [*FAULTS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
+    "name", [*DEFAULT, *(pytest.param(name, marks=pytest.mark.full) for name in FULL)]
 )
 def test_a_seeded_fault_fails_a_named_test_that_says_why(name, tmp_path):
-    fault = (FAULTS | MORE)[name]
+    fault = FAULTS[name]
     done = seeded(tmp_path, fault)
-    assert done.returncode == 1 and "1 failed" in done.stdout, (
-        done.stdout[-3000:] + done.stderr[-1000:]
-    )
+    output = done.stdout[-3000:] + done.stderr[-1000:]
+    assert done.returncode == 1 and "1 failed" in done.stdout, output
     assert re.search(fault.says, done.stdout), done.stdout[-6000:]

@@ -4,7 +4,7 @@ Each compiles, fits into shared memory, spills no more than recorded, and keeps 
 instructions. The record is bench/results/kernels_triton<version>.json; `python -m bench.offline
 --record` rewrites it, --new adds to it. Compiled are, of every kernel on every architecture, the
 shape that spills most, or takes most shared memory (of those with matrix instructions, where there
-are any), and all with -m slow; with the Triton that is installed, and with 3.6.0 where TRITON_360
+are any), and all with -m full; with the Triton that is installed, and with 3.6.0 where TRITON_360
 names a folder that holds it.
 """
 
@@ -133,7 +133,7 @@ def compiled_elsewhere(folder: str, wanted: dict, tmp_path: Path) -> list:
 
 
 @pytest.mark.parametrize(
-    "everything", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["heaviest", "all"]
+    "everything", [False, pytest.param(True, marks=pytest.mark.full)], ids=["heaviest", "all"]
 )
 @pytest.mark.parametrize("version", ["installed", "3.6.0"])
 def test_kernels_fit_the_gpu(version, everything, tell, tmp_path):
