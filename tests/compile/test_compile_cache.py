@@ -1,4 +1,4 @@
-"""Contracts of `compile_config.py cache`: a cache is only loaded whole, where it fits, into its folder."""
+"""Contracts of `compile_config.py cache`: loaded whole, where it fits, into its folder, or not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every phase is one full graph, free of host syncs and of symbolic integers, and every backend computes what eager computes."""
+"""Every phase is one full graph without host syncs and symbolic integers, on every backend."""
 
 from __future__ import annotations
 
@@ -33,12 +33,13 @@ def tokens_of(T: int) -> torch.Tensor:
 
 
 POS, LENGTHS = torch.tensor([3, 130]), torch.tensor([CHUNK, 17])
+ONE, TWO, FOUR, MANY = (tokens_of(T) for T in (1, 2, 4, CHUNK))
 PHASES = {  # name -> a function of the model, ready to capture
-    "prefill": lambda m, t=tokens_of(CHUNK): m(t, POS, LENGTHS, logits="last"),
-    "decode": lambda m, t=tokens_of(1): m(t, POS),
-    "verify 1": lambda m, t=tokens_of(2): m(t, POS, torch.tensor([2, 1])),
-    "verify 3": lambda m, t=tokens_of(4): m(t, POS, torch.tensor([4, 2])),
-    "mtp draft": lambda m, t=tokens_of(1): m.mtp(torch.ones(2, 1, 4, 64), t, POS)[0],
+    "prefill": lambda m: m(MANY, POS, LENGTHS, logits="last"),
+    "decode": lambda m: m(ONE, POS),
+    "verify 1": lambda m: m(TWO, POS, torch.tensor([2, 1])),
+    "verify 3": lambda m: m(FOUR, POS, torch.tensor([4, 2])),
+    "mtp draft": lambda m: m.mtp(torch.ones(2, 1, 4, 64), ONE, POS)[0],
 }
 
 
@@ -66,8 +67,9 @@ def test_inference_is_one_graph(phase, form, act_quant):
     assert faults(captured) == []
     with torch.no_grad():
         PHASES[phase](eager)
-    for (name, cache), (_, expected) in zip(model.named_buffers(), eager.named_buffers()):
-        assert torch.allclose(cache, expected, atol=1e-5), name
+    expected = dict(eager.named_buffers())
+    for name, cache in model.named_buffers():
+        assert torch.allclose(cache, expected[name], atol=1e-5), name
 
 
 def loss_of(model, tokens, targets, doc_ids):
@@ -86,13 +88,15 @@ def test_training_forward_and_backward_are_one_graph_each(form):
     assert (captured.count, len(captured.graphs), captured.breaks) == (1, 2, 0)
     assert faults(captured) == []
     loss_of(eager, *batch()).backward()
-    for (name, p), q in zip(model.named_parameters(), eager.parameters()):
+    expected = dict(eager.named_parameters())
+    for name, p in model.named_parameters():
+        q = expected[name]
         assert (p.grad is None) == (q.grad is None), name
         assert p.grad is None or (p.grad - q.grad).norm() <= 1e-4 * q.grad.norm(), name
 
 
 def test_the_optimizer_step_is_one_graph():
-    """Muon, AdamW, fp32 masters and router biases; its parameters afterwards are those of an eager step."""
+    """Muon, AdamW, fp32 masters and router biases: parameters are those of an eager step."""
     args = small(n_layers=2, n_hash_layers=1, n_mtp_layers=0, compress_ratios=(0, 4))
     models, optimizers = [randomize(Transformer(args), seed=1).bfloat16() for _ in range(2)], []
     for model in models:
@@ -103,7 +107,9 @@ def test_the_optimizer_step_is_one_graph():
         captured
     ) == []
     optimizers[1].step(torch.tensor(1e-2))
-    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters()):
+    expected = dict(models[1].named_parameters())
+    for name, p in models[0].named_parameters():
+        q = expected[name]
         assert p.grad is None and (p - q).float().norm() <= 1e-3 * q.float().norm(), name
 
 
@@ -138,7 +144,8 @@ TOLERANCES = {
 def backends(tell) -> dict:
     """(phase, backend) -> relative RMS of its result against eager; three layers, all kinds.
 
-    The result of training is the gradient of every parameter, that of the optimizer the step that each parameter takes.
+    The result of training is the gradient of every parameter; that of the optimizer, the step of
+    each parameter.
     """
     args = small(n_layers=3, n_hash_layers=1, compress_ratios=(0, 4, 128, 0))
     reference = randomize(Transformer(args), seed=1)
@@ -160,21 +167,17 @@ def backends(tell) -> dict:
     def update(backend):
         """Of a router, an expert and a norm: Muon, AdamW and the router's bias."""
         block = copy.deepcopy(reference.layers[-1])
-        part, generator = (
-            torch.nn.ModuleList([block.ffn.gate, block.ffn.shared_experts, block.ffn_norm]),
-            torch.Generator().manual_seed(0),
-        )
-        before, load, optimizer = (
-            copy.deepcopy(part),
-            torch.arange(args.n_routed_experts).float()[None],
-            Optimizer(part),
-        )
+        ffn, generator = block.ffn, torch.Generator().manual_seed(0)
+        part = torch.nn.ModuleList([ffn.gate, ffn.shared_experts, block.ffn_norm])
+        before, optimizer = copy.deepcopy(part), Optimizer(part)
+        load = torch.arange(args.n_routed_experts).float()[None]
         for p in part.parameters():
             p.grad = torch.randn(p.shape, generator=generator) if p.requires_grad else None
         torch.compile(optimizer.step, backend=backend, fullgraph=True, dynamic=False)(
             torch.tensor(1e-2), load
         )
-        steps = [(p - q).detach().flatten() for p, q in zip(part.parameters(), before.parameters())]
+        pairs = zip(part.parameters(), before.parameters(), strict=True)
+        steps = [(p - q).detach().flatten() for p, q in pairs]
         assert all(step.any() for step in steps)
         return torch.cat([step / step.norm() for step in steps])
 
@@ -219,7 +222,7 @@ def test_every_backend_computes_what_eager_computes(backends):
 
 
 def test_inductor_decode_writes_caches_in_place():
-    """Two layers, CSA and HCA. No buffer of the generated code is as large as a ring or an entry cache."""
+    """Two layers, CSA and HCA: no buffer of the generated code is as large as a cache."""
     torch._dynamo.reset()
     args = small(n_layers=2, n_hash_layers=1, n_mtp_layers=0, compress_ratios=(4, 128))
     model, eager = (

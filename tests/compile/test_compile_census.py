@@ -1,6 +1,7 @@
-"""What is in the graphs, per phase and kind of layer: a snapshot of operators, a ceiling on kernels, and nothing that waits.
+"""The graphs' content by phase and kind of layer: operators as recorded, few kernels, no waits.
 
-`python -m pytest tests/compile/test_compile_census.py --update-snapshots` rewrites tests/compile/snapshots/ after a change that was meant.
+After a change that was meant, this rewrites tests/compile/snapshots/:
+`python -m pytest tests/compile/test_compile_census.py --update-snapshots`
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def difference(old: dict, new: dict) -> str:
 
 
 def accepted(snapshot: dict, counts: dict) -> dict:
-    """The snapshot after --update-snapshots: our operators are the same on every torch version, aten's are kept by version."""
+    """The snapshot after --update-snapshots: aten's operators, unlike ours, are kept by version."""
     return {"ours": counts["opaque"], "aten": snapshot.get("aten", {}) | {MINOR: counts["aten"]}}
 
 
@@ -111,7 +112,8 @@ def test_aten_operators_are_those_of_the_snapshot(counts):
         pytest.skip(f"no snapshot for torch {MINOR}; --update-snapshots makes one")
     changed = difference(snapshot, counts["aten"])
     assert not changed, (
-        f"aten operators differ from the snapshot of torch {MINOR}; --update-snapshots accepts:\n{changed}"
+        f"aten operators differ from the snapshot of torch {MINOR}; "
+        f"--update-snapshots accepts:\n{changed}"
     )
 
 
@@ -162,7 +164,7 @@ def kernels_by_kind(phase: str) -> dict[str, int]:
 
 @pytest.mark.parametrize("phase", ("decode", "train"))
 def test_kernels_per_layer_stay_under_their_ceiling(phase, request, tell):
-    """The ceiling is the recorded count times 1.1; raising it needs --update-snapshots and a reason in the commit."""
+    """1.1 times the recorded count. Raise it by --update-snapshots, with a reason in the commit."""
     now, snapshots = kernels_by_kind(phase), known("kernels")
     if request.config.getoption("--update-snapshots"):
         snapshots.setdefault(MINOR, {})[phase] = now | {"date": datetime.date.today().isoformat()}
@@ -179,7 +181,7 @@ def test_kernels_per_layer_stay_under_their_ceiling(phase, request, tell):
 
 
 def test_no_cache_is_computed_whole():
-    """Decode, two rows: caches are read by view and by index, written by index, and nothing else has their shape."""
+    """Decode, two rows: caches are read by view or index and written by index."""
     captured, model = capture_fake(
         ARGS(), "decode", Shape(2, 1, 600)
     )  # entries of other sizes than the window
@@ -194,7 +196,7 @@ def test_no_cache_is_computed_whole():
     assert caches and not whole, f"decode computes a whole cache: {whole}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Host syncs
 
 
@@ -264,7 +266,8 @@ def test_the_forward_does_not_wait_for_the_gpu(phase):
 
 
 class Elsewhere(TorchDispatchMode):
-    """Runs on meta tensors, a device that is not the CPU and needs no GPU: finds what leaves it or waits for it, notes our ops that are called."""
+    """Runs on meta tensors, which are not on the CPU: finds operators that leave the device or wait
+    for it, and counts our ops."""
 
     def __init__(self):
         super().__init__()
@@ -285,7 +288,7 @@ class Elsewhere(TorchDispatchMode):
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_nothing_leaves_the_device_and_the_default_form_there_is_opaque(phase):
-    """What a graph captured on CPU cannot show: copies to and from the CPU are no nodes of it, and ops take another form there."""
+    """Graphs captured on CPU show no copies to and from it, and ops have another mode there."""
     with torch.device("meta"), Elsewhere() as seen, torch.set_grad_enabled(phase == "train"):
         model, shape = Transformer(ARGS()), shape_of(ARGS(), phase)
         if phase != "train":
@@ -303,14 +306,15 @@ def test_nothing_leaves_the_device_and_the_default_form_there_is_opaque(phase):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Lowered for CUDA, without a GPU
 
 
 def lowered() -> dict[str, str]:
-    """{kind: the code that Inductor writes for one decoded token in one layer}, on sm_90; all ops opaque.
+    """{kind: Inductor's code for one decoded token in one layer}, on sm_90; all ops opaque.
 
-    The test is skipped only on a torch version on which this has never worked: it replaces much of torch.cuda.
+    The test is skipped only on a torch version on which this has never worked: it replaces much of
+    torch.cuda.
     """
     args, found = ARGS(), {}
     model = randomize(Transformer(args, ops={name: "opaque" for name in MODEL_OPS}), seed=1).eval()
@@ -328,7 +332,8 @@ def lowered() -> dict[str, str]:
         if MINOR in known("cuda_launches"):
             raise
         pytest.skip(
-            f"torch {torch.__version__} cannot be lowered for CUDA here: {type(error).__name__}: {error}"
+            f"torch {torch.__version__} cannot be lowered for CUDA here: "
+            f"{type(error).__name__}: {error}"
         )
     return found
 
@@ -371,7 +376,7 @@ def test_launches_of_every_sort_are_counted():
 
 
 def test_launches_on_cuda_stay_under_their_ceiling(cuda_code, request, tell):
-    """The ceiling is the recorded count, of Triton's kernels times 1.1; raising it as for kernels."""
+    """The recorded count, of Triton's kernels times 1.1; raise it as for kernels."""
     now, snapshots = (
         {kind: launches(code) for kind, code in cuda_code.items()},
         known("cuda_launches"),

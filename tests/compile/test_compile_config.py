@@ -1,4 +1,4 @@
-"""Contracts of compile_config.py: every preset computes what eager computes, in as many graphs as it says."""
+"""Contracts of compile_config.py: presets compute as eager does, in as many graphs as they say."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_deep_models_are_compiled_by_layer_and_prefill_always():
 
 
 def test_new_caches_are_noticed():
-    """Guards are off: a phase must not go on with the graph of other caches, or of another batch."""
+    """Guards are off: a phase must not go on with the graph of other caches or another batch."""
     torch._dynamo.reset()
     model = fresh(build(), max_seq_len=64)
     run = C.compile_decode(model, C.CompileConfig(backend=QUICK))
@@ -111,7 +111,7 @@ def test_new_caches_are_noticed():
 
 
 def test_arguments_that_were_one_tensor_stay_independent():
-    """Compiled from a call where positions and lengths are the same tensor, a phase must still tell them apart."""
+    """A phase compiled by a call whose positions and lengths are one tensor keeps them apart."""
     torch._dynamo.reset()
     model = fresh(build())
     eager, run, ones = (
@@ -146,7 +146,7 @@ def test_cuda_graphs_need_a_gpu():
 
 @pytest.mark.parametrize("region", ("model", "layer"))
 def test_a_compiled_training_step_equals_an_eager_one(region):
-    """Two steps of torch.optim's AdamW, with documents and with changing rates: the same parameters, no recompile."""
+    """Two steps of AdamW with documents and changing rates: equal parameters, no recompile."""
     torch._dynamo.reset()
     model, count = build().train(), C.CompileCount()
     eager = copy.deepcopy(model)
@@ -171,13 +171,15 @@ def test_a_compiled_training_step_equals_an_eager_one(region):
             count.warm()
     assert count.recompiles == 0 and count.breaks == 0
     start = build()
-    for (name, p), q, p0 in zip(model.named_parameters(), eager.parameters(), start.parameters()):
+    expected, before = dict(eager.named_parameters()), dict(start.named_parameters())
+    for name, p in model.named_parameters():
+        q, p0 = expected[name], before[name]
         assert (p - q).norm() <= 1e-3 * (q - p0).norm().clamp(min=1e-6), name
     assert (model.head.weight - start.head.weight).abs().max() > 1e-4
 
 
 def test_training_loss_is_the_mean_over_valid_targets():
-    """Against logits and F.cross_entropy: ignored targets, documents, the MTP block's shifted target."""
+    """Against logits and F.cross_entropy: ignored labels, documents, the shifted MTP labels."""
     model = build()
     tokens = tokens_of(2, 50)
     targets = torch.cat([tokens[:, 1:], tokens_of(2, 1)], 1)

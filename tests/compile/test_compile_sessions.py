@@ -1,4 +1,4 @@
-"""Nothing recompiles: whole sessions run under Dynamo's guards, and the first guard that fails is the test's message."""
+"""Nothing recompiles in whole sessions with Dynamo's guards; a guard that fails is named."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_a_session_compiles_once(strict, name):
             else lengths[:, None] > 0
         )
         assert not valid.any() or rms(got[valid], expected[valid]) <= 1e-5
-        assert ((0 <= token) & (token < 256)).all()
+        assert ((token >= 0) & (token < 256)).all()
 
 
 def test_filtered_sampling_compiles_once(strict):
@@ -117,7 +117,7 @@ def test_filtered_sampling_compiles_once(strict):
 
 
 def test_training_compiles_once(strict):
-    """Fifty steps: the rate's schedule, other documents in every row, gradients of one to three parts, counts of the routers."""
+    """Fifty steps: scheduled rates, other documents in every row, one to three micro-batches."""
     model = randomize(Transformer(ModelArgs.debug()), seed=1).train()
     step = compile_train_step(
         model, Optimizer(model), CompileConfig(backend="eager", region="model"), micro_batch=2

@@ -1,7 +1,7 @@
-"""Flash and Pro at production shapes, on fake tensors: one graph, exactly our ops, bounded memory, the FLOPs of the roofline.
+"""Flash and Pro at production shapes, on fake tensors: one graph, our ops, memory, FLOPs.
 
-Prefill and training of 8192 tokens and decode in a context of 1M. One layer of each kind stands for all of its kind; the
-full depth is traced for Flash's decode, and for everything else under `-m slow`.
+Prefill and training of 8192 tokens, and decode in a context of 1M. One layer of each kind stands
+for all of its kind; the full depth is traced for Flash's decode, and for the rest under `-m full`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from tools.report import NAMED, report_phase
 pytestmark = pytest.mark.compile
 MODELS, PHASES = ("flash", "pro"), ("prefill", "decode", "train")
 CASES = [(model, phase) for model in MODELS for phase in PHASES]
-GFLOP_PER_TOKEN = {  # by hand, from the shapes of docs/v4.md#dimensions: no MTP block, nothing recomputed, causal averages
+# By hand, from docs/v4.md#dimensions: no MTP block, nothing computed again, causal averages
+GFLOP_PER_TOKEN = {
     ("flash", "prefill"): 27.9,
     ("flash", "decode"): 141.4,
     ("flash", "train"): 86.8,
@@ -86,9 +87,10 @@ def test_flops_are_those_of_the_roofline(reports, model, phase):
 
 
 def test_flops_of_opaque_ops_equal_those_of_their_traced_references():
-    """One token that sees everything: nothing is masked, so the references compute no pair that the formulas leave out.
+    """One token that sees everything: nothing is masked, so that both count the same pairs.
 
-    Each op alone is held to equality in test_ops.py; here padding of the chosen entries makes up the rest.
+    Each op alone is held to equality in test_ops.py; here padding of the chosen entries makes up
+    the rest.
     """
     args, count = ModelArgs.debug(), {}
     for form in ("opaque", "reference"):
@@ -118,8 +120,9 @@ def test_one_layer_of_each_kind_stands_for_all():
 
 @pytest.mark.parametrize("model", MODELS)
 def test_training_saves_no_more_than_it_must(reports, model):
-    """8192 tokens. A block keeps its streams twice, queries and outputs of all heads, and inputs of its linears and norms
-    that come to four streams and a little; before and after the blocks it is ten streams, the heads' fp32 ones above all."""
+    """8192 tokens. A block saves its streams twice, queries and outputs of all heads, and inputs of
+    its linears and norms that come to four streams and a little; before and after the blocks it is
+    ten streams, the fp32 ones of the heads above all."""
     args, kept = NAMED[model](), reports[model, "train"]["saved_bytes"]
     streams, queries = (
         8192 * width * 2 for width in (args.hc_mult * args.dim, args.n_heads * args.head_dim)

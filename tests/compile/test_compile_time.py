@@ -1,4 +1,4 @@
-"""What is compiled is compiled once: layers of a kind share a graph, a second process compiles nothing, nor does an equal machine."""
+"""Compiled once: layers of a kind share a graph; a second process or machine compiles nothing."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ import torch
 import compile_config as C
 from model import Transformer
 from tools.capture import kinds
-from tools.report import args_of
+from tools.report import MEASURE, args_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 pytestmark = pytest.mark.compile
 
 
 def test_deep_models_make_as_many_graphs_as_shallow_ones():
-    """12 and 43 layers of the embedded width: one graph per kind, one before the layers and one after."""
+    """12 and 43 layers of the embedded width: one graph per kind, one before and one after."""
     made = {}
     for depth in (12, 43):
         torch._dynamo.reset()
@@ -50,7 +50,10 @@ class Machine:
             if real := shutil.which(name):
                 tool = tools / name
                 tool.write_text(
-                    f'#!/bin/sh\ncase " $* " in *" -E "*) ;; *" -o "*) echo "$@" >> {self.log};; esac\nexec {real} "$@"\n'
+                    f"""#!/bin/sh
+case " $* " in *" -E "*) ;; *" -o "*) echo "$@" >> {self.log};; esac
+exec {real} "$@"
+"""
                 )
                 tool.chmod(tool.stat().st_mode | stat.S_IEXEC)
         self.env = os.environ | {
@@ -64,12 +67,9 @@ class Machine:
         )
 
     def decode(self) -> tuple[dict, int]:
-        """Compile and run decode of the debug model -> what was measured, and how often the C++ compiler was started."""
+        """Compile and run decode of the debug model -> measures, starts of the C++ compiler."""
         self.log.unlink(missing_ok=True)
-        done = self.run(
-            "-c",
-            "import json; from tools import report; print(json.dumps(report.measure('debug', 'decode', 'default')))",
-        )
+        done = self.run("-c", MEASURE, "debug", "decode", "default")
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1]), len(
             self.log.read_text().splitlines()

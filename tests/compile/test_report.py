@@ -1,4 +1,4 @@
-"""Contracts of `compile_config.py report`: true numbers, a readable table, a comparison that fails on regressions."""
+"""Contracts of `compile_config.py report`: true numbers, a readable table, named regressions."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ def test_the_report_counts_what_is_in_the_graphs(debug):
 
 
 def test_layers_that_repeat_add_up_to_the_whole(debug):
-    """Layers of a kind may differ by a node (the last one's gradients meet no other's): then their mean is told, not their sum."""
+    """Layers of a kind may differ by a node, as the last one's gradients meet no other: their mean
+    is reported."""
     told, alone = R.report_phase(R.args_of("debug:6"), "train"), debug["phases"]["train"]["layers"]
     layers = told["layers"]
     assert layers["CSA, score"]["count"] == layers["HCA, score"]["count"] == 2
@@ -99,7 +100,7 @@ def test_layers_that_repeat_add_up_to_the_whole(debug):
     ids=str,
 )
 def test_needed_flops_count_the_pairs_that_the_plan_makes_visible(phase, shape):
-    """Against the positions and entries that every token of the model sees; what the formulas count is all of the cache."""
+    """Against the keys that every token of the model sees; the formulas count all of the cache."""
     args = small(n_layers=3, n_hash_layers=0, compress_ratios=(0, 4, 128, 0))
     at = (
         None
@@ -162,7 +163,7 @@ def test_the_table_says_what_its_flops_count(debug):
 
 
 def test_recompiles_are_counted_although_phases_drop_their_guards(monkeypatch):
-    """A number that the model keeps in Python and changes at every call: what runs would never notice."""
+    """A number that the model keeps in Python and changes at every call."""
     model, forward = (
         Transformer(small(n_layers=1, n_hash_layers=0, n_mtp_layers=0, compress_ratios=(0,))),
         Transformer.forward,
@@ -178,7 +179,7 @@ def test_recompiles_are_counted_although_phases_drop_their_guards(monkeypatch):
 
 
 def test_flops_are_counted_by_hand_for_one_layer():
-    """One sliding layer, one token: projections, attention over the window, experts, mixing, head."""
+    """One sliding layer, one token: projections, attention, experts, hyper-connections, head."""
     args = ModelArgs(
         **{
             **vars(ModelArgs.debug()),
