@@ -553,7 +553,7 @@ def compare_settings(old: dict, new: dict, changes: Changes) -> None:
         if before[key] != now[key]:
             changes.add(f"{key} {before[key]} -> {now[key]}", False)
     before, now = old.get("modes"), new.get("modes")
-    if isinstance(before, dict) and before.get("device") == now.get("device"):
+    if before and now and before["device"] == now["device"]:
         for op in sorted(before.keys() & now.keys()):
             if before[op] != now[op]:
                 changes.add(f"mode of {op} {before[op]} -> {now[op]}", False)

@@ -43,17 +43,13 @@ def test_caches_that_do_not_fit_are_refused_in_one_line(capsys, tmp_path, monkey
     assert "saved for torch None" in refused(capsys, "cache", "load", str(file))
     for key in ([1], "torch", None):
         pack(file, key, "cache/x")
-        assert (
-            "a.tar.gz" in (line := refused(capsys, "cache", "load", str(file)))
-            and "is not a cache" in line
-        )
+        line = refused(capsys, "cache", "load", str(file))
+        assert "a.tar.gz" in line and "is not a cache" in line
     with tarfile.open(file, "w:gz") as tar:
         tar.add(tmp_path, "key.json", recursive=False)
     assert "is not a cache" in refused(capsys, "cache", "load", str(file))
-    assert (
-        "no/such" in (line := refused(capsys, "cache", "save", "no/such/x.tar.gz"))
-        and ".tmp" not in line
-    )
+    line = refused(capsys, "cache", "save", "no/such/x.tar.gz")
+    assert "no/such" in line and ".tmp" not in line
     file.write_bytes(b"not a tar")
     assert "is not a cache" in refused(capsys, "cache", "load", str(file))
     assert "no/such" in refused(capsys, "cache", "load", "no/such/file")
@@ -66,12 +62,10 @@ def test_a_cache_unpacks_only_into_its_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "deep" / "cache"))
     file = tmp_path / "a.tar.gz"
     pack(file, cache.cache_key(), "cache/a/x", "cache/../../escaped", "/absolute/escaped")
-    assert cache.load_cache(str(file)) == 1 and (tmp_path / "deep" / "cache" / "a" / "x").exists()
-    assert (
-        not (tmp_path / "escaped").exists()
-        and not (tmp_path / "deep" / "escaped").exists()
-        and not Path("/absolute").exists()
-    )
+    deep = tmp_path / "deep"
+    assert cache.load_cache(str(file)) == 1 and (deep / "cache" / "a" / "x").exists()
+    for escaped in (tmp_path / "escaped", deep / "escaped", Path("/absolute")):
+        assert not escaped.exists()
 
 
 @pytest.mark.quick
@@ -93,11 +87,8 @@ def test_a_damaged_cache_is_refused_and_leaves_nothing_half_written(
         packed[len(packed) // 2] ^= 1
     file.write_bytes(packed)
     line = refused(capsys, "cache", "load", str(file))
-    assert (
-        str(file) in line
-        and "anew" in line
-        and not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
-    )
+    assert str(file) in line and "anew" in line
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
 @pytest.mark.quick

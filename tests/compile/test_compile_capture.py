@@ -225,10 +225,8 @@ def test_inductor_decode_writes_caches_in_place():
     """Two layers, CSA and HCA: no buffer of the generated code is as large as a cache."""
     torch._dynamo.reset()
     args = small(n_layers=2, n_hash_layers=1, n_mtp_layers=0, compress_ratios=(4, 128))
-    model, eager = (
-        randomize(Transformer(args, ops={"hc_pre": "opaque", "hc_post_pre": "opaque"}), seed=1)
-        for _ in range(2)
-    )
+    modes = {"hc_pre": "opaque", "hc_post_pre": "opaque"}
+    model, eager = (randomize(Transformer(args, ops=modes), seed=1) for _ in range(2))
     for m in (model, eager):
         m.setup_caches(2, 600)  # entries of other sizes than the window
     tokens = tokens_of(8)

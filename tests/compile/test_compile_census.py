@@ -20,7 +20,7 @@ from torch._inductor import metrics
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from compile_config import CompileConfig, compile_function, layer_signature
+from compile_config import CompileConfig, call_forward, compile_function, layer_signature
 from fake_cuda import lower
 from model import ModelArgs, Transformer
 from testing import cache_shapes, randomize
@@ -59,21 +59,18 @@ def update(name: str, content: dict) -> None:
 
 
 def difference(old: dict, new: dict) -> str:
-    """What {phase: {kind: {operator: count}}} has changed by, as a diff."""
-    old, new = (
-        [
+    """The changes of {phase: {kind: {operator: count}}}, as a diff."""
+
+    def lines(counts: dict) -> list[str]:
+        return [
             f"{phase}: {kind}: {name} {n}"
             for phase, kinds in sorted(counts.items())
             for kind, ops in sorted(kinds.items())
             for name, n in sorted(ops.items())
         ]
-        for counts in (old, new)
-    )
-    return "\n".join(
-        line
-        for line in difflib.unified_diff(old, new, "snapshot", "now", lineterm="", n=0)
-        if not line.startswith("@@")
-    )
+
+    diff = difflib.unified_diff(lines(old), lines(new), "snapshot", "now", lineterm="", n=0)
+    return "\n".join(line for line in diff if not line.startswith("@@"))
 
 
 def accepted(snapshot: dict, counts: dict) -> dict:
@@ -124,36 +121,32 @@ def test_accepting_a_change_of_ours_accepts_it_for_every_version():
     snapshot = accepted(
         {"ours": old, "aten": {"1.0": old, MINOR: old}}, {"opaque": new, "aten": new}
     )
-    assert (
-        difference(snapshot["ours"], new)
-        == difference(snapshot["aten"][MINOR], new)
-        == difference(snapshot["aten"]["1.0"], old)
-        == ""
-    )
-    assert "-decode: rest: x 1" in difference(old, new) and "+decode: rest: x 2" in difference(
-        old, new
-    )
+    assert not difference(snapshot["ours"], new)
+    assert not difference(snapshot["aten"][MINOR], new)
+    assert not difference(snapshot["aten"]["1.0"], old)
+    changed = difference(old, new)
+    assert "-decode: rest: x 1" in changed and "+decode: rest: x 2" in changed
 
 
 def kernels_by_kind(phase: str) -> dict[str, int]:
     """Inductor's CPU kernels for one layer of each kind, forward, and backward in training."""
     torch._dynamo.reset()
-    args, shape, found, made = ARGS(), shape_of(ARGS(), phase), {}, {}
-    model, train = randomize(Transformer(args), seed=1), phase == "train"
+    args, train = ARGS(), phase == "train"
+    shape = shape_of(args, phase)
+    model = randomize(Transformer(args), seed=1)
+    input_pos = None
     if not train:
         model.eval().setup_caches(shape.batch, shape.context)
-    tokens, at = (
-        torch.zeros(1, shape.length, dtype=torch.int64),
-        None if train else torch.zeros(1, dtype=torch.int64),
-    )
+        input_pos = torch.zeros(1, dtype=torch.int64)
+    tokens = torch.zeros(1, shape.length, dtype=torch.int64)
+    found, compiled = {}, set()
     with torch.set_grad_enabled(train):
-        tokens, plan, X = model.embed_inputs(tokens, at)
+        tokens, plan, X = model.embed_inputs(tokens, input_pos)
         for i, block in enumerate(model.layers):
-            if layer_signature(block) in made:
+            if layer_signature(block) in compiled:
                 continue
-            made[layer_signature(block)] = layer = compile_function(
-                lambda block, *args: block(*args), phase, CompileConfig()
-            )
+            compiled.add(layer_signature(block))
+            layer = compile_function(call_forward, phase, CompileConfig())
             metrics.reset()
             out, _ = layer(block, X.detach().requires_grad_(train), tokens, plan)
             if train:
@@ -252,15 +245,13 @@ def test_the_forward_does_not_wait_for_the_gpu(phase):
     shape = shape_of(ARGS(), phase)
     model = randomize(Transformer(ARGS()), seed=1).cuda().eval()
     model.setup_caches(1, 512)
-    tokens, at = (
-        torch.zeros(1, shape.length, dtype=torch.int64, device="cuda"),
-        torch.zeros(1, dtype=torch.int64, device="cuda"),
-    )
+    tokens = torch.zeros(1, shape.length, dtype=torch.int64, device="cuda")
+    input_pos = torch.zeros(1, dtype=torch.int64, device="cuda")
     with torch.no_grad():
-        model(tokens, at)
+        model(tokens, input_pos)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            model(tokens, at)
+            model(tokens, input_pos)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -377,10 +368,8 @@ def test_launches_of_every_sort_are_counted():
 
 def test_launches_on_cuda_stay_under_their_ceiling(cuda_code, request, tell):
     """The recorded count, of Triton's kernels times 1.1; raise it as for kernels."""
-    now, snapshots = (
-        {kind: launches(code) for kind, code in cuda_code.items()},
-        known("cuda_launches"),
-    )
+    now = {kind: launches(code) for kind, code in cuda_code.items()}
+    snapshots = known("cuda_launches")
     if request.config.getoption("--update-snapshots"):
         snapshots[MINOR] = now | {"date": datetime.date.today().isoformat()}
         update("cuda_launches", snapshots)
@@ -396,13 +385,10 @@ def test_launches_on_cuda_stay_under_their_ceiling(cuda_code, request, tell):
     )
     for kind, counts in now.items():
         before = recorded[kind]
-        assert counts["ours"] == before["ours"], (kind, counts, before)
-        assert 0 < counts["triton"] <= 1.1 * before["triton"], (kind, counts, before)
-        assert counts["extern"] <= before["extern"] and counts["aten"] <= before["aten"], (
-            kind,
-            counts,
-            before,
-        )
+        both = kind, counts, before
+        assert counts["ours"] == before["ours"], both
+        assert 0 < counts["triton"] <= 1.1 * before["triton"], both
+        assert counts["extern"] <= before["extern"] and counts["aten"] <= before["aten"], both
 
 
 def test_no_cache_is_copied_whole_on_cuda(cuda_code):

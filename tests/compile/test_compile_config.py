@@ -42,13 +42,10 @@ def test_phases_equal_eager_without_recompiling(phase, region):
     compile_phase, T = PHASES[phase]
     model = fresh(build())
     eager = fresh(copy.deepcopy(model))
-    count, run = (
-        C.CompileCount(),
-        compile_phase(model, C.CompileConfig(backend=QUICK, region=region)),
-    )
-    for i, (at, lengths) in enumerate(
-        (([3, 130], None), ([3, 130], [T, 1]), ([0, 0], [1, T]), ([127, 4], [T, T]))
-    ):
+    count = C.CompileCount()
+    run = compile_phase(model, C.CompileConfig(backend=QUICK, region=region))
+    calls = ([3, 130], None), ([3, 130], [T, 1]), ([0, 0], [1, T]), ([127, 4], [T, T])
+    for i, (at, lengths) in enumerate(calls):
         if i == 2:
             count.warm()
         at, lengths = torch.tensor(at), None if lengths is None else torch.tensor(lengths)
@@ -57,9 +54,8 @@ def test_phases_equal_eager_without_recompiling(phase, region):
         got = run(tokens, at, lengths)
         assert got.shape == expected.shape and not got.requires_grad
         for row in range(2):
-            valid = (
-                slice(None) if lengths is None or phase == "prefill" else slice(int(lengths[row]))
-            )
+            all_valid = lengths is None or phase == "prefill"
+            valid = slice(None) if all_valid else slice(int(lengths[row]))
             assert rms(got[row, valid], expected[row, valid]) <= 1e-5
     kinds = 4
     assert count.graphs == 2 * (1 if region == "model" else kinds + 2)  # without and with lengths
@@ -68,21 +64,13 @@ def test_phases_equal_eager_without_recompiling(phase, region):
 
 def test_layers_of_one_kind_share_a_graph():
     torch._dynamo.reset()
-    model = fresh(
-        build(n_layers=9, n_hash_layers=1, compress_ratios=(4, 128, 4, 128, 4, 128, 4, 128, 4, 0))
-    )
-    count = C.CompileCount()
+    ratios = (*(4, 128) * 4, 4, 0)
+    model = fresh(build(n_layers=9, n_hash_layers=1, compress_ratios=ratios))
+    count, call = C.CompileCount(), (tokens_of(2, 1), torch.tensor([3, 4]))
     with torch.no_grad():
-        expected = copy.deepcopy(model)(tokens_of(2, 1), torch.tensor([3, 4]))
-    assert (
-        rms(
-            C.compile_decode(model, C.CompileConfig(backend=QUICK, region="layer"))(
-                tokens_of(2, 1), torch.tensor([3, 4])
-            ),
-            expected,
-        )
-        <= 1e-5
-    )
+        expected = copy.deepcopy(model)(*call)
+    decode = C.compile_decode(model, C.CompileConfig(backend=QUICK, region="layer"))
+    assert rms(decode(*call), expected) <= 1e-5
     assert count.graphs == 3 + 2  # CSA hashed, HCA, CSA; before and after
 
 
@@ -114,11 +102,9 @@ def test_arguments_that_were_one_tensor_stay_independent():
     """A phase compiled by a call whose positions and lengths are one tensor keeps them apart."""
     torch._dynamo.reset()
     model = fresh(build())
-    eager, run, ones = (
-        copy.deepcopy(model),
-        C.compile_decode(model, C.CompileConfig(backend=QUICK)),
-        torch.ones(2, dtype=torch.int64),
-    )
+    eager = copy.deepcopy(model)
+    run = C.compile_decode(model, C.CompileConfig(backend=QUICK))
+    ones = torch.ones(2, dtype=torch.int64)
     run(tokens_of(2, 1), ones, ones)
     eager(tokens_of(2, 1), ones, ones)
     at = torch.tensor([2, 2])
@@ -128,14 +114,13 @@ def test_arguments_that_were_one_tensor_stay_independent():
 def test_an_epilogue_is_part_of_the_graph():
     torch._dynamo.reset()
     model, count = fresh(build()), C.CompileCount()
-    run = C.compile_decode(
-        model,
-        C.CompileConfig(backend=QUICK),
-        epilogue=lambda logits, pos, lengths, bonus: (logits.argmax(-1) + bonus, pos + lengths),
-    )
-    token, pos = run(
-        tokens_of(2, 1), torch.tensor([5, 6]), torch.tensor([1, 0]), torch.tensor(1000)
-    )
+
+    def epilogue(logits, input_pos, lengths, bonus):
+        return logits.argmax(-1) + bonus, input_pos + lengths
+
+    run = C.compile_decode(model, C.CompileConfig(backend=QUICK), epilogue)
+    positions = torch.tensor([5, 6]), torch.tensor([1, 0])
+    token, pos = run(tokens_of(2, 1), *positions, torch.tensor(1000))
     assert token.min() >= 1000 and pos.tolist() == [6, 6] and count.graphs == 1
 
 
@@ -150,21 +135,18 @@ def test_a_compiled_training_step_equals_an_eager_one(region):
     torch._dynamo.reset()
     model, count = build().train(), C.CompileCount()
     eager = copy.deepcopy(model)
-    step = {}
-    for name, m, cfg in (
-        ("compiled", model, C.CompileConfig(backend=QUICK, region=region)),
-        ("eager", eager, C.PRESETS["eager"]),
-    ):
-        step[name] = C.compile_train_step(
-            m, torch.optim.AdamW(m.parameters(), lr=torch.tensor(0.0), eps=1e-4), cfg
-        )
+
+    def compile_step(model, cfg):
+        adamw = torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.0), eps=1e-4)
+        return C.compile_train_step(model, adamw, cfg)
+
+    compiled_step = compile_step(model, C.CompileConfig(backend=QUICK, region=region))
+    eager_step = compile_step(eager, C.PRESETS["eager"])
     for i, rate in enumerate((1e-3, 5e-4)):
         tokens = tokens_of(2, 97 + i)[:, :96] % 256
         docs = (torch.arange(96) >= torch.tensor([[40 + i], [7]])).long()
-        got, expected = (
-            step[name](tokens, tokens.roll(-1, 1), docs, torch.tensor(rate))
-            for name in ("compiled", "eager")
-        )
+        inputs = tokens, tokens.roll(-1, 1), docs, torch.tensor(rate)
+        got, expected = compiled_step(*inputs), eager_step(*inputs)
         assert abs(float(got["loss"]) / float(expected["loss"]) - 1) < 1e-5
         assert abs(float(got["mtp_loss"]) / float(expected["mtp_loss"]) - 1) < 1e-5
         if i == 0:

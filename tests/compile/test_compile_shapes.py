@@ -77,13 +77,13 @@ def test_the_largest_value_is_bounded(reports, model, phase):
 
 @pytest.mark.parametrize("model, phase", CASES)
 def test_flops_are_those_of_the_roofline(reports, model, phase):
-    needed, counted = (
-        reports[model, phase][key] / 1e9 for key in ("needed_flops_per_token", "flops_per_token")
-    )
+    got = reports[model, phase]
+    needed, counted = got["needed_flops_per_token"] / 1e9, got["flops_per_token"] / 1e9
     assert abs(needed / GFLOP_PER_TOKEN[model, phase] - 1) < 0.02, needed
-    assert (
-        needed == counted if phase == "decode" else needed < counted
-    )  # the token at the end of a full cache sees all of it
+    if phase == "decode":  # the token at the end of a full cache sees all of it
+        assert needed == counted
+    else:
+        assert needed < counted
 
 
 def test_flops_of_opaque_ops_equal_those_of_their_traced_references():
@@ -107,15 +107,12 @@ def test_one_layer_of_each_kind_stands_for_all():
     args.__post_init__()
     full, part = (report_phase(args, "decode", full=full) for full in (True, False))
     assert part["captured_layers"] == 3 and full["captured_layers"] == 14
-    part_train, full_train = (
-        report_phase(args, "train", full=full)["saved_bytes"] for full in (False, True)
-    )
-    assert abs(part_train / full_train - 1) < 1e-3
+    part_train, full_train = (report_phase(args, "train", full=full) for full in (False, True))
+    assert abs(part_train["saved_bytes"] / full_train["saved_bytes"] - 1) < 1e-3
     for key in ("opaque", "flops", "largest_bytes"):
         assert part[key] == full[key], key
-    assert (
-        abs(part["operators"] / full["operators"] - 1) < 0.03
-    )  # what layers share is counted once
+    # Nodes that layers share are counted once.
+    assert abs(part["operators"] / full["operators"] - 1) < 0.03
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -124,9 +121,8 @@ def test_training_saves_no_more_than_it_must(reports, model):
     its linears and norms that come to four streams and a little; before and after the blocks it is
     ten streams, the fp32 ones of the heads above all."""
     args, kept = NAMED[model](), reports[model, "train"]["saved_bytes"]
-    streams, queries = (
-        8192 * width * 2 for width in (args.hc_mult * args.dim, args.n_heads * args.head_dim)
-    )
+    streams = 8192 * args.hc_mult * args.dim * 2
+    queries = 8192 * args.n_heads * args.head_dim * 2
     bound = (args.n_layers + args.n_mtp_layers) * (6.2 * streams + 2 * queries) + 10 * streams
     assert 0.9 * bound < kept <= bound, (kept / 1e9, bound / 1e9)
 
