@@ -1,9 +1,9 @@
 """`python -m tests [pytest options]`: all tests, in two lanes side by side, one for each core.
 
-The first lane shows its output as it comes. The second runs the kernels in Triton's interpreter, a
-process of its own (TRITON_INTERPRET=1), then its share of the other tests, and shows its output at the
-end. The exit status is 0 if every process passed or had no test to run. -m full, -k and the like go
-to every process; OMP_NUM_THREADS is 1 unless it is set.
+The first lane shows its output as it comes. The second runs the kernels in Triton's interpreter, in
+a process of its own (TRITON_INTERPRET=1), then its share of the other tests, and shows its output
+at the end. The exit status is 0 if every process passed or had no test to run. Options such as
+-m full go to every process; OMP_NUM_THREADS is 1 unless it is set.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """The tests that a default run leaves out, by patterns of their names: `python -m pytest -m full`.
 
-A default run stays under ten minutes on two cores with nothing compiled before. It keeps one case of
-every contract; other cases, and whatever compiles for long, are named here with the reason.
-docs/compile.md#not-covered-by-a-default-run tells readers.
+A default run stays under ten minutes on two cores with nothing compiled before. It keeps one case
+of every contract; other cases, and tests that compile for long, are named here with the reason.
+See docs/compile.md#not-covered-by-a-default-run.
 """
 
 FULL = {
     # pattern of the node id: why it waits
-    r"test_recipes\.py.*\[(?!another_router|expert_activation)": "one recipe of each kind is enough",
+    r"test_recipes\.py.*\[(?!another_router|expert_activation)": "two recipes are run",
     r"test_model_cache\.py.*(rewinding|chunks).*\[(pro-like|other-ratios)": "Flash's shape is run",
     r"test_model_cache\.py.*rewinding.*\[flash-like-[24-8]\]": "three depths of a rewind are run",
     r"test_model_parity\.py.*200_decoded.*\[(no-yarn|pro-like)\]": "Flash's shape is run",
