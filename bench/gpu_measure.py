@@ -88,7 +88,7 @@ def double(args):
 
 
 def both(function: Callable, wrt: tuple[int, ...]) -> Callable:
-    """Forward and backward: call(*args, g) -> gradients of arguments `wrt` from those of results."""
+    """Forward and backward: call(*args, g) -> gradients of `wrt` from those of the results."""
 
     def call(*args):
         *args, g = args

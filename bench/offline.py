@@ -2,14 +2,16 @@
 
     python -m bench.offline [--arch sm_90,gfx942] [--op sparse_attn] [--record [--new]]
 
-Every opaque op that the graphs of Flash and Pro call (cases.py) is launched with fake tensors of those shapes, and each
-kernel compiled with Triton's own assembler: registers, spills, shared memory, matrix instructions. Compilers differ:
-put another Triton first in PYTHONPATH to see its figures. --record writes results/kernels_triton<version>.json;
-with --new only kernels that are not in there are compiled, and those that no call launches any more are dropped.
+Every opaque op that the graphs of Flash and Pro call (cases.py) is launched with fake tensors of
+those shapes, and each kernel compiled with Triton's own assembler: registers, spills, shared
+memory, matrix instructions. Compilers differ: put another Triton first in PYTHONPATH to see its
+figures. --record writes results/kernels_triton<version>.json; with --new only kernels that are not
+in there are compiled, and those that no call launches any more are dropped.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib
 import json
@@ -20,7 +22,8 @@ import subprocess
 import sys
 import tempfile
 import zlib
-from typing import Iterator, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -36,42 +39,35 @@ TARGETS = {
     **{f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 90, 100, 120)},
     **{name: GPUTarget("hip", name, 64) for name in ("gfx942", "gfx950")},
 }
-SHARED = {
+SHARED = {  # KiB of shared memory that a program may have
     "sm_80": 163,
     "sm_90": 227,
     "sm_100": 227,
     "sm_120": 99,
     "gfx942": 64,
     "gfx950": 160,
-}  # KiB a program may have
-MATRIX = (
-    "HGMMA",
-    "QGMMA",
-    "IGMMA",
-    "UTCHMMA",
-    "UTCQMMA",
-    "HMMA",
-    "QMMA",
-    "IMMA",
-    "DMMA",
-)  # NVIDIA's; AMD's: v_mfma_*
+}
+# NVIDIA's matrix instructions; AMD's are v_mfma_* and the like
+MATRIX = ("HGMMA", "QGMMA", "IGMMA", "UTCHMMA", "UTCQMMA", "HMMA", "QMMA", "IMMA", "DMMA")
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
 
 
 class Resources(NamedTuple):
-    """What a compiled kernel needs; spills in instructions (NVIDIA) or registers (AMD), shared memory in bytes."""
+    """The needs of a compiled kernel."""
 
     registers: int
-    spills: int
-    spilling: float  # share of the instructions in loops that spill or fetch what was spilled
-    shared: int
+    spills: int  # in instructions (NVIDIA) or registers (AMD)
+    spilling: float  # share of the instructions in loops that store or load spilled values
+    shared: int  # bytes of shared memory
     matrix: dict[str, int]  # matrix instructions by kind
     instructions: int
-    dots: int  # matrix products in the source, after inlining and unrolling, but of fp32: those may be without such instructions
+    # matrix products in the source, inlined and unrolled; not fp32's, which may do without matrix
+    # instructions
+    dots: int
 
 
 class Kernel(NamedTuple):
-    """What is compiled of a launch; another process, with another Triton, may do it."""
+    """The part of a launch that is compiled; another process, with another Triton, may do it."""
 
     module: str
     name: str
@@ -84,17 +80,12 @@ def kernel_of(launch: Launch) -> Kernel:
 
 def compile_launch(launch: Launch | Kernel, arch: str) -> Resources:
     """Resources of one launch on one architecture. Raises what the compiler raises."""
-    module, name, (types, constants, aligned, options) = (
-        launch if isinstance(launch, Kernel) else kernel_of(launch)
-    )
-    kernel = getattr(importlib.import_module(module), name)
+    wanted = launch if isinstance(launch, Kernel) else kernel_of(launch)
+    types, constants, aligned, options = wanted.specialization
+    kernel = getattr(importlib.import_module(wanted.module), wanted.name)
     names = kernel.arg_names
-    source = ASTSource(
-        kernel,
-        types,
-        constexprs=constants,
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
-    )
+    attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(kernel, types, constexprs=constants, attrs=attrs)
     compiled = triton.compile(source, target=TARGETS[arch], options=options)
     return (_nvidia if "cubin" in compiled.asm else _amd)(compiled)
 
@@ -106,39 +97,64 @@ def _cuobjdump(flag: str, path: str) -> str:
 
 
 def _dots(ttir: str) -> int:
-    return sum(
-        operand != "f32" for operand in re.findall(r"tt\.dot .*: tensor<[0-9x]*x(\w+)>", ttir)
-    )
+    """Matrix products, but of fp32."""
+    operands = re.findall(r"tt\.dot .*: tensor<[0-9x]*x(\w+)>", ttir)
+    return sum(operand != "f32" for operand in operands)
 
 
-def _spilling(code: list[tuple[str, str, str | None]], spill) -> float:
-    """code: (address or label, instruction, label that it jumps to); a jump back closes a loop."""
-    at = {label: i for i, (label, *_) in reversed(list(enumerate(code)))}
-    loops = [(at[target], i) for i, (*_, target) in enumerate(code) if at.get(target, i + 1) <= i]
-    inside = [
-        name
-        for i, (_, name, _) in enumerate(code)
-        if name and any(first <= i <= last for first, last in loops)
+class Instruction(NamedTuple):
+    place: str  # its address or label, "" for none
+    name: str  # "" for a label alone
+    target: str | None  # the place that it jumps to
+
+
+def _spilling(code: list[Instruction], spills: Callable[[str], bool]) -> float:
+    """Share of the instructions in loops that store or load spilled values; a jump back closes a
+    loop.
+    """
+    index: dict[str, int] = {}  # of the first instruction at a place
+    for i, instruction in enumerate(code):
+        index.setdefault(instruction.place, i)
+    loops = [
+        (index[instruction.target], i)
+        for i, instruction in enumerate(code)
+        if index.get(instruction.target, i + 1) <= i
     ]
-    return sum(map(spill, inside)) / max(len(inside), 1)
+    inside = [
+        instruction.name
+        for i, instruction in enumerate(code)
+        if instruction.name and any(first <= i <= last for first, last in loops)
+    ]
+    return sum(map(spills, inside)) / max(len(inside), 1)
+
+
+SASS = re.compile(r"^\s+/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)([^;\n]*)", re.M)
+AMDGCN = re.compile(r"^(?:(\.\w+):.*|\t([a-z]\w+)[ \t]*([^;\n]*))$", re.M)
 
 
 def _nvidia(compiled) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage, code = _cuobjdump("-res-usage", file.name), _cuobjdump("-sass", file.name)
-    lines = re.findall(
-        r"^\s+/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)([^;\n]*)", code, re.M
-    )
-    names, spill = [name for _, name, _ in lines], lambda name: name in ("LDL", "STL")
-    target = lambda operands: (re.findall(r"0x([0-9a-f]+)", operands) or ["?"])[-1].rjust(4, "0")
+        usage, text = _cuobjdump("-res-usage", file.name), _cuobjdump("-sass", file.name)
+
+    def target(operands: str) -> str:
+        """The address that a jump names, written as the instructions' own."""
+        addresses = re.findall(r"0x([0-9a-f]+)", operands)
+        return (addresses or ["?"])[-1].rjust(4, "0")
+
+    def spills(name: str) -> bool:
+        return name in ("LDL", "STL")
+
+    code = [
+        Instruction(place, name, target(operands) if name == "BRA" else None)
+        for place, name, operands in SASS.findall(text)
+    ]
+    names = [instruction.name for instruction in code]
     return Resources(
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
-        spills=sum(map(spill, names)),
-        spilling=_spilling(
-            [(at, name, target(rest) if name == "BRA" else None) for at, name, rest in lines], spill
-        ),
+        spills=sum(map(spills, names)),
+        spilling=_spilling(code, spills),
         shared=compiled.metadata.shared,
         matrix={kind: names.count(kind) for kind in MATRIX if kind in names},
         instructions=len(names),
@@ -147,32 +163,36 @@ def _nvidia(compiled) -> Resources:
 
 
 def _amd(compiled) -> Resources:
-    code = compiled.asm["amdgcn"]
-    number = lambda key: int(re.search(rf"\.{key}:\s+(\d+)", code)[1])
-    matrix = re.findall(r"\b(v_mfma|v_smfmac|v_wmma)_\w+", code)
-    lines = [
-        (label, name, rest.strip() if "branch" in name else None)
-        for label, name, rest in re.findall(
-            r"^(?:(\.\w+):.*|\t([a-z]\w+)[ \t]*([^;\n]*))$", code, re.M
-        )
+    text = compiled.asm["amdgcn"]
+
+    def number(key: str) -> int:
+        return int(re.search(rf"\.{key}:\s+(\d+)", text)[1])
+
+    def spills(name: str) -> bool:
+        return name.startswith("scratch_")
+
+    code = [
+        Instruction(place, name, operands.strip() if "branch" in name else None)
+        for place, name, operands in AMDGCN.findall(text)
     ]
+    matrix = re.findall(r"\b(v_mfma|v_smfmac|v_wmma)_\w+", text)
     return Resources(
         registers=number("vgpr_count"),
         spills=number("vgpr_spill_count") + number("sgpr_spill_count"),
-        spilling=_spilling(lines, lambda name: name.startswith("scratch_")),
+        spilling=_spilling(code, spills),
         shared=compiled.metadata.shared,
         matrix={kind: matrix.count(kind) for kind in sorted(set(matrix))},
-        instructions=sum(bool(name) for _, name, _ in lines),
+        instructions=sum(bool(instruction.name) for instruction in code),
         dots=_dots(compiled.asm["ttir"]),
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # All kernels of all cases
 
 
 def name_of(launch: Launch) -> str:
-    """A name for a kernel's specialisation: its constants for the reader, a checksum for dtypes and alignment."""
+    """A kernel's specialisation: its constants for the reader, a checksum for dtypes, alignment."""
     constants = " ".join(f"{k}={v}" for k, v in launch.meta.items() if v is not None)
     return f"{launch.name} {constants} #{zlib.crc32(str(launch.specialization()).encode()):08x}"
 
@@ -182,8 +202,15 @@ def launches(calls: list[cases.Call], arch: str) -> dict[str, Launch]:
     return {name_of(launch): launch for call in calls for launch in call.launches(arch)}
 
 
+def reason(error: Exception) -> str:
+    """The line of a compiler's message that says what is wrong."""
+    lines = str(error).strip().splitlines() or [""]
+    telling = (line for line in lines if "error" in line.lower() or "fatal" in line)
+    return next(telling, lines[-1])[:200]
+
+
 def compile_quietly(launch: Launch | Kernel, arch: str) -> dict:
-    """Resources as a dict, or {"error": why it does not compile}; compilers that fail print pages."""
+    """Resources as a dict, or {"error": reason}; compilers that fail print pages."""
     with (
         open(os.devnull, "w") as quiet,
         contextlib.redirect_stderr(quiet),
@@ -192,13 +219,7 @@ def compile_quietly(launch: Launch | Kernel, arch: str) -> dict:
         try:
             return compile_launch(launch, arch)._asdict()
         except Exception as error:  # whatever the compiler raises is the finding
-            lines = str(error).strip().splitlines() or [""]
-            return {
-                "error": next(
-                    (line for line in lines if "error" in line.lower() or "fatal" in line),
-                    lines[-1],
-                )[:200]
-            }
+            return {"error": reason(error)}
 
 
 def _compile(wanted: tuple[tuple[str, str], Kernel]) -> tuple[str, str, dict]:
@@ -239,7 +260,7 @@ def all_calls(op: str | None) -> list[cases.Call]:
     ]
 
 
-def run(argv: list[str] | None) -> None:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(prog="python -m bench.offline", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", default=",".join(TARGETS), help="architectures, comma-separated")
     parser.add_argument("--op", help="only this op (and its backward)")
@@ -248,23 +269,28 @@ def run(argv: list[str] | None) -> None:
     )
     parser.add_argument("--new", action="store_true", help="only kernels that it lacks")
     args = parser.parse_args(argv)
-    archs = args.arch.split(",")
-    check_archs(archs)
-    wanted, name = all_kernels(all_calls(args.op), archs), f"kernels_triton{triton.__version__}"
+    args.arch = args.arch.split(",")
+    check_archs(args.arch)
+    return args
+
+
+def run(argv: list[str] | None) -> None:
+    args, name = parse(argv), f"kernels_triton{triton.__version__}"
+    wanted = all_kernels(all_calls(args.op), args.arch)
     known = json.loads((RESULTS / f"{name}.json").read_text())["kernels"] if args.new else {}
     table: dict = {}
-    for arch, kernel in wanted:
+    missing = {}
+    for (arch, kernel), compiled in wanted.items():
         if arch in known.get(kernel, {}):
             table.setdefault(kernel, {})[arch] = known[kernel][arch]
-    for arch, kernel, result in compile_all(
-        {key: kernel for key, kernel in wanted.items() if key[0] not in table.get(key[1], {})}
-    ):
+        else:
+            missing[arch, kernel] = compiled
+    for arch, kernel, result in compile_all(missing):
         table.setdefault(kernel, {})[arch] = result
-        over = "" if result.get("shared", 0) <= SHARED[arch] * 1024 else "  TOO MUCH SHARED MEMORY"
-        print(
-            f"{arch:7} {' '.join(f'{k} {v}' for k, v in result.items())}{over}  {kernel}",
-            flush=True,
-        )
+        too_much = result.get("shared", 0) > SHARED[arch] * 1024
+        found = " ".join(f"{key} {value}" for key, value in result.items())
+        warning = "  TOO MUCH SHARED MEMORY" if too_much else ""
+        print(f"{arch:7} {found}{warning}  {kernel}", flush=True)
     if args.record:
         record(name, {"kernels": {kernel: table[kernel] for kernel in sorted(table)}})
 

@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file
 
 import train_step
-from bench.dense import Dense, active_parameters, dense_loss
+from bench.dense import Dense, dense_loss, equal_inter
 from bench.record import record
 from checkpoint import load, save
 from compile_config import (
@@ -332,12 +332,6 @@ def packing(count: int, seed: int) -> dict:
 # Learning
 
 
-def dense_inter(dim: int, layers: int, vocab_size: int, active: int) -> int:
-    """Hidden width of a dense transformer's MLPs that gives it at least `active` parameters."""
-    rest = vocab_size * dim + dim * (1 + layers * (2 + 4 * dim))
-    return -(-(active - rest) // (3 * dim * layers))
-
-
 def loss_after(model: torch.nn.Module, loss: Callable | None, rows: Rows, steps: int) -> float:
     """Mean of the last 20 losses of a training run of the model on rows."""
     step = compile_train_step(model, Optimizer(model, clip=1.0), PRESETS["eager"], loss)
@@ -352,15 +346,16 @@ def learning(count: int, seed: int, steps: int = 200) -> dict:
     """From every seed the debug model learns more than a dense transformer of its active size."""
     text = TEXT.read_text()[:1_000_000]
     ids = np.concatenate(list(tokenize(text, Bytes())))
-    dim, layers = 64, 4
-    inter = dense_inter(dim, layers, 256, active_parameters(Transformer(ModelArgs.debug())))
+    args = ModelArgs.debug()
+    inter = equal_inter(args, multiple=1)
     found = {}
     for s in range(seed, seed + count):
         rows = Rows(ids, 96, 0, s)
         torch.manual_seed(s)
-        ours = loss_after(Transformer(ModelArgs.debug()), None, rows, steps)
+        ours = loss_after(Transformer(args), None, rows, steps)
         torch.manual_seed(s)
-        dense = loss_after(Dense(256, dim, layers, 4, inter), dense_loss, rows, steps)
+        yardstick = Dense(args.vocab_size, args.dim, args.n_layers, args.n_heads, inter)
+        dense = loss_after(yardstick, dense_loss, rows, steps)
         assert ours < dense < 3.0, f"seed {s}: {ours} and dense {dense}"
         found[str(s)] = {"ours": ours, "dense": dense}
     return {"seeds": found}
