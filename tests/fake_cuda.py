@@ -1,14 +1,14 @@
 """Lower a function for an H200 (sm_90) with Inductor on a machine without a GPU; nothing is run.
 
-The function is captured on CPU; its AOT graph is traced anew on fake CUDA tensors and lowered as far as the code, while
-what Inductor asks of torch.cuda and of Triton's driver is answered by stand-ins.
+The function is captured on CPU; its AOT graph is traced anew on fake CUDA tensors and lowered as
+far as the code, while stand-ins answer the questions of Inductor to torch.cuda and to the driver.
 """
 
 from __future__ import annotations
 
 import contextlib
 import types
-from typing import Callable
+from collections.abc import Callable
 from unittest import mock
 
 import torch
@@ -175,11 +175,11 @@ def lower(function: Callable, *args) -> str:
         pretend_h200(),
         config.patch(compile_threads=1, force_disable_caches=True),
         tracing(TracingContext(detect_fake_mode(inputs))),
+        mock.patch.object(GraphLowering, "codegen", codegen),
     ):
-        with mock.patch.object(GraphLowering, "codegen", codegen):
-            try:
-                compile_fx_inner(graph, inputs)
-            except Exception:  # _Written, as Inductor wraps it
-                if not written:
-                    raise
+        try:
+            compile_fx_inner(graph, inputs)
+        except Exception:  # _Written, as Inductor wraps it
+            if not written:
+                raise
     return written[0]

@@ -1,11 +1,11 @@
-"""What the command lines share: mistakes end in one line that says what to do, and in exit code 2."""
+"""Shared by the command lines: a mistake ends in one line that says what to do, and exit code 2."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from typing import Callable
+from collections.abc import Callable
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,10 +33,11 @@ class Progress:
 def main(
     program: str, run: Callable[[list[str] | None], int | None], argv: list[str] | None
 ) -> int:
-    """run(argv) -> what it returns, or 0; 2 after a one-line message on bad input; 130 when interrupted."""
-    os.environ.setdefault(
-        "THP_MEM_ALLOC_ENABLE", "1"
-    )  # huge pages for what torch allocates on CPU: training is faster
+    """Exit code: of run(argv), None being 0; 2 after a one-line message on bad input; 130 when
+    interrupted.
+    """
+    # Huge pages for tensors on CPU: training is faster.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         return run(argv) or 0
     except KeyboardInterrupt:

@@ -32,6 +32,9 @@ CAPTURE, CENSUS, SESSIONS, SHAPES = (
 )
 REGISTER_FAKE = '    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)'
 MAKE_PLAN = "        plan = make_plan(self.args, self.freqs, tokens, ratios, *positions, aux)"
+MEMORY = (
+    "tests/model/test_model_memory.py::test_no_intermediate_exceeds_the_bound[prefill-4-reference]"
+)
 DECODE = CAPTURE + "test_inference_is_one_graph[decode-opaque-False]"
 DEFAULT = {  # of each run
     "an item() in the compressor": Fault(
@@ -67,7 +70,7 @@ DEFAULT = {  # of each run
         "        index = idx.clamp(min=0)[..., None].expand(B, T, K, entries.shape[-1])\n"
         "        entries[:, None].expand(B, T, -1, -1).gather(2, index)\n"
         "    return _forward_reference(*args)\n\n\ndef _forward_reference(",
-        "tests/model/test_model_memory.py::test_no_intermediate_exceeds_the_bound[prefill-4-reference]",
+        MEMORY,
         r"MB: aten\.gather",
     ),
     "a dropped fake kernel": Fault(
@@ -150,11 +153,7 @@ FULL = {  # of -m full
         r"[Dd]ata-dependent[\s\S]*model\.py",
     ),
     "index scores of all heads at once": Fault(
-        "ops/indexer_topk.py",
-        "CHUNK = 1 << 24",
-        "CHUNK = 1 << 62",
-        "tests/model/test_model_memory.py::test_no_intermediate_exceeds_the_bound[prefill-4-reference]",
-        r"MB: aten\.",
+        "ops/indexer_topk.py", "CHUNK = 1 << 24", "CHUNK = 1 << 62", MEMORY, r"MB: aten\."
     ),
     "logits of a whole prompt": Fault(
         "model.py",
