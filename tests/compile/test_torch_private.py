@@ -36,10 +36,34 @@ def isolation(request, monkeypatch):
     torch._dynamo.reset()
 
 
+@pytest.fixture
+def unguarded(monkeypatch):
+    """Phases of every backend drop their guards, not of Inductor alone."""
+    isolated = torch_private.compile_isolated
+
+    def compile_unguarded(function, name, **options):
+        options["options"] = {"guard_filter_fn": torch_private.skip_all_guards}
+        return isolated(function, name, **options)
+
+    monkeypatch.setattr(torch_private, "compile_isolated", compile_unguarded)
+
+
+def test_entries_without_guards_are_found_by_their_own_compile_alone(isolation, unguarded):
+    def rows_times(x):
+        return x * x.shape[0]
+
+    options = dict(backend="eager", fullgraph=True, dynamic=False)
+    two, three = (torch_private.compile_isolated(rows_times, "f", **options) for _ in range(2))
+    for _ in range(2):
+        assert two(torch.ones(2)).tolist() == [2, 2]
+        assert three(torch.ones(3)).tolist() == [3, 3, 3]
+    assert two(torch.ones(3)).tolist() == [2, 2, 2]  # unsafe, as its name says
+
+
 @pytest.mark.parametrize("region", ("model", "layer"))
 @pytest.mark.parametrize("names", [("wide", "narrow"), ("narrow", "wide")])
 def test_models_of_different_shapes_in_one_process_each_get_their_own_graphs(
-    isolation, names, region
+    isolation, unguarded, names, region
 ):
     """Phases drop their guards: an entry found by another model's phase would match any call."""
     cfg = C.CompileConfig(backend="eager", region=region)
@@ -51,7 +75,9 @@ def test_models_of_different_shapes_in_one_process_each_get_their_own_graphs(
 
 
 @pytest.mark.parametrize("guarded_first", (True, False))
-def test_a_phase_and_a_guarded_compile_of_the_same_model_do_not_meet(isolation, guarded_first):
+def test_a_phase_and_a_guarded_compile_of_the_same_model_do_not_meet(
+    isolation, unguarded, guarded_first
+):
     """The model compiled as a whole by its user, beside a phase of another model."""
     wide, narrow = build("wide"), build("narrow")
     expected = wide(tokens(), AT), narrow(tokens(), AT)
