@@ -15,9 +15,10 @@ import types
 from collections.abc import Callable
 
 import torch
+from torch._inductor.runtime import cache_dir_utils
 
 # torch/_inductor/runtime/cache_dir_utils.py line 14: the folder of compiled code
-from torch._inductor.runtime.cache_dir_utils import cache_dir  # noqa: F401
+cache_dir = cache_dir_utils.cache_dir
 
 # Since torch 2.13: torch/__init__.py line 2620 (documented, but absent from 2.11)
 ISOLATES_RECOMPILES = "isolate_recompiles" in inspect.signature(torch.compile).parameters
