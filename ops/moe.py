@@ -5,9 +5,9 @@
     y        = sum_k h W2^T            each term in the dtype of x, summed in fp32
 
     x [N, d]   w13 [E, 2I, d] (W1 rows first)   w2 [E, d, I]   idx [N, K] int64   weight [N, K] fp32
-    packed weights   FP4: int8 [E, 2I, d/2], [E, d, I/2]; scales [E, 2I, d/32], [E, d, I/32], rounded up
+    packed weights   FP4: int8 [E, 2I, d/2], [E, d, I/2]; scales [E, 2I, d/32], [E, d, I/32]
                      FP8: e4m3, scales of blocks of 128 x 128, those of W1 and W3 stacked
-                     scales: uint8 (e8m0 bits) or fp32
+                     scales: uint8 (e8m0 bits) or fp32; their sizes are rounded up
     act_quant        rounds x and h to fp8 in blocks of 128
     idx = E          no expert, in the opaque form, for more than one token: the pair costs next to
                      nothing (see parallel.py), and the gradient of its weight is not defined

@@ -7,7 +7,7 @@ modes:
     opaque      one node `torch.ops.dsv4.<name>` in the graph, with a fake, a backward op and a FLOP
                 formula; on CPU it runs the reference or C++ (cpp.py), on a GPU (or in Triton's
                 interpreter) the kernel
-    cpu         the faster one on CPU: either of the two or a variant of the op, by sizes, by whether
+    cpu         the faster one on CPU: either of both or a variant of the op, by sizes, by whether
                 gradients are enabled and by whether it is compiled; the reference, if the op knows
                 nothing faster
 
@@ -59,7 +59,7 @@ def register(
     flops           FLOPs from argument shapes, as torch.utils.flop_counter passes them
     setup_context, backward   as in torch.library.register_autograd; backward calls an op of its own
     kernel          as impl, by Triton: runs on a GPU, and on CPU in Triton's interpreter
-    cpp             library of a C++ kernel for CPU, see cpp.py: runs once `build_cpu_kernels` built it
+    cpp             library of a C++ kernel for CPU: runs once `build_cpu_kernels` built it
     supports_cpp    whether the C++ takes these arguments; impl takes the others. None: it takes all
     native          False: kernel and cpp are left out, impl runs everywhere
     """
@@ -169,7 +169,7 @@ class Op:
 class Table:
     """An immutable choice of form for every op: `table.sparse_attn(...)` calls the chosen one.
 
-    modes            the choices: op names to "reference", "opaque" or "cpu". Others follow the device
+    modes            the choices: op names to "reference", "opaque" or "cpu"; others: by device
     modes_on("cpu")  the mode of every op on a device
     """
 
@@ -222,7 +222,7 @@ def validate(modes: dict[str, str]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def use(modes: dict[str, str]):
-    """Within the block models and calls take these forms: `with ops.use({"moe": "reference"}): ...`"""
+    """Within the block models and calls take these forms: `with use({"moe": "opaque"}): ...`"""
     before = dict(_modes)
     _modes.update(validate(modes))
     try:
