@@ -42,7 +42,8 @@ from .moe_grouped import (
 from .moe_train import moe_train
 from .registry import Op, register, require
 from .swiglu import HAS_KERNELS
-from .triton.moe import backward, forward
+from .triton.moe import forward
+from .triton.moe_backward import backward
 
 CHUNK = 1 << 24  # intermediate values held at a time
 

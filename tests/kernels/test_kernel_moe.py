@@ -1,4 +1,4 @@
-"""Contracts of the kernels of moe that the cases of test_ops.py do not reach: tiles, formats, routing, launches."""
+"""Contracts of moe's kernels that the cases of test_ops.py do not reach: tiles, formats, routes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ops
-import ops.triton.moe as kernels
+from ops.formats import scale_to_float
 from ops.launch import override_config, record
+from ops.triton import moe as moe_kernels
+from ops.triton import moe_backward
+from ops.triton.moe_route import begin, max_blocks
+from ops.triton.moe_tiles import DOWN, UP
+from ops.triton.moe_values import as_weights
 from test_ops import CONTRACTS, Case, close, low, moe, run, tensors
 from testing import rms
 
@@ -17,30 +22,39 @@ def tile(BM, BN, BK, SWAP, SPLIT=1):
     return dict(BM=BM, BN=BN, BK=BK, SWAP=SWAP, SPLIT=SPLIT, num_warps=4, num_stages=2)
 
 
-def check(options, dtype, up=None, down=None, change=lambda *args: args, backward=True):
-    """Outputs and gradients of the kernels against the formula in fp64, and in bf16 against the reference's error too."""
+def results(form, case, args, backward):
+    """Outputs, with backward also gradients."""
+    if not backward:
+        return [form(*args)]
+    outputs, gradients = run(form, case, args)
+    return outputs + gradients
+
+
+def check(options, dtype, up=None, down=None, change=None, backward=True):
+    """Outputs and gradients of the kernels against the formula in fp64.
+
+    In bf16 the reference's own error is allowed, too: a value may cross the limit, or become its
+    neighbour in fp8.
+    """
     case = Case("moe", moe, options)
-    args = change(*(low(case) if dtype == torch.bfloat16 else case.args()))
-    results = lambda form, args: (
-        [r for part in run(form, case, args) for r in part] if backward else [form(*args)]
-    )
-    down = down or up
-    chosen = {
-        "moe_up": up,
-        "moe_down": down
-        and {key: down[key] for key in ("BN", "BK", "SWAP", "num_warps", "num_stages")},
-    }
-    with override_config({kernel: tile for kernel, tile in chosen.items() if tile}):
-        got = results(ops.moe.opaque, args)
-    expected = results(CONTRACTS["moe"].spec, tensors(torch.Tensor.double, args))
+    args = low(case) if dtype == torch.bfloat16 else case.args()
+    if change:
+        args = change(*args)
+    tiles = {}
+    if up:
+        names = "BN", "BK", "SWAP", "num_warps", "num_stages"
+        tiles = {"moe_up": up, "moe_down": {name: (down or up)[name] for name in names}}
+    with override_config(tiles):
+        got = results(ops.moe.opaque, case, args, backward)
+    exact = tensors(torch.Tensor.double, args)
+    expected = results(CONTRACTS["moe"].spec, case, exact, backward)
+    allowed = [5e-6] * len(expected)
     if dtype == torch.bfloat16:
-        reference = results(
-            ops.moe.reference, args
-        )  # a value may cross the limit, or become its neighbour in fp8
+        reference = results(ops.moe.reference, case, args, backward)
         assert [a.dtype for a in got] == [c.dtype for c in reference]
         allowed = [1e-2 + 1.2 * rms(c, b) for b, c in zip(expected, reference, strict=True)]
-    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
-        close(a, b, 5e-6 if dtype == torch.float32 else allowed[i])
+    for a, b, tolerance in zip(got, expected, allowed, strict=True):
+        close(a, b, tolerance)
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +62,7 @@ def seed():
     torch.manual_seed(1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Routing
 
 
@@ -64,7 +78,7 @@ def test_pairs_are_sorted_by_expert_and_every_block_is_of_one(n, E, BM, experts)
         else torch.randint(0, min(E, 2), (n, 1)) * (E - 1)
     )
     idx = torch.full((n, 1), E // 2) if experts == "one" else idx
-    route, _ = kernels._begin(idx, E, BM, torch.ones(n, 4), False, 0)
+    route, _ = begin(idx, E, BM, torch.ones(n, 4), False, 0)
     assert torch.equal(route.order.long(), idx[:, 0].argsort(stable=True))
     counts = torch.bincount(idx[:, 0], minlength=E)
     starts = torch.cat((torch.zeros(1, dtype=torch.int64), counts.cumsum(0)))
@@ -88,12 +102,10 @@ def test_there_is_a_program_for_every_block_that_there_can_be(n, E, BM):
     counts = torch.ones(spread, dtype=torch.int64)
     counts[: (n - spread) // BM] += BM
     counts[0] += n - counts.sum()
-    assert (
-        kernels._blocks(n, E, BM) == ((counts + BM - 1) // BM).sum() or (n - spread) // BM > spread
-    )
+    assert max_blocks(n, E, BM) == ((counts + BM - 1) // BM).sum() or (n - spread) // BM > spread
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Numbers
 
 
@@ -131,10 +143,9 @@ WORDS = [
 @pytest.mark.parametrize("fmt", ["fp8", "fp8f", "fp4"])
 @pytest.mark.parametrize("tiles", range(4))
 def test_words_of_packed_weights_hold_what_their_bytes_do(tiles, fmt, quantized):
-    size = [(1, 2, 2, 256, 128), (3, 2, 2, 128, 256), (20, 2, 1, 128, 128), (1, 3, 2, 256, 256)][
-        tiles
-    ]
-    assert kernels._weights(*_packed(128, 128, fmt), torch.bfloat16).J
+    sizes = (1, 2, 2, 256, 128), (3, 2, 2, 128, 256), (20, 2, 1, 128, 128), (1, 3, 2, 256, 256)
+    size = sizes[tiles]
+    assert as_weights(*_packed(128, 128, fmt), torch.bfloat16).J
     check((*size, fmt, quantized), torch.bfloat16, *WORDS[tiles], backward=False)
 
 
@@ -163,25 +174,17 @@ def test_weights_may_have_more_values_than_an_int32_counts():
     E, d, I = 32769, 500, 66
     x, w13, w2, idx, weight, s13, s2, *rest = low(Case("moe", moe, (2, 1, 1, d, I, "fp8", False)))
     many = [torch.empty(E, *t.shape[1:], dtype=t.dtype) for t in (w13, w2, s13, s2)]
-    for t, last in zip(many, (w13, w2, s13, s2)):
+    for t, last in zip(many, (w13, w2, s13, s2), strict=True):
         t[-1] = last[0]
     assert many[0].numel() > 1 << 31
-    got = kernels.forward(x, *many[:2], idx + E - 1, weight, *many[2:], *rest)
-    assert torch.equal(got, kernels.forward(x, w13, w2, idx, weight, s13, s2, *rest))
+    got = moe_kernels.forward(x, *many[:2], idx + E - 1, weight, *many[2:], *rest)
+    assert torch.equal(got, moe_kernels.forward(x, w13, w2, idx, weight, s13, s2, *rest))
 
 
 def test_scales_of_fp4_may_be_fp32():
     def change(x, w13, w2, idx, weight, s13, s2, limit, quantized):
-        return (
-            x,
-            w13,
-            w2,
-            idx,
-            weight,
-            *(ops.formats.scale_to_float(s) * (1 + torch.rand(s.shape)) for s in (s13, s2)),
-            limit,
-            quantized,
-        )
+        s13, s2 = (scale_to_float(s) * (1 + torch.rand(s.shape)) for s in (s13, s2))
+        return x, w13, w2, idx, weight, s13, s2, limit, quantized
 
     check(
         (2, 2, 1, 128, 128, "fp4", False),
@@ -196,10 +199,7 @@ def test_scales_of_fp4_may_be_fp32():
 def test_weights_that_do_not_begin_at_a_word_are_read_by_bytes():
     def change(x, w13, w2, idx, weight, s13, s2, limit, quantized):
         shifted = torch.empty(w13.numel() + 1, dtype=torch.int8)[1:].view(w13.shape).copy_(w13)
-        assert (
-            kernels._weights(w13, s13, x.dtype).J == 4
-            and kernels._weights(shifted, s13, x.dtype).J == 0
-        )
+        assert as_weights(w13, s13, x.dtype).J == 4 and as_weights(shifted, s13, x.dtype).J == 0
         return x, shifted, w2, idx, weight, s13, s2, limit, quantized
 
     check((2, 2, 1, 128, 128, "fp4", True), torch.bfloat16, change=change, backward=False)
@@ -236,7 +236,9 @@ def test_packed_weights_pass_gradients_on(size, fmt, quantized, dtype):
     ids=str,
 )
 def test_whatever_the_experts(options, dtype):
-    """One token; all to one expert; one twice; experts without tokens; as many pairs as one program routes, and more."""
+    """One token; all to one expert; one twice; experts without tokens; as many pairs as one program
+    routes, and more.
+    """
     check(options, dtype)
 
 
@@ -254,7 +256,7 @@ def test_where_barriers_do_not_order_stores_other_kernels_finish(N, fmt, up, mon
     args = low(Case("moe", moe, options))
     with override_config({"moe_up": up}):
         counted = ops.moe.opaque(*args)
-        monkeypatch.setattr(kernels, "arch", lambda x: "gfx942")
+        monkeypatch.setattr(moe_kernels, "arch", lambda x: "gfx942")
         assert torch.equal(ops.moe.opaque(*args), counted)
     check(options, torch.bfloat16, up, backward=False)
 
@@ -273,20 +275,17 @@ def test_no_pairs_give_zeros(N, K):
     y = ops.moe.opaque(*args)
     grads = torch.autograd.grad(y.sum(), (args[0], w13, args[4]))
     assert y.shape == (N, 6) and y.dtype == torch.float32 and not y.any()
-    assert [g.shape for g in grads] == [args[0].shape, w13.shape, args[4].shape] and not any(
-        g.any() for g in grads
-    )
+    assert [g.shape for g in grads] == [args[0].shape, w13.shape, args[4].shape]
+    assert not any(g.any() for g in grads)
 
 
 def test_every_call_gives_the_same_bits():
     case = Case("moe", moe, (20, 3, 2, 16, 10, "float", True))
-    first, second = (run(ops.moe.opaque, case, low(case)) for _ in range(2))
-    assert all(
-        torch.equal(a, b) for a, b in zip(first[0] + first[1], second[0] + second[1], strict=True)
-    )
+    first, second = (results(ops.moe.opaque, case, low(case), True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Launches: few, and their number of programs is known without asking the GPU
 
 
@@ -294,19 +293,18 @@ def launches(N, fmt, quantized, backward=False, arch="sm_90", E=8, K=2):
     def weights(o, i):
         if fmt == "bf16":
             return torch.empty(E, o, i, dtype=torch.bfloat16), None
-        return torch.empty(E, o, i // 2, dtype=torch.int8), torch.empty(
-            E, o, i // 32, dtype=torch.uint8
-        )
+        scales = torch.empty(E, o, i // 32, dtype=torch.uint8)
+        return torch.empty(E, o, i // 2, dtype=torch.int8), scales
 
     with FakeTensorMode(), record(arch) as recorded:
         (w13, s13), (w2, s2) = weights(512, 128), weights(128, 256)
-        x, idx, weight = (
-            torch.empty(N, 128, dtype=torch.bfloat16),
-            torch.empty(N, K, dtype=torch.int64),
-            torch.empty(N, K),
-        )
+        x = torch.empty(N, 128, dtype=torch.bfloat16)
+        idx, weight = torch.empty(N, K, dtype=torch.int64), torch.empty(N, K)
         args = x, w13, w2, idx, weight, s13, s2, 10.0, quantized
-        kernels.backward(torch.empty(N, 128), *args) if backward else kernels.forward(*args)
+        if backward:
+            moe_backward.backward(torch.empty(N, 128), *args)
+        else:
+            moe_kernels.forward(*args)
     return [launch.name.removeprefix("moe_") for launch in recorded]
 
 
@@ -327,52 +325,32 @@ def test_few_kernels_are_launched(N, fmt, quantized, expected):
 
 
 def test_the_backward_is_few_kernels_too():
-    assert (
-        launches(64, "bf16", False, True)
-        == "begin up down act_backward down sum outer outer".split()
-    )
-    assert launches(64, "fp4", True, True) == "begin up down act_backward down sum".split()
+    frozen = ["begin", "up", "down", "act_backward", "down", "sum"]
+    assert launches(64, "fp4", True, True) == frozen
+    assert launches(64, "bf16", False, True) == [*frozen, "outer", "outer"]
 
 
 def test_on_amd_nothing_is_counted():
-    assert launches(1, "fp4", True, arch="gfx942") == "begin up act down sum".split()
+    assert launches(1, "fp4", True, arch="gfx942") == ["begin", "up", "act", "down", "sum"]
 
 
-@pytest.mark.parametrize("kind, rows", kernels.UP)
+@pytest.mark.parametrize("kind, rows", UP)
 def test_tiles_are_allowed(kind, rows):
     """Blocks no higher than asked for, powers of two; down has tiles for every height."""
-    assert (
-        {(kind, rows)} <= kernels.DOWN.keys()
-        and kernels.UP[kind, rows]
-        and kernels.DOWN[kind, rows]
-    )
-    for BM, BN, BK, warps, stages, swap, split in kernels.UP[kind, rows]:
-        assert (
-            BM <= rows
-            and all(size & (size - 1) == 0 and size >= 16 for size in (BM, BN, BK))
-            and BN <= 128
-        )
+    assert UP[kind, rows] and DOWN[kind, rows]
+    for BM, BN, BK, *_ in UP[kind, rows]:
+        assert rows >= BM and BN <= 128
+        assert all(size & (size - 1) == 0 and size >= 16 for size in (BM, BN, BK))
         assert kind != "words" or BK % 128 == 0
 
 
 def test_token_counts_of_a_load_share_their_kernels():
     def compiled(N):
+        shapes = (N, 256), (8, 512, 256), (8, 256, 256)
         with FakeTensorMode(), record("sm_90") as launches:
-            x, w13, w2 = (
-                torch.empty(shape, dtype=torch.bfloat16)
-                for shape in ((N, 256), (8, 512, 256), (8, 256, 256))
-            )
-            kernels.forward(
-                x,
-                w13,
-                w2,
-                torch.empty(N, 2, dtype=torch.int64),
-                torch.empty(N, 2),
-                None,
-                None,
-                1.0,
-                False,
-            )
+            x, w13, w2 = (torch.empty(shape, dtype=torch.bfloat16) for shape in shapes)
+            idx, weight = torch.empty(N, 2, dtype=torch.int64), torch.empty(N, 2)
+            moe_kernels.forward(x, w13, w2, idx, weight, None, None, 1.0, False)
         return {f"{launch.kernel} {launch.meta}" for launch in launches}
 
     assert compiled(1008) == compiled(1024)
