@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from seeding import ROOT, copy_project, occurrences, replace_once, run_test
+
 pytestmark = pytest.mark.compile
 
 
@@ -264,14 +260,9 @@ FULL = {  # of -m full
 FAULTS = DEFAULT | FULL
 
 
-def occurrences(fault: Fault) -> int:
-    """How often the text that the fault replaces stands in its file."""
-    return (ROOT / fault.file).read_text().count(fault.old)
-
-
 def test_each_seeded_text_occurs_exactly_once():
     """Or the fault cannot be seeded: adapt `old`, and the names in `new`, to the source."""
-    rotted = {name: occurrences(fault) for name, fault in FAULTS.items()}
+    rotted = {name: occurrences(f.file, f.old) for name, f in FAULTS.items()}
     rotted = {name: n for name, n in rotted.items() if n != 1}
     assert not rotted, f"occurrences of seeded texts, by fault: {rotted}"
 
@@ -291,37 +282,14 @@ def test_each_named_test_exists():
     assert not missing, missing
 
 
-def copy_of_the_project(folder: Path) -> Path:
-    """Without the folders that tests of the compiler do not need."""
-    leave = shutil.ignore_patterns(
-        ".git", ".venv", "__pycache__", ".pytest_cache", ".cache", "assets", "results"
-    )
-    return Path(shutil.copytree(ROOT, folder / "project", ignore=leave))
-
-
-def seeded(folder: Path, fault: Fault) -> subprocess.CompletedProcess:
-    """The fault's test, run in a copy of the project that has the fault."""
-    project = copy_of_the_project(folder)
-    file = project / fault.file
-    text = file.read_text()
-    file.write_text(text.replace(fault.old, fault.new))
-    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider"]
-    return subprocess.run(
-        [*command, "--show-capture=no", fault.test],
-        cwd=project,
-        env=env,
-        capture_output=True,
-        text=True,
-    )
-
-
 @pytest.mark.parametrize(
     "name", [*DEFAULT, *(pytest.param(name, marks=pytest.mark.full) for name in FULL)]
 )
 def test_a_seeded_fault_fails_a_named_test_that_says_why(name, tmp_path):
     fault = FAULTS[name]
-    done = seeded(tmp_path, fault)
+    project = copy_project(tmp_path)
+    replace_once(project, fault.file, fault.old, fault.new)
+    done = run_test(project, fault.test)
     output = done.stdout[-3000:] + done.stderr[-1000:]
     assert done.returncode == 1 and "1 failed" in done.stdout, output
     assert re.search(fault.says, done.stdout), done.stdout[-6000:]
