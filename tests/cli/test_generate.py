@@ -677,6 +677,18 @@ def test_the_report_has_every_key_of_the_contract(capsys, folder):
     assert result["threads"] == torch.get_num_threads()
 
 
+def test_a_step_reads_the_experts_that_its_tokens_choose(model):
+    """Of 8 experts a row reads 2, two rows 2 + 6/8 2 = 3.5 on average; no embedding, no MTP."""
+    total = experts = 0
+    for name, p in model.named_parameters():
+        if name.startswith("layers.") and name.endswith(("experts.w13", "experts.w2")):
+            experts += p.nbytes
+        elif not name.startswith(("embed.", "mtp.")):
+            total += p.nbytes
+    for rows, share in ((1, 2 / 8), (2, 3.5 / 8)):
+        assert abs(G.active_bytes(model, rows) - (total + share * experts)) <= 1
+
+
 @pytest.mark.parametrize(
     "flags, expected",
     (("", False), ("--act-quant on", True), ("--weights native", True))

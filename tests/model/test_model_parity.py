@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 
 import ops
-from model import ModelArgs, Transformer, layer_frequencies
+from model import ModelArgs, Transformer, layer_frequencies, quantize_kv
+from ops.formats import fake_quant
+from ops.registry import Table
 from testing import (
     Margins,
     clear_choices,
@@ -286,6 +288,42 @@ def test_rope_frequencies_equal_the_published_values():
         assert abs(float(f[i]) / value - 1) < 1e-6, i
     plain = layer_frequencies(ModelArgs.flash())[0]
     assert torch.allclose(plain, 10000.0 ** (-torch.arange(32) / 32.0), rtol=1e-6)
+
+
+def test_keys_are_quantised_but_for_their_rotated_dims():
+    args = small(head_dim=48)  # 32 + 16
+    kv = torch.randn(2, 3, 48, generator=torch.Generator().manual_seed(0))
+    nope, rope = quantize_kv(args, Table(None), kv).split((32, 16), -1)
+    assert torch.equal(rope, kv[..., 32:])
+    assert torch.equal(nope, fake_quant(kv[..., :32], 64, "fp8"))
+
+
+@torch.no_grad()
+def test_activations_are_quantised_where_the_specification_says():
+    """The op's calls in each kind of layer, by width, block and format."""
+    args = small(n_mtp_layers=0, compress_ratios=(0, 4, 128, 4), act_quant=True)
+    model, points = random_model(args), []
+
+    def note(op, x, block, fmt):
+        points.append((x.shape[-1], block, fmt))
+        return op(x, block, fmt)
+
+    replace_op(model, "act_quant", note)
+    _, plan, X = model.embed_inputs(random_tokens(1, 130))
+    keys = (args.head_dim - args.rope_head_dim, 64, "fp8")
+    indexer = (args.index_head_dim, 32, "fp4")
+    linears = [(args.dim, 128, "fp8")] * 4  # wq_a, wkv; w1, w3 of the shared expert
+    linears += [(args.q_lora_rank, 128, "fp8"), (args.o_groups * args.o_lora_rank, 128, "fp8")]
+    linears += [(args.moe_inter_dim, 128, "fp8")]  # wq_b, wo_b; w2
+    found = {}
+    for block in model.layers[:3]:
+        points.clear()
+        block(X, random_tokens(1, 130), plan)
+        found[block.attn.ratio] = sorted(points)
+    assert found[0] == sorted([*linears, keys])
+    assert found[128] == sorted([*linears, keys, keys])  # of the window; entries
+    index_queries = (args.q_lora_rank, 128, "fp8")
+    assert found[4] == sorted([*linears, keys, keys, index_queries, indexer, indexer])
 
 
 def test_router_scores_equal_the_published_values():

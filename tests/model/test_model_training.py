@@ -10,6 +10,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -260,8 +261,27 @@ def test_unknown_recomputation_and_outputs_are_refused():
         model(batch()[0], aux=Aux(dense=True))
 
 
-def test_targets_are_counted():
+def test_targets_are_shifted_and_counted():
+    """The MTP block's stay within their document and row, and skip ignored labels."""
+    tokens = torch.tensor([[3, 4, 5, 6, 7, 8]])
+    labels = torch.tensor([[4, -1, 6, -1, 8, 9]])
+    docs = torch.tensor([[0, 0, 1, 1, 1, 1]])
+    targets = make_targets(tokens, labels, docs)
+    assert targets.mtp_labels.tolist() == [[-1, -1, -1, 8, 9, -1]]
+    assert targets.mtp_inputs.tolist() == [[4, 5, 6, 7, 8, 9]]
+    assert targets.counts.tolist() == [4, 2, 1]
+
+
+@torch.no_grad()
+def test_losses_are_means_over_their_own_labels():
+    """By the whole logits: of the model on each label, of the MTP block on each of its own."""
+    model = random_model()
     tokens, labels, docs = batch()
     targets = make_targets(tokens, labels, docs)
-    mtp_labels = int((targets.mtp_labels >= 0).sum())
-    assert targets.counts.tolist() == [int((labels >= 0).sum()), mtp_labels, 2]
+    parts = training_loss(model, tokens, targets, docs)[1]
+    logits, hidden = model(tokens, doc_ids=docs, return_hidden=True)
+    mtp_logits, _ = model.mtp(hidden, targets.mtp_inputs, doc_ids=docs)
+    expected = {"loss": (logits, labels), "mtp_loss": (mtp_logits, targets.mtp_labels)}
+    for name, (y, wanted) in expected.items():
+        mean = F.cross_entropy(y.flatten(0, 1), wanted.flatten(), ignore_index=-1)
+        assert abs(float(parts[name] / mean) - 1) < 1e-5, name
