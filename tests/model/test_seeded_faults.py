@@ -306,6 +306,14 @@ def test_each_fault_is_caught_by_a_test_of_the_default_run():
 
 
 @pytest.mark.full
+def test_without_a_fault_the_tests_pass(tmp_path):
+    """In a copy too, which lacks some folders: a test that fails there fails for its fault."""
+    tests = sorted({fault.test for fault in FAULTS.values()})
+    done = run_test(copy_project(tmp_path), *tests)
+    assert done.returncode == 0 and f"{len(tests)} passed" in done.stdout, done.stdout[-3000:]
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_seeded_fault_is_caught(name, tmp_path):
     fault = FAULTS[name]
