@@ -197,10 +197,8 @@ class Engine:
                 fed = [last[row], *sampled[row][:-1]]
                 if eos_id in fed:  # the graph froze the row there
                     fed = fed[: fed.index(eos_id)]
-                room = self.max_seq_len - len(
-                    self.cached_tokens[row]
-                )  # beyond it nothing is stored
-                self.cached_tokens[row] += fed[:room]
+                room = self.max_seq_len - len(self.cached_tokens[row])
+                self.cached_tokens[row] += fed[:room]  # beyond the context nothing is stored
 
     def _prefill(self, prompts: list[list[int]], phase_args: tuple) -> torch.Tensor:
         """Bring every row to the end of its prompt -> the token sampled after it, [B, 1]."""
