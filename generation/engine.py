@@ -40,7 +40,8 @@ class Engine:
     log              called with short messages while phases compile; replace it to see them
     chunk            tokens of a prompt fed per call
     steps_per_sync   decode steps between two reads by the host
-    cached_tokens    per cache row: the tokens that it holds
+    cached_tokens    per cache row: the tokens that it holds (beyond the context, where no prompt
+                     reaches, tokens that were dropped)
     high_water       per cache row: the highest position that may have been fed since position 0
     """
 
@@ -197,8 +198,7 @@ class Engine:
                 fed = [last[row], *sampled[row][:-1]]
                 if eos_id in fed:  # the graph froze the row there
                     fed = fed[: fed.index(eos_id)]
-                room = self.max_seq_len - len(self.cached_tokens[row])
-                self.cached_tokens[row] += fed[:room]  # beyond the context nothing is stored
+                self.cached_tokens[row] += fed
 
     def _prefill(self, prompts: list[list[int]], phase_args: tuple) -> torch.Tensor:
         """Bring every row to the end of its prompt -> the token sampled after it, [B, 1]."""

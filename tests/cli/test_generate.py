@@ -65,7 +65,9 @@ def greedy_by_transformers(hf, prompt: list[int], count: int) -> tuple[list[int]
             with Margins(hf) as margins:
                 logits = hf(torch.tensor([ids])).logits[0, -1]
             top = logits.topk(2).values
-            sure.append(bool(clear_choices(margins.smallest())[0, -1]) and float(top[0] - top[1]) > 1e-3)
+            sure.append(
+                bool(clear_choices(margins.smallest())[0, -1]) and float(top[0] - top[1]) > 1e-3
+            )
             ids.append(int(logits.argmax()))
     return ids[len(prompt) :], sure
 
@@ -145,7 +147,8 @@ def test_rows_that_end_early_leave_the_others_alone(model, build):
     # they hold what they were fed: going on feeds the last token and the new ones
     longer = [prompt + row + ids_of(3, 1) for prompt, row in zip(prompts, ended, strict=True)]
     assert collect(engine, longer, 6) == collect(eager(model, rows=3), longer, 6)
-    assert engine.stats["fed_tokens"] == 3 * 4
+    ran_on = 0 if build is eager else 2  # rows whose last token was fed before the host knew it
+    assert engine.stats["fed_tokens"] == 3 * 4 - ran_on
 
 
 @pytest.mark.parametrize(
@@ -165,6 +168,13 @@ def test_a_later_prompt_reuses_what_the_cache_holds(model, change, fed):
     assert collect(engine, [second], 6) == collect(eager(model), [second], 6)
     assert engine.stats["fed_tokens"] == fed
     assert collect(engine, [first], 6)[0] == answer
+
+
+def test_short_prompts_replace_each_other(model):
+    """Within what a row may be set back, so only the record of its tokens tells them apart."""
+    engine = eager(model)
+    for seed in (0, 1, 0, 1):
+        assert collect(engine, [ids_of(4, seed)], 2) == collect(eager(model), [ids_of(4, seed)], 2)
 
 
 def test_rewinding_again_and_again_stays_within_what_the_caches_hold(model, monkeypatch):
