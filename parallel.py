@@ -112,7 +112,9 @@ class AllToAllDispatch:
         pairs = torch.cat([expert, torch.where(owned, weight, 0.0)], -1)  # [ep_size, N, 2K]
         x = all_to_all(x.expand(self.ep_size, -1, -1), self.group)
         pairs = all_to_all(pairs, self.group)
-        y = experts(
+        # Eager calls have FSDP2's hooks gather the experts; for graphs, gather_around has done it.
+        run = experts.forward if torch.compiler.is_compiling() else experts
+        y = run(
             x.flatten(0, 1),
             pairs[..., :K].flatten(0, 1).long(),
             pairs[..., K:].flatten(0, 1).contiguous(),
@@ -255,8 +257,7 @@ class Ranks:
         for block in blocks:
             if 1 < self.ep_size < self.size:
                 mesh = self.expert_mesh["rest"]
-                experts = fully_shard(block.ffn.experts, mesh=mesh, mp_policy=policy)
-                self._shard_with(block, experts)
+                fully_shard(block.ffn.experts, mesh=mesh, mp_policy=policy)
             fully_shard(block, mesh=self.mesh, mp_policy=policy, ignored_params=replicated)
         fully_shard(
             model,
@@ -302,15 +303,6 @@ class Ranks:
         if EXPERT.match(name):
             return self.ep_size == self.size > 1
         return p.dim() == 1 or REPLICATED.search(name) is not None
-
-    @staticmethod
-    def _shard_with(block: torch.nn.Module, experts: FSDPModule) -> None:
-        """Experts are gathered as their block is: around its graph, not within it."""
-        state = experts._get_fsdp_state()
-        state._pre_forward_hook_handle.remove()
-        state._post_forward_hook_handle.remove()
-        block.register_forward_pre_hook(state._pre_forward, prepend=True, with_kwargs=True)
-        block.register_forward_hook(state._post_forward)
 
     # Saving
 
