@@ -143,7 +143,7 @@ def test_flash_decode_at_full_depth_is_one_graph():
     full_depth("flash", "decode")
 
 
-@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.parametrize("model, phase", [case for case in CASES if case != ("flash", "decode")])
 def test_full_depth_is_one_graph(model, phase):
     full_depth(model, phase)

@@ -133,7 +133,7 @@ def compiled_elsewhere(folder: str, wanted: dict, tmp_path: Path) -> list:
 
 
 @pytest.mark.parametrize(
-    "everything", [False, pytest.param(True, marks=pytest.mark.full)], ids=["heaviest", "all"]
+    "everything", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["heaviest", "all"]
 )
 @pytest.mark.parametrize("version", ["installed", "3.6.0"])
 def test_kernels_fit_the_gpu(version, everything, tell, tmp_path):
