@@ -125,7 +125,9 @@ def log(metrics: dict) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    flags, threads, args = parse(argv), choose_threads(1 << 28), ModelArgs.tiny()
+    flags = parse(argv)
+    threads = choose_threads(1 << 28)
+    args = ModelArgs.tiny()
     inter = equal_inter(args)
     torch.manual_seed(flags.seed)
     model = Dense(args.vocab_size, args.dim, args.n_layers, args.n_heads, inter)

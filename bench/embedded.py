@@ -24,7 +24,9 @@ from tools.stats import choose_threads
 from training.dataset import HELD_OUT
 from training.evaluation import held_out_loss
 
-TINY, LENGTH, BATCH = ROOT / "assets" / "tiny", 1024, 4
+TINY = ROOT / "assets" / "tiny"
+LENGTH = 1024
+BATCH = 4
 COMMAND = (
     "python train_step.py --config tiny --steps 1000 --batch 4 --seq-len 1024 --lr 6e-3 "
     "--index-loss 1 --out assets/tiny --experts fp4 --linears fp8 --json"
@@ -53,7 +55,9 @@ def training_facts(report: str | None) -> dict:
 def main(argv: list[str]) -> int:
     choose_threads(1 << 28)
     training, data = training_facts(argv[0] if argv else None), embedded_data()
-    ids, chars, bos = data.held_out, data.held_out_chars, data.tokenizer.bos_id
+    ids = data.held_out
+    chars = data.held_out_chars
+    bos = data.tokenizer.bos_id
     result = {
         "training": training,
         "held_out_share": HELD_OUT,

@@ -223,7 +223,9 @@ UNCOMPILED = ("eager", "transformers")  # sides
 def attention_rows(b: Bench) -> Iterator[tuple[str, Inputs, dict]]:
     """(row, arguments, baselines)."""
     for label, T, H, topk in SHAPES[: b.at(3, 1)]:
-        T, H, topk = b.at(T, 48), b.at(H, 16), b.at(topk, 4)
+        T = b.at(T, 48)
+        H = b.at(H, 16)
+        topk = b.at(topk, 4)
         D, W = b.at(512, 32), b.at(128, 8)
         for kind in ("CSA", "HCA", "SWA"):
             args = attention_inputs(b, kind, T, H, topk, D, W)
@@ -259,7 +261,10 @@ def attention_forward(b: Bench) -> None:
         forward_row(b, row, args, sides)
     # FlashMLA's shapes for this model: 4096 queries over entries of any context
     for context in (8192, 32768, 65536)[: b.at(3, 1)]:
-        T, H, D, topk = b.at(4096, 40), b.at(64, 16), b.at(512, 32), b.at(512, 8)
+        T = b.at(4096, 40)
+        H = b.at(64, 16)
+        D = b.at(512, 32)
+        topk = b.at(512, 8)
         args = attention_inputs(b, "CSA", T, H, topk, D, b.at(128, 8), b.at(context, 64))
         forward_row(b, f"4096 queries, {context >> 10}k entries, 512 chosen", args, {})
 
@@ -421,7 +426,9 @@ def compressor(b: Bench) -> None:
 def pooled_documents(b: Bench, kind: str, ratio: int, weight, documents: int) -> None:
     """A row of documents, forward, and forward and backward."""
     eager, dtype = reference("compress"), torch.bfloat16
-    lanes, D, r = (2 if ratio == 4 else 1), len(weight), b.at(64, 8)
+    lanes = 2 if ratio == 4 else 1
+    D = len(weight)
+    r = b.at(64, 8)
     T, lookback = b.at(8192, 256), lanes * ratio - 1
     win = packed(b, T, documents, ratio).windows[ratio]
 

@@ -198,7 +198,9 @@ def routing(b: Bench, tokens: int, E: int, K: int) -> tuple[torch.Tensor, torch.
 
 @case("G1.9", "experts", 60, 60, "moe", "moe_backward")
 def experts(b: Bench) -> None:
-    I, d, K = b.at(2048, 128), b.at(4096, 64), b.at(6, 2)
+    I = b.at(2048, 128)
+    d = b.at(4096, 64)
+    K = b.at(6, 2)
     for form in ("bf16", "fp8", "fp4"):
         experts_forward(b, random_weights(b, form, b.at(256, 8), I, d), K)
     experts_backward(b, random_weights(b, "bf16", b.at(32, 4), I, d), K)
@@ -206,7 +208,9 @@ def experts(b: Bench) -> None:
 
 def experts_forward(b: Bench, weights: Weights, K: int) -> None:
     form, w13, w2, s13, s2 = weights
-    E, I, d = len(w13), w13.shape[1] // 2, b.at(4096, 64)  # FP4 packs two columns into one
+    E = len(w13)
+    I = w13.shape[1] // 2
+    d = b.at(4096, 64)  # FP4 packs two columns into one
 
     def mine(x, idx, weight):
         return ours("moe")(x, w13, w2, idx, weight, s13, s2, LIMIT, False)

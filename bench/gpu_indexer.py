@@ -46,7 +46,9 @@ def single_sort(
     EP: tl.constexpr,  # entries, padded to a power of two
 ):
     """The published Triton kernel's plan: one program scores a token's entries and sorts them."""
-    t, h, d = tl.program_id(0).to(tl.int64), tl.arange(0, H), tl.arange(0, D)
+    t = tl.program_id(0).to(tl.int64)
+    h = tl.arange(0, H)
+    d = tl.arange(0, D)
     rows = tl.load(q + (t * H + h)[:, None] * D + d[None])
     weight = tl.load(u + t * H + h).to(tl.float32)
     first, last = tl.load(lo + t), tl.load(hi + t)
@@ -131,11 +133,15 @@ DECODED = ((1, 65536), (8, 65536), (1, 1 << 20), (8, 1 << 20))  # batch, context
 def indexer(b: Bench) -> None:
     H, D = b.at(64, 16), b.at(128, 16)
     for label, T, documents, K in PREFILLED[: b.at(4, 2)]:
-        T, documents, K = b.at(T, 64), b.at(documents, min(documents, 4)), b.at(K, 8)
+        T = b.at(T, 64)
+        documents = b.at(documents, min(documents, 4))
+        K = b.at(K, 8)
         win = packed(b, T, documents).windows[4]
 
         def tokens(T=T, win=win, K=K):
-            q, k, u = b.normal(1, T, H, D), b.normal(1, T // 4, D), b.normal(1, T, H)
+            q = b.normal(1, T, H, D)
+            k = b.normal(1, T // 4, D)
+            u = b.normal(1, T, H)
             return q, k, u, win.lo, win.hi, K
 
         inputs = b.sets(tokens)
@@ -161,7 +167,9 @@ def indexer(b: Bench) -> None:
         lo = torch.zeros(batch, 1, dtype=torch.int64, device=b.device)
 
         def token(batch=batch, entries=entries, lo=lo, K=K):
-            q, k, u = b.normal(batch, 1, H, D), b.normal(batch, entries, D), b.normal(batch, 1, H)
+            q = b.normal(batch, 1, H, D)
+            k = b.normal(batch, entries, D)
+            u = b.normal(batch, 1, H)
             return q, k, u, lo, lo + entries, K
 
         inputs = b.sets(token)

@@ -35,7 +35,9 @@ ROUNDINGS = ((8192, 4096, 128, "fp8"), (8192, 8192, 32, "fp4"))  # rows, columns
 )
 def linears(b: Bench) -> None:
     for name, rows, columns, groups in LINEARS:
-        rows, columns, groups = b.at(rows, 256), b.at(columns, 128), b.at(groups, min(groups, 2))
+        rows = b.at(rows, 256)
+        columns = b.at(columns, 128)
+        groups = b.at(groups, min(groups, 2))
         linear(b, name, rows, columns, groups)
     rounding = reference("act_quant")
     for N, n, block, form in ROUNDINGS:
@@ -174,7 +176,9 @@ def liger_loss(x, weight, target, g):
     "G1.11", "linear cross-entropy", 15, 40, "linear_cross_entropy", "linear_cross_entropy_backward"
 )
 def loss(b: Bench) -> None:
-    N, d, V = b.at(8192, 24), b.at(4096, 32), b.at(129280, 200)
+    N = b.at(8192, 24)
+    d = b.at(4096, 32)
+    V = b.at(129280, 200)
     x = b.normal(N, d, grad=True)
     weight = b.normal(V, d, scale=d**-0.5, grad=True)
     target = b.integers(V, N)

@@ -368,7 +368,9 @@ class Bench:
         self, sides: dict[str, Side], inputs: list[tuple], judge: Callable | None
     ) -> tuple[dict[str, dict], list[str]]:
         """-> results by side, and the sides that were timed."""
-        results, entries, times = {}, {}, {}
+        results = {}
+        entries = {}
+        times = {}
         for name, side in sides.items():
             try:
                 results[name], entries[name] = self._enter(side, inputs, judge)
@@ -407,7 +409,9 @@ class Bench:
         """
         if self.toy or self.prepare:
             return None
-        other, times, alone = torch.cuda.Stream(), [], self.shot(call)
+        other = torch.cuda.Stream()
+        times = []
+        alone = self.shot(call)
         for _ in range(shots):
             torch.cuda.synchronize()
             with torch.cuda.stream(other):

@@ -549,7 +549,9 @@ def counted(count: CompileCount) -> dict[str, int]:
 
 def layouts(b: Bench, model: Transformer) -> dict[str, int]:
     """Training where valid tokens, documents and their lengths differ from call to call."""
-    S, count, vocab_size = b.at(256, 24), CompileCount(), model.args.vocab_size
+    S = b.at(256, 24)
+    count = CompileCount()
+    vocab_size = model.args.vocab_size
     side = trained(b, model, by_default(b))
     t = torch.arange(S, device=b.device)
     for i in range(b.at(32, 3)):
@@ -562,7 +564,9 @@ def layouts(b: Bench, model: Transformer) -> dict[str, int]:
 
 def positions(b: Bench, model: Transformer) -> dict[str, int]:
     model.eval().setup_caches(1, b.at(2048, 64))
-    feed, count, chunk = compile_prefill(model, by_default(b)), CompileCount(), b.at(64, 8)
+    feed = compile_prefill(model, by_default(b))
+    count = CompileCount()
+    chunk = b.at(64, 8)
     for i in range(b.at(32, 3)):
         tokens = b.integers(model.args.vocab_size, 1, chunk)
         position, length = (torch.full((1,), n, device=b.device) for n in (i, 1 + i % chunk))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from html import escape
 
-LEFT, STEP, TOP = 240, 28, 48  # width of the labels, height of a row, height of the title
+LEFT = 240  # width of the labels
+STEP = 28  # height of a row
+TOP = 48  # height of the title
 
 
 def bars(title: str, values: dict[str, float], width: int = 640) -> str:

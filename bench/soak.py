@@ -149,7 +149,10 @@ def save_kills(count: int, seed: int) -> dict:
             return lambda: save(versions[i], folder, dtype=None)
 
         seconds_of(replace(0))
-        usual, holds, replaced, alive = seconds_of(replace(0)), 0, 0, 0
+        usual = seconds_of(replace(0))
+        holds = 0
+        replaced = 0
+        alive = 0
         for _ in range(count):
             alive += kill(replace(1 - holds), rng.uniform(0, 1.1) * usual)
             state = load(folder, dtype=torch.float32).state_dict()
@@ -243,7 +246,9 @@ class Session:
     """Random calls for rows at different positions: tokens to feed, rewinds, new conversations."""
 
     def __init__(self, rows: int, length: int, rewind: int, rng: random.Random):
-        self.length, self.rewind, self.rng = length, rewind, rng
+        self.length = length
+        self.rewind = rewind
+        self.rng = rng
         self.position = [0] * rows
         self.highest = [0] * rows  # position since the conversation began
         self.rewinds = self.conversations = self.fed = 0
@@ -272,7 +277,9 @@ class Session:
 @torch.no_grad()
 def decode(count: int, seed: int, preset: str = "default") -> dict:
     """Compiled phases over shared caches equal an eager model, whatever the order of calls."""
-    rows, length, rewind = 3, 700, 8
+    rows = 3
+    length = 700
+    rewind = 8
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     ours, eager = without_choices(), without_choices()
     for model in (ours, eager):
@@ -307,7 +314,9 @@ def decode(count: int, seed: int, preset: str = "default") -> dict:
 def packing(count: int, seed: int) -> dict:
     """Documents packed at random, padded before and after, equal the documents alone."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    model, documents, worst = without_choices(), 0, 0.0
+    model = without_choices()
+    documents = 0
+    worst = 0.0
     for _ in range(count):
         longest = rng.choice((4, 20, 140, 300))
         lengths = [rng.randint(1, longest) for _ in range(rng.randint(1, 8))]

@@ -70,7 +70,10 @@ def test_one_thread_is_timed_by_its_work_and_several_by_the_clock(threads):
 
 class FakeWorker:
     def __init__(self, calls: list, name: str, times: list[float]):
-        self.calls, self.name, self.times, self.rounds = calls, name, times, []
+        self.calls = calls
+        self.name = name
+        self.times = times
+        self.rounds = []
 
     def run(self):
         self.calls.append(self.name)
