@@ -35,7 +35,7 @@ def replace_once(project: Path, file: str, old: str, new: str) -> None:
 def run_test(project: Path, *tests: str) -> subprocess.CompletedProcess:
     """pytest on tests of a copy of the project, up to the first failure."""
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-x", "-m", "", "-p", "no:cacheprovider"]
     return subprocess.run(
         [*command, "--show-capture=no", *tests],
         cwd=project,

@@ -112,7 +112,9 @@ def visible(args, b, t):
     """-> the rows of kv, and of entries, that a token sees."""
     q, kv, _, window_len, _, _, entries, lo, hi, idx, _ = args
     end = t + 1 + kv.shape[1] - q.shape[1]
-    return range(end - window_len[b, t], end), [] if entries is None else entries_of(lo, hi, idx, b, t)
+    return range(end - window_len[b, t], end), [] if entries is None else entries_of(
+        lo, hi, idx, b, t
+    )
 
 
 def entries_of(lo, hi, idx, b, t):
