@@ -2,9 +2,9 @@
 
     h = silu(gate) up    gate = x W1^T <= limit, |up = x W3^T| <= limit; fp32
 
-The traced references differentiate `swiglu`; the opaque form of moe calls `swiglu_backward`. Its kernels
-(ops/triton/moe*.py, ops/cpu/moe*.cpp) have the formula built in: another activation needs
-HAS_KERNELS = False until they have it too, and then runs from these two functions on every device.
+The traced references differentiate `swiglu`; the opaque form of moe calls `swiglu_backward`. Its
+kernels (ops/triton/moe*.py, ops/cpu/moe*.cpp) have the formula built in: another activation needs
+HAS_KERNELS = False, and then runs from these two functions on every device.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ def sparse_attn_load_keys(
 
 @jit
 def sparse_attn_dot(a, a_r, b, b_r):
-    """a b^T over all dims [n, m]: the rotated ones are zero in a or b, and come from a_r and b_r."""
+    """a b^T over all dims, [n, m]: the rotated ones are 0 in a or b, and come from a_r, b_r."""
     wide = tl.dot(a, tl.trans(b), input_precision="ieee")
     return tl.dot(a_r, tl.trans(b_r), wide, input_precision="ieee")
 

@@ -1,6 +1,6 @@
-"""Contracts of ops/: every op against its formula in fp64, and its opaque form against its reference.
+"""Contracts of ops/: each op against its formula in fp64, its opaque form against its reference.
 
-Each op has one row in CONTRACTS and several rows in CASES; the generic tests below run over all of them.
+Each op has one row in CONTRACTS and several in CASES; the generic tests run over all of them.
 The number formats, which the specifications here build on, have their own tests in test_formats.py.
 """
 
@@ -40,7 +40,7 @@ normal, integers = torch.randn, torch.randint
 OPS = ops.OPS | ops.INTERNAL
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What each op computes, straight from the formulas: fp64 in, fp64 out
 
 
@@ -59,7 +59,7 @@ def spec_rope(x, cos, sin, inverse):
 
 
 def spec_hc_pre(x, fn, base, scale, norm_eps, hc_eps, iters):
-    (B, T, n, d), v = x.shape, x.flatten(2)
+    (B, T, n, _), v = x.shape, x.flatten(2)
     m = (v @ fn.T) / (v.square().mean(-1, keepdim=True) + norm_eps).sqrt()
     pre = torch.sigmoid(m[..., :n] * scale[0] + base[:n]) + hc_eps
     post = 2 * torch.sigmoid(m[..., n : 2 * n] * scale[1] + base[n : 2 * n])
@@ -151,7 +151,7 @@ def spec_indexer_topk(q, k, u, lo, hi, topk):
         for t in range(T):
             visible = range(int(lo[b, t]), min(int(hi[b, t]), E))
             score = [float(u[b, t] @ (q[b, t] @ k[b, e]).relu()) for e in visible]
-            best = sorted(zip(score, visible), reverse=True)[:topk]
+            best = sorted(zip(score, visible, strict=True), reverse=True)[:topk]
             out[b, t, : len(best)] = torch.tensor([e for _, e in best], dtype=torch.int64)
     return out
 
@@ -188,9 +188,9 @@ def unpack(w, scale):
 def spec_moe(x, w13, w2, idx, weight, s13, s2, limit, act_quant):
     quant = (lambda v: spec_act_quant(v, 128, "fp8")) if act_quant else (lambda v: v)
     y = []
-    for token, experts, shares in zip(x, idx.tolist(), weight):
+    for token, experts, shares in zip(x, idx.tolist(), weight, strict=True):
         terms = []
-        for e, share in zip(experts, shares):
+        for e, share in zip(experts, shares, strict=True):
             (W1, W3), (S1, S3) = w13[e].chunk(2), (None, None) if s13 is None else s13[e].chunk(2)
             gate = (unpack(W1, S1) @ quant(token)).clamp(max=limit)
             up = (unpack(W3, S3) @ quant(token)).clamp(-limit, limit)
@@ -239,7 +239,7 @@ CONTRACTS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Arguments
 
 
@@ -564,12 +564,12 @@ PUBLIC = [case for case in FEW[::3] if case.op in ops.OPS]
 by_public_op = pytest.mark.parametrize("case", PUBLIC, ids=lambda case: case.op)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Measures
 
 
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float):
-    """Equal choices for integers, else relative RMS; a constant reference (one value, all hidden) is compared by itself."""
+    """Equal choices for integers, else relative RMS; a constant reference is compared by itself."""
     assert a.shape == b.shape
     if not b.is_floating_point():
         assert torch.equal(a.sort(-1).values, b.sort(-1).values)
@@ -619,7 +619,8 @@ def run(form: Callable, case: Case, args: tuple) -> tuple[list, list]:
     out = [out] if isinstance(out, torch.Tensor) else list(out)
     torch.manual_seed(1)
     weights = [normal(o.shape).bfloat16() for o in out]
-    loss = sum((o.double() * w.double()).sum() for o, w in zip(out, weights)) if leaves else None
+    products = (o.double() * w.double() for o, w in zip(out, weights, strict=False))
+    loss = sum(p.sum() for p in products) if leaves else None
     return out, list(torch.autograd.grad(loss, [args[i] for i in leaves])) if leaves else []
 
 
@@ -672,12 +673,12 @@ def expanded(t: torch.Tensor) -> torch.Tensor:
     return t[..., :1].expand(t.shape)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Every op, every case
 
 
 def test_every_op_has_a_contract_and_cases():
-    """Forward and backward ops alike: the tests below see all that is registered, but rope_ (test_kernel_rope.py) and the optimizer's (test_optim.py)."""
+    """Forward and backward ops alike; rope_ and the optimizer's have tests elsewhere."""
     registered = {
         name.split("::")[1]
         for name in torch._C._dispatch_get_all_op_names()
@@ -716,7 +717,7 @@ def test_opaque_equals_reference(case):
 @pytest.mark.parametrize("form", ["reference", "opaque"])
 @pytest.mark.parametrize("case", [case for case in CASES if hasattr(case.module, "CHUNK")], ids=str)
 def test_chunks_change_nothing(case, form, monkeypatch):
-    """Everything at once or a little at a time: chunks of one token, or a few, the last one shorter."""
+    """Everything at once, or in chunks of one token or a few, the last one shorter."""
     args, op = case.args(), getattr(OPS[case.op], form)
     expected = run(op, case, args)
     for chunk in (1, 997):
@@ -727,7 +728,7 @@ def test_chunks_change_nothing(case, form, monkeypatch):
 @pytest.mark.kernels
 @by_case
 def test_bf16_is_exact_up_to_rounding(case):
-    """bf16 in, fp32 inside: fp32 outputs are exact; bf16 outputs and gradients are off by few roundings."""
+    """bf16 in, fp32 inside: fp32 outputs are exact, bf16 ones off by few roundings."""
     contract, args = CONTRACTS[case.op], low(case)
     expected, expected_grads = run(contract.spec, case, tensors(torch.Tensor.double, args))
     flips = (
@@ -763,7 +764,7 @@ def test_bf16_gradients_of_popular_entries_add_up_in_fp32():
         close(run(form, case, args)[1][-1], expected, 6e-3)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Registration: what torch relies on
 
 
@@ -775,7 +776,7 @@ def detached(args: tuple) -> tuple:
 @pytest.mark.parametrize("arguments", [Case.args, low], ids=["fp32", "bf16"])
 @by_case
 def test_ops_are_pure_and_their_fakes_are_true(case, arguments):
-    """Whatever the strides of the inputs: outputs as the fake says, contiguous and fresh; inputs untouched."""
+    """For any strides: outputs as the fake says, contiguous and fresh; inputs untouched."""
     for op, args in record(case, arguments(case)).calls:
         args = tree_map_only(torch.Tensor, transposed, detached(args))
         before = copy.deepcopy(args)
@@ -802,7 +803,7 @@ def test_ops_are_pure_and_their_fakes_are_true(case, arguments):
 )
 @by_few
 def test_ops_pass_opcheck(case, layout):
-    """Schema, autograd registration, fake and AOT dispatch, of the forward op and of the backward op."""
+    """Schema, autograd registration, fake and AOT dispatch, of the forward and the backward op."""
     leaves = differentiable(case, case.args())
     for op, args in record(case).calls:
         args = list(tree_map_only(torch.Tensor, layout, detached(args)))
@@ -820,7 +821,7 @@ def test_ops_pass_opcheck(case, layout):
 @pytest.mark.parametrize("form", ["reference", "opaque", "called"])
 @by_public_op
 def test_opaque_is_one_node_and_the_reference_none(case, form):
-    """Forward and backward graphs under torch.compile(fullgraph=True), and the same numbers as eager."""
+    """Forward and backward graphs under torch.compile(fullgraph=True); the numbers of eager."""
     nodes = []
 
     def compiler(graph, inputs):
@@ -850,7 +851,7 @@ def test_opaque_is_one_node_and_the_reference_none(case, form):
         }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # FLOPs and memory
 
 
@@ -924,14 +925,14 @@ def test_flops_are_those_of_the_matrix_products(case):
     ids=str,
 )
 def test_flops_are_those_of_the_implementation(case):
-    """Where no product is wasted: attention of one token per row, all its keys counted; experts grouped."""
+    """Where no product is wasted: attention of one token a row, all its keys counted; experts."""
     module = case.module
     impls = {
         case.op: getattr(module, "grouped", getattr(module, "forward_reference", None))
         or module.reference,
         f"{case.op}_backward": getattr(module, "backward_reference", None),
     }
-    for (op, args), name in zip(record(case).calls, impls):
+    for (op, args), name in zip(record(case).calls, impls, strict=False):
         assert flops(op, *args) == flops(impls[name], *args) > 0
 
 
@@ -957,10 +958,10 @@ LONG = [
 
 @pytest.mark.parametrize("case", LONG, ids=str)
 def test_a_long_sequence_is_worked_off_in_chunks(case, monkeypatch):
-    """No query x key x dim, no head x query x key, no token x vocabulary: forward and backward stay within a chunk."""
+    """No query x key x dim, head x query x key, or token x vocabulary: all stays within a chunk."""
     calls = record(case).calls
     monkeypatch.setattr(case.module, "CHUNK", 1 << 17)
-    for (op, args), name in zip(calls, ("forward_reference", "backward_reference")):
+    for (op, args), name in zip(calls, ("forward_reference", "backward_reference"), strict=False):
         allowed = max(
             1 << 17,
             *(t.numel() for t in tree_leaves((args, op(*args))) if isinstance(t, torch.Tensor)),
@@ -971,7 +972,7 @@ def test_a_long_sequence_is_worked_off_in_chunks(case, monkeypatch):
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Each op on its own
 
 
@@ -989,7 +990,7 @@ def test_act_quant_gradient_passes_straight_through():
 @pytest.mark.kernels
 @pytest.mark.parametrize("form", ["reference", "opaque"])
 def test_linears_round_their_inputs_in_blocks_of_128(form):
-    """Identity weights show the rounded values. Half of the channels are so small that a scale of their own would keep them."""
+    """Identity weights show the rounded values; a scale of its own would keep the small half."""
     torch.manual_seed(0)
     n, eye = 200, torch.eye(200)
     x = normal(3, n) * torch.where(torch.arange(n) % 128 < 64, 1.0, 2.0**-16)
@@ -1099,7 +1100,7 @@ def test_hidden_keys_have_no_influence_and_zero_gradient(case, form):
         i: torch.ones(args[i].shape[:2], dtype=torch.bool) for i in (1, 6) if args[i] is not None
     }
     for b, t in itertools.product(range(2), range(5)):
-        for mask, rows in zip(hidden.values(), visible(args, b, t)):
+        for mask, rows in zip(hidden.values(), visible(args, b, t), strict=False):
             mask[b, rows] = False
     for i, mask in hidden.items():
         assert mask.any() and (grads[differentiable(case, tuple(args)).index(i)][mask] == 0).all()
@@ -1110,7 +1111,7 @@ def test_hidden_keys_have_no_influence_and_zero_gradient(case, form):
 @pytest.mark.kernels
 @pytest.mark.parametrize("form", [ops.sparse_attn.reference, ops.sparse_attn.opaque])
 def test_a_sink_takes_its_share(form):
-    """With one visible key o = k e^s / (e^s + e^sink): all of k for a low sink, nothing, and no overflow, for a high one."""
+    """With one visible key o = k e^s / (e^s + e^sink): k for a low sink, 0 for a high one."""
     q, kv, _, window_len, cos, sin, *rest = Case(
         "sparse_attn", sparse_attn, (1, 2, 4, "window", 3)
     ).args()
@@ -1124,7 +1125,7 @@ def test_a_sink_takes_its_share(form):
 
 
 def test_probabilities_are_rounded_before_the_values_but_not_in_the_denominator():
-    """By the reference: the kernel rounds them against the maximum so far, and does not round the queries' norm."""
+    """By the reference: the kernel rounds probabilities against the maximum so far."""
     case = Case("sparse_attn", sparse_attn, (2, 65, 1, "dense", 3, 6, 20))
     q, kv, sink, window_len, cos, sin, entries, *_, eps = low(case)
     cos, sin = torch.ones_like(cos), torch.zeros_like(sin)  # rotation is another rounding
@@ -1193,7 +1194,7 @@ def losses(kind, *options) -> tuple[Case, list]:
 @by_form
 @by_kind
 def test_an_index_that_tells_the_attention_s_choice_costs_nothing(form, kind):
-    """The target is what the softmax of sparse_attn, window and sink included, gives to entries, averaged over heads."""
+    """The target is the share of entries in the softmax of sparse_attn, averaged over heads."""
     torch.manual_seed(0)
     B, T, E = 2, 7, 9
     q, kv, sink, window_len, cos, sin, entries, lo, hi, idx, eps = args = sparse_attn(B, T, 5, kind)
@@ -1294,13 +1295,14 @@ def test_heads_that_all_but_ignore_the_entries_still_teach(form):
 
 @by_kind
 def test_the_loss_at_production_size_reads_nothing_back_and_holds_a_chunk(kind):
-    """Flash, 1024 tokens of 8192, on fake tensors: a value read on the host would raise, all scores of all heads be too large."""
+    """Flash, 1024 tokens of 8192, on fake tensors: a host read raises; scores are bounded."""
     T, H, D, E, Hi, Di, K = 1024, 64, 512, 2048, 64, 128, 512
     module = importlib.import_module("ops.indexer_loss")
     with FakeTensorMode(), Recorder() as recorder:
-        empty = lambda *shape, dtype=torch.bfloat16: torch.empty(
-            1, *shape, dtype=dtype, device="cpu"
-        )
+
+        def empty(*shape, dtype=torch.bfloat16):
+            return torch.empty(1, *shape, dtype=dtype, device="cpu")
+
         angle, span = empty(T, 32, dtype=torch.float32), empty(T, dtype=torch.int64)
         args = (
             empty(T, H, D),
@@ -1361,8 +1363,10 @@ def test_recall_is_worked_off_in_chunks(monkeypatch):
 
 @by_kind
 def test_an_indexer_learns_what_the_attention_looks_at(kind):
-    """Small linear maps of what queries and entries are made of, a new batch every step: recall on held-out tokens rises from
-    chance, 8 of 64. "idx" is the recipe: half of the steps dense, then only the 16 entries that the indexer chooses."""
+    """Linear maps of the factors of queries and entries: recall rises from chance, 8 of 64.
+
+    "idx" is the recipe: half of the steps dense, then only the 16 entries that the indexer chooses.
+    """
     torch.manual_seed(0)
     B, T, E, H, D, Hi, Di, d = 2, 32, 64, 2, 16, 16, 8, 8
     w_q, w_k = normal(d, H * D), normal(d, D) * 2 * d**-0.5
@@ -1427,7 +1431,7 @@ def test_ignored_targets_cost_nothing(form):
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.op == "moe"], ids=str)
 def test_moe_paths_agree(case, monkeypatch):
-    """Gathered weights, all experts with zero weights, and tokens grouped by expert are one function."""
+    """Gathered weights, all experts with zero weights, and tokens grouped by expert agree."""
     args = case.args()
     if args[-1] and case.options[-1] == "twice":
         args = (
@@ -1461,7 +1465,7 @@ def test_experts_that_nobody_chose_have_zero_gradient(form):
     ids=str,
 )
 def test_pairs_without_an_expert_add_nothing(options):
-    """The opaque form leaves out pairs of expert E, whatever their weight: as valid ones of weight zero. Some tokens have no other."""
+    """The opaque form leaves out pairs of expert E; some tokens have no other."""
     case = Case("moe", moe, options)
     assert INTERPRETING or all(KERNELS[name].build() for name in ("moe", "moe_backward"))
     x, w13, w2, idx, weight, *rest = low(case) if options[5] == "fp4" else case.args()
@@ -1505,7 +1509,7 @@ def test_each_gradient_alone_is_the_same(case):
     args, leaves = case.args(), differentiable(case, case.args())
     _, grads = run(OPS[case.op].opaque, case, args)
     for form in ("reference", "opaque"):
-        for i, expected in zip(leaves, grads):
+        for i, expected in zip(leaves, grads, strict=True):
             inputs = [
                 a.detach().requires_grad_(i == j) if j in leaves else a for j, a in enumerate(args)
             ]
@@ -1518,7 +1522,7 @@ def test_each_gradient_alone_is_the_same(case):
             close(inputs[i].grad, expected, 5e-6)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Registry: which form runs, and what is refused
 
 
@@ -1576,7 +1580,7 @@ def compiled(form: Callable, args: tuple, grad: bool) -> tuple[list[str], object
 
 
 def test_sinkhorn_is_one_node_of_hc_pre_when_compiled_for_cpu():
-    """By default, without gradients; with them all of hc_pre is a node. Eager calls build no C++ kernel."""
+    """By default, without gradients; with them hc_pre is one node. Eager calls build no C++."""
     args = Case("hc_pre", hc_pre, (2, 3, 4, 5, 20)).args()
     for form, grad, expected in (
         (ops.hc_pre, False, ["sinkhorn"]),
@@ -1585,7 +1589,7 @@ def test_sinkhorn_is_one_node_of_hc_pre_when_compiled_for_cpu():
     ):
         names, got = compiled(form, args, grad)
         assert names == expected
-        for a, b in zip(got, ops.hc_pre.reference(*args)):
+        for a, b in zip(got, ops.hc_pre.reference(*args), strict=True):
             assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
     assert called(ops.hc_pre, *args) == []
 
@@ -1654,7 +1658,7 @@ def test_ranges_that_reach_beyond_the_entries_end_with_them(kind):
 
 
 def test_cpp_kernels_round_small_values_to_the_scale_of_their_block():
-    """Each value is read by a weight that undoes its size, so that its own rounding, subnormal or not, shows in the result."""
+    """Each value meets a weight that undoes its size: its own rounding shows in the result."""
     n, size = 20, torch.exp2(-torch.arange(20.0))
     x = (1.37 * size)[None]
     gate, up = torch.zeros(n, n).index_fill_(1, torch.tensor(0), 1.0), torch.diag(1 / size)
