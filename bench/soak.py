@@ -374,13 +374,13 @@ def learning(count: int, seed: int, steps: int = 200) -> dict:
 # Command line
 
 PROOFS = {  # name -> (proof, how many kills, tokens, packings or seeds)
-    "train_kills": (train_kills, 100),
+    "train_kills": (train_kills, 60),
     "save_kills": (save_kills, 500),
     "cache_kills": (cache_kills, 300),
-    "compile_kills": (compile_kills, 10),
-    "decode": (decode, 20_000),
+    "compile_kills": (compile_kills, 6),
+    "decode": (decode, 10_000),
     "packing": (packing, 400),
-    "learning": (learning, 5),
+    "learning": (learning, 3),
 }
 
 
