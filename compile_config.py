@@ -43,7 +43,7 @@ class CompileConfig:
 
     backend     a torch.compile backend, or None to run eagerly
     region      "model": one graph; "layer": one per kind of layer; None: "layer" for prefill, where
-                it costs nothing, and for models of more than MAX_WHOLE_GRAPH_LAYERS, else "model"
+                it costs no speed, and for models of more than MAX_WHOLE_GRAPH_LAYERS, else "model"
     cudagraphs  record decode and verify into a CUDA graph
     options     Inductor options, as pairs
     """
@@ -52,6 +52,10 @@ class CompileConfig:
     region: str | None = None
     cudagraphs: bool = False
     options: tuple[tuple[str, object], ...] = ()
+
+    def __post_init__(self):
+        if self.region not in (None, "model", "layer"):
+            raise ValueError(f"region {self.region!r}: choose 'model', 'layer' or None")
 
 
 AUTOTUNE = (("max_autotune", True), ("coordinate_descent_tuning", True))

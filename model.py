@@ -1,11 +1,10 @@
 """DeepSeek-V4 (Flash and Pro) in one file, for `torch.compile(fullgraph=True)`.
 
 One forward serves training, prefill, verify and decode. They differ in T, the number of new tokens,
-and in where older keys come from: zeros (training) or rings and entry buffers (generation).
-Positions are tensors, shapes are static, and nothing on the forward path is read back to the host.
-The formulas are in docs/v4.md, from DeepSeek's paper (arXiv 2606.19348) and inference code.
-
-    B batch    T new tokens    S = T in training    V vocabulary    d model dim
+and in where older keys come from: zeros (training), or Ring and Compressor's buffers (generation).
+Positions are values of tensors, shapes are static, and nothing is read back to the host. Formulas:
+docs/v4.md, from DeepSeek's paper (arXiv 2606.19348) and inference code.
+    B batch    T new tokens (training: S)    V vocabulary    d model dim
     n = 4 residual streams     H heads    D head dim    r rotated dims of a head
     W window   R compression ratio   N compressed entries   E routed experts   K chosen experts
 """
@@ -36,7 +35,7 @@ class ModelArgs:
 
     compress_ratios has one entry per layer, then one per MTP block; see config.CSA_RATIOS.
     act_quant rounds activations as the released model does (docs/v4.md#quantised-points), and
-    expert_qat ("fp4", "fp8") trains routed experts as that format stores them. Both are static.
+    expert_qat ("fp4", "fp8") trains routed experts as that format stores them. Static.
     """
 
     vocab_size: int = 129280
@@ -121,12 +120,12 @@ class ModelArgs:
 
 
 class Aux(NamedTuple):
-    """What a training forward computes besides its output; static (docs/v4.md#training).
+    """What a training forward computes besides its output, fixed at compile time.
 
     balance     load and balance loss of the routers that have a bias
     index_loss  the indexers' objective
-    dense       attention sees every visible entry, not the chosen ones: the indexers' warm-up
-    recall      how many of the entries attended to most the indexers find; needs index_loss
+    dense       attention sees every visible entry, not only the chosen ones: the indexers' warm-up
+    recall      the share of the most attended entries that the indexers choose; needs index_loss
     """
 
     balance: bool = True
@@ -153,9 +152,9 @@ class AuxOutputs(NamedTuple):
 class Windows(NamedTuple):
     """Compression windows of one ratio R in a call (docs/v4.md#compressor).
 
-    end     [B, N]  index of a window's last token in this call (outside 0 .. T - 1: not here)
+    end     [B, N]  index of a window's last token in this call, outside 0 .. T - 1 if not here
     index   [B, N]  number w of the window in its document; its position is w R
-    slot    [B, N]  cache slot of the entry; the last one takes windows that do not end here
+    slot    [B, N]  cache slot of the entry; the spare, last one for windows that do not end here
     offset  [B, T]  position of a token in its window, t mod R
     lo, hi  [B, T]  a token sees the entries lo <= e < hi
     cos, sin [B, N, r/2]  RoPE of the entries
@@ -210,7 +209,9 @@ def make_plan(
     # Positions count from the row's first token, or from the start of its document.
     if input_pos is not None:
         given = torch.full_like(input_pos, T) if lengths is None else lengths
-        lengths = torch.minimum(given, max_seq_len - input_pos).clamp(min=0)  # end of the context
+        lengths = torch.minimum(given, max_seq_len - input_pos).clamp(
+            min=0
+        )  # store nothing past the context
         pos = input_pos[:, None] + col
     elif doc_ids is not None:
         starts = F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (1, 0))
@@ -258,7 +259,7 @@ def document_windows(R, freqs, pos, col) -> Windows:
     """Training: the windows of every document of a row.
 
     At most one window ends among the tokens e R .. e R + R - 1; it is entry e. So the entries of a
-    document are consecutive, and ceil(c / R) entries precede one that starts at column c.
+    document are consecutive, after ceil(c / R) others if it starts at column c. The rest are unseen.
     """
     T = pos.shape[1]
     e = torch.arange((T - 1) // R + 1, device=pos.device)[None]
@@ -275,7 +276,7 @@ def document_windows(R, freqs, pos, col) -> Windows:
 
 
 def call(function: Callable, *args):
-    """The default of run_block and of MoE.dispatch: a direct call."""
+    """Call directly: the default of run_block and of MoE.dispatch."""
     return function(*args)
 
 
@@ -296,8 +297,8 @@ class RMSNorm(nn.Module):
 class Linear(nn.Module):
     """y = x W^T without bias. `fp8`: the released checkpoint stores the weight in FP8.
 
-    Such a linear sees fake-quantised inputs under act_quant (docs/v4.md#quantised-points), save a
-    grouped one. Loaded natively, weight stays float8_e4m3fn and scale holds its 128 x 128 block
+    Such a linear sees fake-quantised inputs under act_quant (docs/v4.md#quantised-points), unless
+    it is grouped. With weights="native" it stays float8_e4m3fn and scale holds its 128 x 128 block
     scales. groups > 1 is block-diagonal: x [..., g, in] -> [..., g, out / g].
     """
 
@@ -361,7 +362,7 @@ class Ring(nn.Module):
         stored = min(new.shape[1], size)
         col = plan.lengths[:, None] + torch.arange(-stored, 0, device=new.device)
         slot = torch.where(col >= 0, (pos + col) % size, size)
-        # Taken from the rows read, the write depends on the read: Inductor may write in place.
+        # Values come from `rows`: the write depends on the read, and Inductor can write in place.
         values = rows.detach()[plan.row, (self.lookback + col).clamp(min=0)]
         self.rows.index_put_((plan.row, slot), values)
         return rows
@@ -375,7 +376,7 @@ class Compressor(nn.Module):
     """Pools windows of R tokens into entries by a softmax per channel (docs/v4.md#compressor).
 
     With overlap (CSA) an entry also pools the window before, from the first half of the channels.
-    rotate is for the indexer's own: Hadamard and FP4 under act_quant instead of FP8.
+    rotate=True is the indexer's: Hadamard and FP4 under act_quant instead of FP8.
     """
 
     def __init__(self, args: ModelArgs, ops: Table, ratio: int, dim: int, rotate: bool = False):
@@ -418,7 +419,7 @@ class Compressor(nn.Module):
 class Indexer(nn.Module):
     """Scores entries by sum_h u_h relu(q_h . k); a token attends to the index_topk best.
 
-    docs/v4.md#indexer. It learns from its own objective alone, `loss`.
+    docs/v4.md#indexer. It learns from its own objective, `loss`.
     """
 
     def __init__(self, args: ModelArgs, ops: Table, ratio: int):
@@ -441,7 +442,7 @@ class Indexer(nn.Module):
         return q, self.compressor(x, plan), u
 
     def loss(self, attention: tuple, index: tuple, chosen, plan: Plan) -> AuxOutputs:
-        """Distance of the scores from the main attention (docs/v4.md#training).
+        """KL divergence between the main attention and the scores (docs/v4.md#training).
 
         attention: q, cos, sin, entries, lse of ops.sparse_attn; index: the outputs of forward.
         """
@@ -461,8 +462,8 @@ class Indexer(nn.Module):
 class Attention(nn.Module):
     """Multi-query attention over the window and the compressed entries (docs/v4.md#attention).
 
-    One softmax, with a sink. Keys and values are the same latent, shared by all heads. Queries come
-    from a low-rank projection; outputs go through a grouped low-rank projection.
+    One softmax, with a sink. Keys and values are one latent, shared by all heads; queries come from
+    a low-rank projection, outputs go through a grouped one.
     """
 
     def __init__(self, args: ModelArgs, ops: Table, ratio: int):
@@ -548,7 +549,7 @@ class Gate(nn.Module):
 
 
 class Expert(nn.Module):
-    """The shared expert: w2(silu(w1 x) * w3 x), pre-activations clamped, fp32 inside."""
+    """The shared expert: w2(swiglu(w1 x, w3 x)), fp32 inside."""
 
     def __init__(self, args: ModelArgs, ops: Table):
         super().__init__()
@@ -565,7 +566,7 @@ class Expert(nn.Module):
 class Experts(nn.Module):
     """The routed experts, stacked: w13 [E, 2I, d] (w1 rows first), w2 [E, d, I].
 
-    Loaded natively they stay packed (FP4 int8 [E, 2I, d/2], or FP8) beside w13_scale and w2_scale.
+    With weights="native" they stay packed (FP4 int8 [E, 2I, d/2], or FP8) beside their scales.
     """
 
     def __init__(self, args: ModelArgs, ops: Table):
@@ -638,7 +639,7 @@ def hc_head(module: Transformer | MTPBlock, X: torch.Tensor) -> torch.Tensor:
 
 
 class Block(nn.Module):
-    """Attention, then experts, on n residual streams through mHC (docs/v4.md#hyper-connections)."""
+    """Attention, then experts, on n residual streams (mHC, docs/v4.md#hyper-connections)."""
 
     def __init__(self, args: ModelArgs, ops: Table, layer: int):
         super().__init__()
@@ -748,7 +749,7 @@ class Transformer(nn.Module):
         self.args = args
         self.ops = Table(ops)
         self.cache_size = None  # (max_batch_size, max_seq_len, max_rewind)
-        self.cache_generation = 0  # raised by whoever empties, replaces or takes over the caches
+        self.cache_generation = 0  # raised when caches are emptied, replaced or claimed
         weight = torch.empty(args.vocab_size, args.dim)
         self.embed = nn.Embedding(*weight.shape, _weight=weight)
         self.layers = nn.ModuleList(Block(args, self.ops, i) for i in range(args.n_layers))
@@ -758,7 +759,7 @@ class Transformer(nn.Module):
         self.mtp = MTP(self)
         self.register_buffer("freqs", torch.empty(2, args.rope_head_dim // 2), persistent=False)
         self._fill_freqs()
-        # A model made on meta is given its weights, and then its frequencies.
+        # A model built on the meta device gets its frequencies after its weights are loaded.
         self.register_load_state_dict_post_hook(Transformer._fill_freqs)
         self.reset_parameters()
 
@@ -801,7 +802,7 @@ class Transformer(nn.Module):
             f"non-negative, not {max_batch_size}, {max_seq_len}, {max_rewind}",
         )
         dtype, device = self.embed.weight.dtype, self.embed.weight.device
-        with torch.inference_mode(False):  # buffers that any mode may write
+        with torch.inference_mode(False):  # inference mode's tensors could not be written outside
             for module in self.modules():
                 if isinstance(module, Attention):
                     dim = self.args.head_dim
@@ -812,14 +813,14 @@ class Transformer(nn.Module):
         self.cache_generation += 1
 
     def reset_caches(self) -> None:
-        """Empty the caches in place. A new conversation needs it not: position 0 starts one."""
+        """Empty the caches in place. Not needed for a new conversation: position 0 starts one."""
         for name, buffer in self.named_buffers():
             if name.endswith(("ring.rows", ".entries")):
                 buffer.zero_()
         self.cache_generation += 1
 
     def prepare(self, tokens, ratios, input_pos, lengths, doc_ids, aux=None):
-        """Check the combination of arguments, blank padding tokens, plan: -> tokens, plan."""
+        """Check the arguments, set padding tokens to 0, make the plan -> tokens, plan."""
         max_seq_len = tokens.shape[1]
         if aux is not None and (aux.dense or aux.recall):
             require(aux.index_loss, f"{aux}: dense and recall need index_loss")

@@ -1,10 +1,10 @@
 """swiglu: the activation of every expert, routed or shared (docs/v4.md#experts), in one place.
 
-    h = silu(gate) up    gate = x W1^T <= limit, |up = x W3^T| <= limit; fp32
+    h = silu(gate) up    gate = min(x W1^T, limit), up = clamp(x W3^T, -limit, limit); fp32
 
-The traced references differentiate `swiglu`; the opaque form of moe calls `swiglu_backward`. Its
-kernels (ops/triton/moe*.py, ops/cpu/moe*.cpp) have the formula built in: another activation needs
-HAS_KERNELS = False, and then runs from these two functions on every device.
+The traced references differentiate `swiglu`; the opaque form of moe calls `swiglu_backward`. The
+kernels of moe (ops/triton/moe*.py, ops/cpu/moe*.cpp) have the formula built in: another activation
+needs HAS_KERNELS = False, and then runs from these two functions on every device.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
 def swiglu_backward(
     g: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, limit: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of h weight, weight [..., 1]: the value, and the gradients of weight, gate and up for g."""
+    """y = h weight, weight [..., 1] -> y, gradients of weight, gate and up for g = dL/dy."""
     gate_c, up_c = gate.clamp(max=limit), up.clamp(-limit, limit)
     sig = torch.sigmoid(gate_c)
     silu = gate_c * sig
