@@ -259,7 +259,7 @@ def document_windows(R, freqs, pos, col) -> Windows:
     """Training: the windows of every document of a row.
 
     At most one window ends among the tokens e R .. e R + R - 1; it is entry e. So the entries of a
-    document are consecutive, after ceil(c / R) others if it starts at column c. The rest are unseen.
+    document are consecutive, after ceil(c / R) others if it starts at column c. No token sees more.
     """
     T = pos.shape[1]
     e = torch.arange((T - 1) // R + 1, device=pos.device)[None]
