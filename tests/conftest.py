@@ -37,7 +37,7 @@ sys.path[:0] = [
     str(Path(__file__).parent / "ops"),
 ]
 
-from tiers import FULL
+from tiers import FULL, FULL_INTERPRETED
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 KERNELS = {path.name for path in Path(__file__).parent.glob("kernels/test_kernel_*.py")}
@@ -83,10 +83,11 @@ def pytest_collection_modifyitems(items):
             for item in items
             if item.path.name != "test_ops.py" or item.get_closest_marker("kernels")
         ]
+    waiting = {**FULL, **(FULL_INTERPRETED if INTERPRETING else {})}
     for item in items:
         if item.path.name in QUICK:
             item.add_marker(pytest.mark.quick)
-        if any(re.search(pattern, item.nodeid) for pattern in FULL):
+        if any(re.search(pattern, item.nodeid) for pattern in waiting):
             item.add_marker(pytest.mark.full)
 
 

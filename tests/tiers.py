@@ -13,3 +13,10 @@ FULL = {
     r"test_model_parity\.py.*200_decoded.*\[(no-yarn|pro-like)\]": "Flash's shape is run",
     r"test_model_training\.py.*changes_memory.*\[(layer|model)-": "compiled; eager cases are run",
 }
+# Those that wait in Triton's interpreter only, where they are slow: with kernels.
+FULL_INTERPRETED = {
+    r"test_ops\.py::test_ops_(pass_opcheck|are_pure)": "default of the plain run",
+    r"test_ops\.py::test_bf16_gradients_of_popular_entries": "one case, half a minute",
+    r"test_kernel_model\.py::(?!test_inference|test_one_graph.*decode)": "inference is run",
+    r"test_kernel_sums\.py": "long sums; short ones are in every case",
+}
