@@ -11,11 +11,21 @@ FULL = {
     r"test_model_cache\.py.*(rewinding|chunks).*\[(pro-like|other-ratios)": "Flash's shape is run",
     r"test_model_cache\.py.*rewinding.*\[flash-like-[24-8]\]": "three depths of a rewind are run",
     r"test_model_parity\.py.*200_decoded.*\[(no-yarn|pro-like)\]": "Flash's shape is run",
+    r"test_compile_capture\.py::test_every_backend_computes": "minutes; test_compile_config is run",
+    r"test_compile_time\.py": "compiles in fresh processes; test_torch_private counts compiles",
+    r"test_compile_shapes\.py::test_(flash_decode_at_full|one_layer_of_each)": "a minute each",
+    r"test_compile_census\.py::test_kernels_per_layer.*\[train\]": "decode is run",
+    r"test_offline\.py::test_(kernels_fit_the_gpu|the_largest_tile)": "compiles every kernel",
+    r"test_generate\.py::test_compiled_generation_does_not_recompile": "minutes; one row is run",
+    r"test_train_step\.py::test_200_steps.*\[[12]\]": "one seed is run",
+    r"test_train_step\.py::test_a_resumed_run.*\[more[12]\]": "one combination is run",
+    r"test_parallel\.py::test_four_processes": "two processes are run",
     r"test_model_training\.py.*changes_memory.*\[(layer|model)-": "compiled; eager cases are run",
 }
 # Those that wait in Triton's interpreter only, where they are slow: with kernels.
 FULL_INTERPRETED = {
     r"test_ops\.py::test_ops_(pass_opcheck|are_pure)": "default of the plain run",
+    r"test_ops\.py::test_bf16_is_exact_up_to_rounding": "bf16 of the kernels' own tests is run",
     r"test_ops\.py::test_bf16_gradients_of_popular_entries": "one case, half a minute",
     r"test_kernel_model\.py::(?!test_inference|test_one_graph.*decode)": "inference is run",
     r"test_kernel_sums\.py": "long sums; short ones are in every case",
