@@ -1,30 +1,37 @@
 """The tests that a default run leaves out, by patterns of their names: `python -m pytest -m full`.
 
-A default run stays under ten minutes on two cores with nothing compiled before. It keeps one case
+A default run takes about ten minutes on two cores with nothing compiled before. It keeps one case
 of every contract; other cases, and tests that compile for long, are named here with the reason.
 See docs/compile.md#not-covered-by-a-default-run.
 """
 
 FULL = {
     # pattern of the node id: why it waits
-    r"test_recipes\.py.*\[(?!another_router|expert_activation)": "two recipes are run",
+    r"test_recipes\.py.*\[(?!expert_activation)": "one recipe is run",
     r"test_model_cache\.py.*(rewinding|chunks).*\[(pro-like|other-ratios)": "Flash's shape is run",
     r"test_model_cache\.py.*rewinding.*\[flash-like-[24-8]\]": "three depths of a rewind are run",
     r"test_model_parity\.py.*200_decoded.*\[(no-yarn|pro-like)\]": "Flash's shape is run",
     r"test_compile_capture\.py::test_every_backend_computes": "minutes; test_compile_config is run",
+    r"test_compile_capture\.py::test_inductor_decode_writes": "the census finds copies of caches",
+    r"test_compile_capture\.py::test_training_forward.*\[reference\]": "the opaque form is run",
+    r"test_compile_config\.py::test_phases_equal_eager.*\[prefill-model\]": "by layer is run",
+    r"test_report\.py::test_recompiles_are_counted": "sessions raise on a recompile",
+    r"test_compile_faults\.py.*\[an op that falls back": "half a minute; most faults are here",
     r"test_compile_time\.py": "compiles in fresh processes; test_torch_private counts compiles",
     r"test_compile_shapes\.py::test_(flash_decode_at_full|one_layer_of_each)": "a minute each",
-    r"test_compile_census\.py::test_kernels_per_layer.*\[train\]": "decode is run",
-    r"test_offline\.py::test_(kernels_fit_the_gpu|the_largest_tile)": "compiles every kernel",
-    r"test_generate\.py::test_compiled_generation_does_not_recompile": "minutes; one row is run",
-    r"test_train_step\.py::test_200_steps.*\[[12]\]": "one seed is run",
+    r"test_compile_census\.py::test_kernels_per_layer": "the snapshot of operators is run",
+    r"test_offline\.py::test_(kernels_fit|the_largest_tile|every_kernel_is)": "every kernel",
+    r"test_generate\.py::test_(compiled_generation|top_k_joins)": "one compiled row is run",
+    r"test_train_step\.py::test_200_steps": "half a minute a seed",
     r"test_train_step\.py::test_a_resumed_run.*\[more[12]\]": "one combination is run",
-    r"test_parallel\.py::test_four_processes": "two processes are run",
+    r"test_parallel\.py::test_(four_processes|torchrun)": "two processes are run",
     r"test_model_training\.py.*changes_memory.*\[(layer|model)-": "compiled; eager cases are run",
 }
 # Those that wait in Triton's interpreter only, where they are slow: with kernels.
 FULL_INTERPRETED = {
     r"test_ops\.py::test_ops_(pass_opcheck|are_pure)": "default of the plain run",
+    r"test_ops\.py::test_each_gradient_alone": "all gradients at once are run",
+    r"test_kernel_indexer_topk\.py::test_(tiles|splits|a_buffer)": "the smallest tiles are run",
     r"test_ops\.py::test_bf16_is_exact_up_to_rounding": "bf16 of the kernels' own tests is run",
     r"test_ops\.py::test_bf16_gradients_of_popular_entries": "one case, half a minute",
     r"test_kernel_model\.py::(?!test_inference|test_one_graph.*decode)": "inference is run",
