@@ -6,13 +6,16 @@ Every opaque op that the graphs of Flash and Pro call (cases.py) is launched wit
 those shapes, and each kernel compiled with Triton's own assembler: registers, spills, shared
 memory, matrix instructions. Compilers differ: put another Triton first in PYTHONPATH to see its
 figures. --record writes results/kernels_triton<version>.json; with --new only kernels that are not
-in there are compiled, and those that no call launches any more are dropped.
+in there, or whose source has changed, are compiled, and those that no call launches any more are
+dropped.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
+import functools
 import importlib
 import json
 import multiprocessing
@@ -21,13 +24,16 @@ import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 import zlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import JITFunction
 
 from bench import cases
 from bench.record import RESULTS, record
@@ -73,6 +79,10 @@ class Kernel(NamedTuple):
     name: str
     specialization: tuple
 
+    @property
+    def function(self) -> JITFunction:
+        return getattr(importlib.import_module(self.module), self.name)
+
 
 def kernel_of(launch: Launch) -> Kernel:
     return Kernel(launch.kernel.fn.__module__, launch.name, launch.specialization())
@@ -82,12 +92,37 @@ def compile_launch(launch: Launch | Kernel, arch: str) -> Resources:
     """Resources of one launch on one architecture. Raises what the compiler raises."""
     wanted = launch if isinstance(launch, Kernel) else kernel_of(launch)
     types, constants, aligned, options = wanted.specialization
-    kernel = getattr(importlib.import_module(wanted.module), wanted.name)
+    kernel = wanted.function
     names = kernel.arg_names
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(kernel, types, constexprs=constants, attrs=attrs)
     compiled = triton.compile(source, target=TARGETS[arch], options=options)
     return (_nvidia if "cubin" in compiled.asm else _amd)(compiled)
+
+
+@functools.cache
+def source_checksum(kernel: JITFunction) -> str:
+    """Of the code of a kernel and of all Triton functions and constants that it names.
+
+    With the specialisation it says all that Triton compiles. Comments, docstrings and line numbers
+    do not count.
+    """
+    found: dict[str, str] = {}
+    waiting = [kernel]
+    while waiting:
+        function = waiting.pop()
+        tree = ast.parse(textwrap.dedent(function.src))
+        (definition,) = tree.body
+        if ast.get_docstring(definition) is not None:
+            del definition.body[0]
+        found[function.fn.__qualname__] = ast.unparse(tree)
+        for name in {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}:
+            value = function.fn.__globals__.get(name)
+            if isinstance(value, JITFunction) and value.fn.__qualname__ not in found:
+                waiting.append(value)
+            elif isinstance(value, tl.constexpr):
+                found[name] = str(value.value)
+    return f"{zlib.crc32(str(sorted(found.items())).encode()):08x}"
 
 
 def _cuobjdump(flag: str, path: str) -> str:
@@ -236,6 +271,16 @@ def all_kernels(calls: list[cases.Call], archs: list[str]) -> dict[tuple[str, st
     }
 
 
+def changed(wanted: dict[tuple[str, str], Kernel], known: dict) -> dict[tuple[str, str], Kernel]:
+    """The kernels that a record lacks, or whose source is not the recorded one."""
+    return {
+        (arch, name): kernel
+        for (arch, name), kernel in wanted.items()
+        if arch not in known["kernels"].get(name, {})
+        or known["sources"].get(kernel.name) != source_checksum(kernel.function)
+    }
+
+
 def compile_all(
     wanted: dict[tuple[str, str], Kernel], processes: int | None = None
 ) -> Iterator[tuple[str, str, dict]]:
@@ -267,7 +312,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--record", action="store_true", help="write bench/results/kernels_triton<version>.json"
     )
-    parser.add_argument("--new", action="store_true", help="only kernels that it lacks")
+    parser.add_argument(
+        "--new", action="store_true", help="only those that are not in it as they are"
+    )
     args = parser.parse_args(argv)
     args.arch = args.arch.split(",")
     check_archs(args.arch)
@@ -277,14 +324,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def run(argv: list[str] | None) -> None:
     args, name = parse(argv), f"kernels_triton{triton.__version__}"
     wanted = all_kernels(all_calls(args.op), args.arch)
-    known = json.loads((RESULTS / f"{name}.json").read_text())["kernels"] if args.new else {}
+    missing = wanted
     table: dict = {}
-    missing = {}
-    for (arch, kernel), compiled in wanted.items():
-        if arch in known.get(kernel, {}):
-            table.setdefault(kernel, {})[arch] = known[kernel][arch]
-        else:
-            missing[arch, kernel] = compiled
+    if args.new:
+        known = json.loads((RESULTS / f"{name}.json").read_text())
+        missing = changed(wanted, known)
+        for arch, kernel in wanted.keys() - missing.keys():
+            table.setdefault(kernel, {})[arch] = known["kernels"][kernel][arch]
     for arch, kernel, result in compile_all(missing):
         table.setdefault(kernel, {})[arch] = result
         too_much = result.get("shared", 0) > SHARED[arch] * 1024
@@ -292,7 +338,13 @@ def run(argv: list[str] | None) -> None:
         warning = "  TOO MUCH SHARED MEMORY" if too_much else ""
         print(f"{arch:7} {found}{warning}  {kernel}", flush=True)
     if args.record:
-        record(name, {"kernels": {kernel: table[kernel] for kernel in sorted(table)}})
+        functions = {kernel.name: kernel.function for kernel in wanted.values()}
+        sources = {name: source_checksum(functions[name]) for name in sorted(functions)}
+        kernels = {
+            kernel: {arch: table[kernel][arch] for arch in TARGETS if arch in table[kernel]}
+            for kernel in sorted(table)
+        }
+        record(name, {"sources": sources, "kernels": kernels})
 
 
 if __name__ == "__main__":

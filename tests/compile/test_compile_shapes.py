@@ -65,7 +65,7 @@ def test_production_shapes_are_one_graph_of_exactly_our_ops(reports, model, phas
 
 @pytest.mark.parametrize("model, phase", CASES)
 def test_the_largest_value_is_bounded(reports, model, phase):
-    """No query x key x dim, no scores of all heads: DESIGN section 3."""
+    """No query x key x dim, no scores of all heads."""
     got, args = reports[model, phase], NAMED[model]()
     bound = (
         args.index_n_heads * args.max_seq_len // 4 * 4
