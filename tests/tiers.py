@@ -16,7 +16,7 @@ FULL = {
     r"test_compile_capture\.py::test_training_forward.*\[reference\]": "the opaque form is run",
     r"test_compile_capture\.py::test_inference.*\[(verify 1|prefill-ref.*True)": "others are run",
     r"test_compile_config\.py::test_phases_equal_eager.*\[(prefill-model|verify)": "decode is run",
-    r"test_torch_private\.py::test_models.*\names1": "the other order is run",
+    r"test_torch_private\.py::test_models.*names1": "the other order is run",
     r"test_report\.py::test_recompiles_are_counted": "sessions raise on a recompile",
     r"test_compile_faults\.py.*\[(an op that|a whole cache|expand)": "most faults are here",
     r"test_compile_time\.py": "compiles in fresh processes; test_torch_private counts compiles",
