@@ -54,13 +54,13 @@ def pytest_ignore_collect(collection_path):
     elif name in KERNELS:
         ignored = not (INTERPRETING or torch.cuda.is_available())
     else:
-        ignored = INTERPRETING and name.startswith("test_") and name != "test_ops.py"
+        ignored = INTERPRETING and name.startswith("test_") and name != "test_contract.py"
     return ignored or None  # None: others may have a say
 
 
 @pytest.fixture(autouse=True)
 def tensors_live_where_kernels_run(request):
-    if request.path.name in KERNELS | {"test_ops.py"} and torch.cuda.is_available():
+    if request.path.name in KERNELS | {"test_contract.py"} and torch.cuda.is_available():
         torch.set_default_device("cuda")
         yield
         torch.set_default_device(None)
@@ -77,11 +77,11 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items):
-    if INTERPRETING:  # the rest of test_ops.py is about references, and would take long there
+    if INTERPRETING:  # the rest of test_contract.py is about references, and would take long there
         items[:] = [
             item
             for item in items
-            if item.path.name != "test_ops.py" or item.get_closest_marker("kernels")
+            if item.path.name != "test_contract.py" or item.get_closest_marker("kernels")
         ]
     waiting = {**FULL, **(FULL_INTERPRETED if INTERPRETING else {})}
     for item in items:

@@ -35,11 +35,11 @@ FULL = {
 }
 # Those that wait in Triton's interpreter only, where they are slow: with kernels.
 FULL_INTERPRETED = {
-    r"test_ops\.py::test_ops_(pass_opcheck|are_pure)": "default of the plain run",
-    r"test_ops\.py::test_each_gradient_alone": "all gradients at once are run",
+    r"test_contract\.py::test_ops_(pass_opcheck|are_pure)": "default of the plain run",
+    r"test_contract\.py::test_each_gradient_alone": "all gradients at once are run",
     r"test_kernel_indexer_topk\.py::test_(tiles|splits|a_buffer)": "the smallest tiles are run",
-    r"test_ops\.py::test_bf16_is_exact_up_to_rounding": "bf16 of the kernels' own tests is run",
-    r"test_ops\.py::test_bf16_gradients_of_popular_entries": "one case, half a minute",
+    r"test_contract\.py::test_bf16_is_exact_up_to_rounding": "the kernels' own bf16 tests are run",
+    r"test_contract\.py::test_bf16_gradients_of_popular_entries": "one case, half a minute",
     r"test_kernel_model\.py::(?!test_inference|test_one_graph.*decode)": "inference is run",
     r"test_kernel_sums\.py": "long sums; short ones are in every case",
 }

@@ -80,7 +80,7 @@ DEFAULT = {  # of each run
         "ops/compress.py",
         "*end.shape, weight.shape[0], dtype=dtype",
         "*end.shape, weight.shape[0] + 1, dtype=dtype",
-        "tests/ops/test_ops.py::test_ops_pass_opcheck[compress-3-5-4-6-4-contiguous]",
+        "tests/ops/test_contract.py::test_ops_pass_opcheck[compress-3-5-4-6-4-contiguous]",
         r"compress[\s\S]*(shape|size)",
     ),
     "a whole cache copied in decode": Fault(
@@ -176,14 +176,14 @@ FULL = {  # of -m full
         "ops/sparse_attn.py",
         "q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)",
         "q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float64)",
-        "tests/ops/test_ops.py::test_ops_pass_opcheck[sparse_attn-3-5-8-window-contiguous]",
+        "tests/ops/test_contract.py::test_ops_pass_opcheck[sparse_attn-3-5-8-window-contiguous]",
         r"sparse_attn[\s\S]*dtype",
     ),
     "a fake of other strides": Fault(
         "ops/rope.py",
         "fake=lambda x, cos, sin, inverse: x.new_empty(x.shape)",
         "fake=lambda x, cos, sin, inverse: x.new_empty(x.shape).mT.contiguous().mT",
-        "tests/ops/test_ops.py::test_ops_pass_opcheck[rope-2-5-3-6-4-True-contiguous]",
+        "tests/ops/test_contract.py::test_ops_pass_opcheck[rope-2-5-3-6-4-True-contiguous]",
         r"rope[\s\S]*[Ss]tride",
     ),
     "a ring rewritten at every step": Fault(

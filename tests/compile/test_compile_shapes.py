@@ -89,7 +89,7 @@ def test_flops_are_those_of_the_roofline(reports, model, phase):
 def test_flops_of_opaque_ops_equal_those_of_their_traced_references():
     """One token that sees everything: nothing is masked, so that both count the same pairs.
 
-    Each op alone is held to equality in test_ops.py; here padding of the chosen entries makes up
+    Each op alone is held to equality in tests/ops; here padding of the chosen entries makes up
     the rest.
     """
     args, count = ModelArgs.debug(), {}

@@ -1,5 +1,5 @@
 """Contracts of the kernels of linear_cross_entropy: chunks of the vocabulary, tiles, and what
-test_ops.py does not reach.
+tests/ops does not reach.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Contracts of moe's kernels that the cases of test_ops.py do not reach: tiles, formats, routes."""
+"""Contracts of moe's kernels that the cases of tests/ops do not reach: tiles, formats, routes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ops.triton import moe_backward
 from ops.triton.moe_route import begin, max_blocks
 from ops.triton.moe_tiles import DOWN, UP
 from ops.triton.moe_values import as_weights
-from test_ops import CONTRACTS, Case, close, low, moe, run, tensors
+from test_contract import CONTRACTS, Case, close, low, moe, run, tensors
 from testing import rms
 
 

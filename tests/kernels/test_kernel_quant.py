@@ -1,4 +1,4 @@
-"""The kernels of act_quant and quant_linear: paths, tiles, splits, values not in test_ops.py."""
+"""The kernels of act_quant and quant_linear: paths, tiles, splits, values not in tests/ops."""
 
 from __future__ import annotations
 

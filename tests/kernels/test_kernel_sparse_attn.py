@@ -1,4 +1,4 @@
-"""Contracts of the kernels of ops/sparse_attn.py that the cases of test_ops.py are too small for:
+"""Contracts of the kernels of ops/sparse_attn.py that the cases of tests/ops are too small for:
 tiles, splits, gathers.
 """
 

@@ -14,7 +14,7 @@ import torch
 
 import ops
 from ops.launch import override_config
-from test_ops import spec_hc_pre, spec_moe, spec_sparse_attn
+from test_contract import spec_hc_pre, spec_moe, spec_sparse_attn
 
 hc_pre = importlib.import_module("ops.hc_pre")
 sparse_attn = importlib.import_module("ops.triton.sparse_attn")

@@ -32,7 +32,7 @@ CHECKPOINT, DATASET, GENERATE, OPTIM, PARALLEL, TRAIN_STEP = (
     f"tests/cli/test_{name}.py::test_"
     for name in ("checkpoint", "dataset", "generate", "optim", "parallel", "train_step")
 )
-OPS = "tests/ops/test_ops.py::test_"
+OPS = "tests/ops/test_contract.py::test_"
 SPEC = OPS + "reference_matches_the_spec"
 OPAQUE = OPS + "opaque_equals_reference"
 
