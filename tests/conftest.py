@@ -41,6 +41,9 @@ from tiers import FULL, FULL_INTERPRETED
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 KERNELS = {path.name for path in Path(__file__).parent.glob("kernels/test_kernel_*.py")}
+# Tests of ops, but for those of plain functions
+OPS = {path.name for path in Path(__file__).parent.glob("ops/test_*.py")}
+OPS -= {"test_formats.py", "test_swiglu.py"}
 if INTERPRETING:
     import interpreter
 
@@ -54,13 +57,13 @@ def pytest_ignore_collect(collection_path):
     elif name in KERNELS:
         ignored = not (INTERPRETING or torch.cuda.is_available())
     else:
-        ignored = INTERPRETING and name.startswith("test_") and name != "test_contract.py"
+        ignored = INTERPRETING and name.startswith("test_") and name not in OPS
     return ignored or None  # None: others may have a say
 
 
 @pytest.fixture(autouse=True)
 def tensors_live_where_kernels_run(request):
-    if request.path.name in KERNELS | {"test_contract.py"} and torch.cuda.is_available():
+    if request.path.name in KERNELS | OPS and torch.cuda.is_available():
         torch.set_default_device("cuda")
         yield
         torch.set_default_device(None)
@@ -77,12 +80,14 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items):
-    if INTERPRETING:  # the rest of test_contract.py is about references, and would take long there
+    if INTERPRETING:  # other tests of ops are about references, and would take long there
         items[:] = [
             item
             for item in items
-            if item.path.name != "test_contract.py" or item.get_closest_marker("kernels")
+            if item.path.name not in OPS or item.get_closest_marker("kernels")
         ]
+    # C++ once built stays: before that, opaque ops run their Python
+    items.sort(key=lambda item: item.path.name == "test_cpp.py")
     waiting = {**FULL, **(FULL_INTERPRETED if INTERPRETING else {})}
     for item in items:
         if item.path.name in QUICK:

@@ -39,7 +39,7 @@ FULL_INTERPRETED = {
     r"test_contract\.py::test_each_gradient_alone": "all gradients at once are run",
     r"test_kernel_indexer_topk\.py::test_(tiles|splits|a_buffer)": "the smallest tiles are run",
     r"test_contract\.py::test_bf16_is_exact_up_to_rounding": "the kernels' own bf16 tests are run",
-    r"test_contract\.py::test_bf16_gradients_of_popular_entries": "one case, half a minute",
+    r"test_sparse_attn\.py::test_bf16_gradients_of_popular_entries": "one case, half a minute",
     r"test_kernel_model\.py::(?!test_inference|test_one_graph.*decode)": "inference is run",
     r"test_kernel_sums\.py": "long sums; short ones are in every case",
 }

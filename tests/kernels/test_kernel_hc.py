@@ -7,10 +7,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ops
+from contracts import spec_hc_post, spec_hc_post_pre, spec_hc_pre, spec_sinkhorn
 from ops.launch import override_config, record
 from ops.sinkhorn import backward as sinkhorn_backward
 from ops.triton import hc_mix, hc_post, hc_post_pre, hc_pre, hc_pre_backward
-from test_contract import spec_hc_post, spec_hc_post_pre, spec_hc_pre, spec_sinkhorn
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 

@@ -7,6 +7,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ops
+from cases import Case, moe
+from contracts import CONTRACTS
+from harness import close, low, run, tensors
 from ops.formats import scale_to_float
 from ops.launch import override_config, record
 from ops.triton import moe as moe_kernels
@@ -14,7 +17,6 @@ from ops.triton import moe_backward
 from ops.triton.moe_route import begin, max_blocks
 from ops.triton.moe_tiles import DOWN, UP
 from ops.triton.moe_values import as_weights
-from test_contract import CONTRACTS, Case, close, low, moe, run, tensors
 from testing import rms
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import ops
+from contracts import spec_hc_pre, spec_moe, spec_sparse_attn
 from ops.launch import override_config
-from test_contract import spec_hc_pre, spec_moe, spec_sparse_attn
 
 hc_pre = importlib.import_module("ops.hc_pre")
 sparse_attn = importlib.import_module("ops.triton.sparse_attn")

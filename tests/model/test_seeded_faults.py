@@ -32,9 +32,9 @@ CHECKPOINT, DATASET, GENERATE, OPTIM, PARALLEL, TRAIN_STEP = (
     f"tests/cli/test_{name}.py::test_"
     for name in ("checkpoint", "dataset", "generate", "optim", "parallel", "train_step")
 )
-OPS = "tests/ops/test_contract.py::test_"
-SPEC = OPS + "reference_matches_the_spec"
-OPAQUE = OPS + "opaque_equals_reference"
+SPEC = "tests/ops/test_contract.py::test_reference_matches_the_spec"
+OPAQUE = "tests/ops/test_contract.py::test_opaque_equals_reference"
+CPP = "tests/ops/test_cpp.py::test_cpp_kernels_equal_their_references"
 
 MODEL = {
     "a window one key too long": Fault(
@@ -259,13 +259,13 @@ OPERATORS = {
         "ops/cpu/moe_decode.cpp",
         "x_rows[t] = xq.data() + pair[t] / K * d;",
         "x_rows[t] = xq.data() + pair[t] % N * d;",
-        OPS + "cpp_kernels_equal_their_references[moe_decode-5-4-2-150-131-True]",
+        CPP + "[moe_decode-5-4-2-150-131-True]",
     ),
     "a Sinkhorn step too many": Fault(
         "ops/cpu/sinkhorn.cpp",
         "step < 2 * iters - 1",
         "step < 2 * iters",
-        OPS + "cpp_kernels_equal_their_references[sinkhorn-1-7-3-3-1]",
+        CPP + "[sinkhorn-1-7-3-3-1]",
     ),
 }
 COMPILE = {
