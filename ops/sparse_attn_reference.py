@@ -35,8 +35,13 @@ class Chunk(NamedTuple):
     idx: torch.Tensor | None  # [B, t, K]
 
     @property
+    def size(self) -> int:
+        """Tokens without padding."""
+        return self.tokens.stop - self.tokens.start
+
+    @property
     def padding(self) -> int:
-        return self.q.shape[1] - (self.tokens.stop - self.tokens.start)
+        return self.q.shape[1] - self.size
 
 
 def _chunks(q, kv, window_len, cos, sin, entries, lo, hi, idx) -> Iterator[Chunk]:
@@ -95,15 +100,13 @@ def _scores(q, chunk: Chunk, entries):
     if entries is not None and idx is None:
         entries = entries.float()
         e = torch.arange(entries.shape[1], device=q.device)
-        entry_scores = (q.flatten(1, 2) @ entries.transpose(1, 2)).view(B, t, H, -1)
         entry_hidden = (e < chunk.lo[..., None]) | (e >= chunk.hi[..., None])
     elif entries is not None:
         row = torch.arange(B, device=q.device)[:, None, None]
         entries = entries[row, idx.clamp(min=0)].float()
-        entry_scores = q @ entries.transpose(2, 3)
         entry_hidden = idx < 0
     if entries is not None:
-        scores = torch.cat((scores, entry_scores), -1)
+        scores = torch.cat((scores, _product(q, entries.transpose(-1, -2))), -1)
         hidden = torch.cat((hidden, entry_hidden), -1)
     scores = (scores * D**-0.5).masked_fill(hidden[:, :, None], float("-inf"))
     return scores, bands, entries
@@ -117,6 +120,13 @@ def _blocks(x, n):
 def _flat(x):
     """[B, t, H, x] -> [B, t H, x]"""
     return x.flatten(1, 2)
+
+
+def _product(x, y):
+    """x [B, t, H, m] times y, which all tokens share [B, m, n], or of each [B, t, m, n]"""
+    if y.dim() == 4:
+        return x @ y
+    return (_flat(x) @ y).view(*x.shape[:3], -1)
 
 
 def _attend(chunk: Chunk, entries, sink, eps):
@@ -134,10 +144,8 @@ def _attend(chunk: Chunk, entries, sink, eps):
     # o' = sum p k / den
     p_window, p_entries = p[..., :band], p[..., band:]
     o = (_blocks(p_window, n) @ bands.transpose(1, 2)).view(q.shape)
-    if chunk.idx is not None:
-        o = o + p_entries @ entries
-    elif entries is not None:
-        o = o + (_flat(p_entries) @ entries).view(q.shape)
+    if entries is not None:
+        o = o + _product(p_entries, entries)
     o = rotate((o / den[..., None]).to(q.dtype), chunk.cos, chunk.sin, True)
     return o, m + den.log()
 
@@ -162,9 +170,8 @@ def forward_reference(
     out, lse = [], []
     for chunk in _chunks(q, kv, window_len, cos, sin, entries, lo, hi, idx):
         o, l = _attend(chunk, entries, sink, eps)
-        size = chunk.tokens.stop - chunk.tokens.start
-        out.append(o[:, :size])
-        lse.append(l[:, :size])
+        out.append(o[:, : chunk.size])
+        lse.append(l[:, : chunk.size])
     return torch.cat(out, 1), torch.cat(lse, 1)
 
 
@@ -193,11 +200,10 @@ def backward_reference(
     g_entries = torch.zeros(entries_shape, dtype=torch.float32, device=q.device)
     delta = torch.empty_like(lse)
     for chunk in _chunks(q, kv, window_len, cos, sin, entries, lo, hi, idx):
-        tokens = chunk.tokens
+        tokens, size = chunk.tokens, chunk.size
         chunk_g_q, chunk_delta, g_keys = _chunk_backward(
             chunk, g[:, tokens], lse[:, tokens], entries, g_entries, eps
         )
-        size = tokens.stop - tokens.start
         g_q[:, tokens] = chunk_g_q[:, :size].to(q.dtype)
         delta[:, tokens] = chunk_delta[:, :size, :, 0]
         lookback = chunk.band - chunk.n
@@ -224,11 +230,8 @@ def _chunk_backward(chunk: Chunk, g, lse, entries, g_entries, eps):
     # g' = g rotated; g_p = g' . k
     g = rotate(F.pad(g.float(), (0, 0, 0, 0, 0, chunk.padding)), chunk.cos, chunk.sin, False)
     g_p = (_blocks(g, n) @ bands).view(B, t, H, band)
-    if idx is not None:
-        g_p = torch.cat((g_p, g @ chunk_entries.transpose(2, 3)), -1)
-    elif entries is not None:
-        entry_g_p = (_flat(g) @ chunk_entries.transpose(1, 2)).view(B, t, H, -1)
-        g_p = torch.cat((g_p, entry_g_p), -1)
+    if entries is not None:
+        g_p = torch.cat((g_p, _product(g, chunk_entries.transpose(-1, -2))), -1)
 
     # delta = sum_j p_j g_p_j, exact where g . o would be rounded; g_s = p (g_p - delta) / sqrt(D)
     delta = (p * g_p).sum(-1, keepdim=True)
@@ -245,16 +248,16 @@ def _chunk_backward(chunk: Chunk, g, lse, entries, g_entries, eps):
 
     # Entries, likewise
     g_e, p_e = g_s[..., band:], p[..., band:]
+    if entries is not None:
+        g_q += _product(g_e, chunk_entries)
     if idx is not None:
-        g_q += g_e @ chunk_entries
         g_chosen = g_e.transpose(2, 3) @ q + p_e.transpose(2, 3) @ g  # [B, t, K, D]; 0 for -1
         first = torch.arange(B, device=q.device)[:, None, None] * entries.shape[1]
         target = (idx.clamp(min=0) + first).flatten()
         g_entries.view(-1, D).index_add_(0, target, g_chosen.reshape(-1, D))
     elif entries is not None:
-        g_e, p_e = _flat(g_e), _flat(p_e)
-        g_q += (g_e @ chunk_entries).view_as(q)
-        g_entries += g_e.transpose(1, 2) @ _flat(q) + p_e.transpose(1, 2) @ _flat(g)
+        g_e, p_e = _flat(g_e).transpose(1, 2), _flat(p_e).transpose(1, 2)
+        g_entries += g_e @ _flat(q) + p_e @ _flat(g)
 
     # Through rotation and norm: g_q = rstd (g_q' - q^ mean(g_q' q^)), q^ = q rstd
     g_q = rotate(g_q, chunk.cos, chunk.sin, True)
