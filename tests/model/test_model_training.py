@@ -25,6 +25,7 @@ from compile_config import (
 )
 from model import Aux, ModelArgs, Transformer
 from ops.router_balance import router_balance
+from ops.swiglu import HAS_KERNELS
 from testing import gradients, random_model, rms, small
 from tools.capture import MODEL_OPS
 from training.flags import ROOT
@@ -249,7 +250,8 @@ def test_selective_recomputation_runs_the_heavy_ops_once(recompute, times, forms
     step = compile_train_step(model, optimizer, PRESETS["eager"], recompute=recompute)
     with Count():
         step(*batch(), torch.tensor(1e-2))
-    assert counts["moe" if forms else "moe_train"] == times
+    if forms or HAS_KERNELS:  # else the reference of moe runs, which is many operators
+        assert counts["moe" if forms else "moe_train"] == times
     assert all(n in (0, times) for n in counts.values()), counts
 
 
