@@ -26,7 +26,8 @@ import numpy as np
 import torch
 
 from checkpoint import TOKENIZER_FILES
-from tokenizer import ASSISTANT, BOS, END_THINK, EOS, THINK, USER, Tokenizer, load_tokenizer
+from prompt_format import ASSISTANT, BOS, END_THINK, EOS, THINK, USER
+from tokenizer import Tokenizer, load_tokenizer
 
 HELD_OUT = 0.05  # the tail of the text that is never trained on
 MAX_PIECE = 1 << 18  # characters that a vocabulary is fitted to at a time

@@ -1,4 +1,4 @@
-"""tokenizer.py: both back ends, streaming, and V4's prompt format against the official goldens."""
+"""Tokenizers, streaming, and V4's prompt format against the official goldens."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ import pytest
 import sentencepiece
 import tokenizers
 
+import prompt_format as P
 import tokenizer as T
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-CHAT_TOKENS = [T.USER, T.ASSISTANT, T.REMINDER, T.THINK, T.END_THINK, T.DSML, "<｜fim▁hole｜>"]
+CHAT_TOKENS = [P.USER, P.ASSISTANT, P.REMINDER, P.THINK, P.END_THINK, P.DSML, "<｜fim▁hole｜>"]
 TEXTS = {
     "empty": "",
     "verse": "First Citizen:\nBefore we proceed any further, hear me speak.\n\n",
@@ -28,7 +29,7 @@ TEXTS = {
     "emoji": "family 👨‍👩‍👧‍👦, flag 🇫🇷, skin 👍🏽, rocket 🚀",
     "underline": "a real ▁ is not a space ▁▁",
     "odd": "nul \0, bom \ufeff, noncharacter \uffff, astral \U0010fffd, <0xE2>, <unk>",
-    "chat": f"{T.BOS}{T.USER}hi{T.ASSISTANT}{T.THINK}so{T.END_THINK}<{T.DSML}invoke>{T.EOS}"
+    "chat": f"{P.BOS}{P.USER}hi{P.ASSISTANT}{P.THINK}so{P.END_THINK}<{P.DSML}invoke>{P.EOS}"
     "<｜fim▁hole｜><｜fim hole｜>",
 }
 
@@ -50,8 +51,8 @@ def train_sentencepiece(folder: Path, **overrides) -> Path:
         bos_id=0,
         eos_id=1,
         unk_id=2,
-        bos_piece=T.BOS,
-        eos_piece=T.EOS,
+        bos_piece=P.BOS,
+        eos_piece=P.EOS,
         user_defined_symbols=CHAT_TOKENS,
         minloglevel=2,
         num_threads=1,
@@ -76,7 +77,7 @@ def json_file(tmp_path_factory):
     bpe.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=400,
-        special_tokens=[T.BOS, T.EOS],
+        special_tokens=[P.BOS, P.EOS],
         show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
     )
@@ -85,7 +86,7 @@ def json_file(tmp_path_factory):
     )
     bpe.add_tokens([tokenizers.AddedToken(name, normalized=True) for name in CHAT_TOKENS])
     bpe.post_processor = tokenizers.processors.TemplateProcessing(
-        single=f"{T.BOS} $A", special_tokens=[(T.BOS, 0)]
+        single=f"{P.BOS} $A", special_tokens=[(P.BOS, 0)]
     )
     path = tmp_path_factory.mktemp("bytelevel") / "tokenizer.json"
     bpe.save(str(path))
@@ -133,7 +134,7 @@ def test_decode_inverts_encode_for_random_unicode(tok):
         assert tok.decode(tok.encode(text)) == text
 
 
-@pytest.mark.parametrize("piece", [T.BOS, T.EOS, *CHAT_TOKENS])
+@pytest.mark.parametrize("piece", [P.BOS, P.EOS, *CHAT_TOKENS])
 def test_special_tokens_in_text_become_single_ids(tok, piece):
     token = tok.token_id(piece)
     assert tok.encode(f"a{piece}{piece}b") == [*tok.encode("a"), token, token, *tok.encode("b")]
@@ -143,7 +144,7 @@ def test_special_tokens_in_text_become_single_ids(tok, piece):
 def test_bos_is_added_only_on_request(tok):
     assert tok.encode("hear me", bos=True) == [tok.bos_id, *tok.encode("hear me")]
     assert tok.bos_id not in tok.encode("hear me") and tok.eos_id not in tok.encode("hear me")
-    assert (tok.bos_id, tok.eos_id) == (tok.token_id(T.BOS), tok.token_id(T.EOS)) == (0, 1)
+    assert (tok.bos_id, tok.eos_id) == (tok.token_id(P.BOS), tok.token_id(P.EOS)) == (0, 1)
 
 
 def test_every_id_below_vocab_size_has_a_token_and_others_decode_to_the_replacement_character(tok):
@@ -177,23 +178,23 @@ def test_both_back_ends_decode_as_their_libraries_do(v4, model_file):
 @pytest.mark.parametrize(
     "piece, token",
     [
-        (T.BOS, 0),
-        (T.EOS, 1),
+        (P.BOS, 0),
+        (P.EOS, 1),
         ("<｜▁pad▁｜>", 2),
         ("<｜fim▁hole｜>", 128800),
-        (T.USER, 128803),
-        (T.ASSISTANT, 128804),
-        (T.THINK, 128821),
-        (T.END_THINK, 128822),
-        (T.DSML, 128825),
-        (T.REMINDER, 128828),
-        (T.TASKS["action"], 128829),
-        (T.TASKS["query"], 128830),
-        (T.TASKS["authority"], 128831),
-        (T.TASKS["domain"], 128832),
-        (T.TASKS["title"], 128836),
+        (P.USER, 128803),
+        (P.ASSISTANT, 128804),
+        (P.THINK, 128821),
+        (P.END_THINK, 128822),
+        (P.DSML, 128825),
+        (P.REMINDER, 128828),
+        (P.TASKS["action"], 128829),
+        (P.TASKS["query"], 128830),
+        (P.TASKS["authority"], 128831),
+        (P.TASKS["domain"], 128832),
+        (P.TASKS["title"], 128836),
         ("<｜extracted_url｜>", 128844),
-        (T.TASKS["read_url"], 128845),
+        (P.TASKS["read_url"], 128845),
     ],
 )
 def test_v4_ids_of_the_specification(v4, piece, token):
@@ -424,7 +425,7 @@ def test_empty_stop_string_is_refused():
 # --------------------------------------------------------------------------------------------------
 # Prompt format. The official encoding folder's four golden conversations, the long ones shortened.
 
-U, A, E = T.USER, T.ASSISTANT, T.EOS
+U, A, E = P.USER, P.ASSISTANT, P.EOS
 WEATHER = {
     "type": "function",
     "function": {
@@ -501,7 +502,7 @@ def tool(content, key=None):
 
 
 def render(*messages, **options):
-    return T.encode_messages(list(messages), **options).removeprefix(T.BOS)
+    return T.encode_messages(list(messages), **options).removeprefix(P.BOS)
 
 
 def test_golden_1_tools_and_thinking():
@@ -600,19 +601,19 @@ def test_golden_4_action_task_in_chat_mode():
 
 
 def test_maximal_effort_text_is_the_official_one_and_precedes_everything():
-    text = T.REASONING_EFFORT_MAX
+    text = P.REASONING_EFFORT_MAX
     official = "f7a24f3b3050d4a83781e9b755b316aae2ec1d9dc87562541d90bcb04d7350f7"
     assert hashlib.sha256(text.encode()).hexdigest() == official
     assert T.encode_messages([system(), user("q")], thinking=True, reasoning_effort="max") == (
-        f"{T.BOS}{text}S{U}q{A}<think>"
+        f"{P.BOS}{text}S{U}q{A}<think>"
     )
     plain = T.encode_messages([user("q")], thinking=True)
     assert (
         T.encode_messages([user("q")], thinking=True, reasoning_effort="high")
         == plain
-        == f"{T.BOS}{U}q{A}<think>"
+        == f"{P.BOS}{U}q{A}<think>"
     )
-    assert T.encode_messages([user("q")], reasoning_effort="max") == f"{T.BOS}{U}q{A}</think>"
+    assert T.encode_messages([user("q")], reasoning_effort="max") == f"{P.BOS}{U}q{A}</think>"
 
 
 @pytest.mark.parametrize(
@@ -655,8 +656,8 @@ def test_maximal_effort_text_is_the_official_one_and_precedes_everything():
         ),
         ([user("q"), developer("d")], {"thinking": True}, f"{U}q{U}d{A}<think>"),
         # reminders: a user turn before one is already answered by the model
-        ([user("q"), reminder("now"), assistant("a")], {}, f"{U}q{A}</think>{T.REMINDER}nowa{E}"),
-        ([reminder("now"), user("q")], {}, f"{T.REMINDER}now{U}q{A}</think>"),
+        ([user("q"), reminder("now"), assistant("a")], {}, f"{U}q{A}</think>{P.REMINDER}nowa{E}"),
+        ([reminder("now"), user("q")], {}, f"{P.REMINDER}now{U}q{A}</think>"),
         # merging
         ([user("a"), user("b")], {}, f"{U}a\n\nb{A}</think>"),
         (
@@ -704,7 +705,7 @@ def test_rendering(messages, options, expected):
 
 def test_tools_and_response_format_follow_the_content_in_this_order():
     message = dict(tools=[WEATHER], response_format={"type": "json_object"})
-    sections = f"\n\n{TOOL_SECTION}\n\n{T.RESPONSE_FORMAT % json.dumps({'type': 'json_object'})}"
+    sections = f"\n\n{TOOL_SECTION}\n\n{P.RESPONSE_FORMAT % json.dumps({'type': 'json_object'})}"
     assert render(system("S", **message)) == f"S{sections}"
     assert render({"role": "system", **message}) == sections
     assert render(developer("D", **message)) == f"{U}D{sections}{A}</think>"
