@@ -35,11 +35,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from checkpoint import checkpoint_tensors, empty_model, save
+from checkpoint import save
 from compile_config import CompileConfig
 from model import Experts, Transformer
 from ops.muon import grad_norm, muon_direction, step_length
 from ops.registry import Table
+from tools.released_layout import checkpoint_tensors, empty_model
 from training.dataset import Rows
 from training.optim import Optimizer
 

@@ -27,7 +27,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import ops
-from checkpoint import check, checkpoint_tensors, empty_model, load, open_folder
+from checkpoint import load, open_folder
 from compile_config import (
     MAX_WHOLE_GRAPH_LAYERS,
     PRESETS,
@@ -58,6 +58,7 @@ from tools.capture import (
     saved,
     shape_of,
 )
+from tools.released_layout import check, checkpoint_tensors, empty_model
 from training.optim import Optimizer
 
 NAMED: dict[str, Callable[[], ModelArgs]] = {

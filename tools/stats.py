@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import re
@@ -67,6 +68,18 @@ def peak_memory(device: torch.device) -> int:
         return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that a load can take on a device; infinite if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if device.type == "cpu" and meminfo.exists():
+        available = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
+        if available:
+            return int(available[1]) * 1024
+    return math.inf
 
 
 def read_bandwidth(nbytes: int, device: torch.device) -> float:

@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-from checkpoint import CheckpointError, layout, load, main, save
+from checkpoint import CheckpointError, load, main, save
 from model import ModelArgs, Transformer
 from ops.formats import dequantize_fp4, dequantize_fp8, quantize_fp4, quantize_fp8
+from tools.released_layout import empty_model, layout
 
 E8M0 = torch.float8_e8m0fnu
 ROOT = Path(checkpoint.__file__).parent
@@ -910,7 +911,7 @@ def test_memory_peaks_at_the_model_and_one_tensor(folders, tmp_path):
         n_mtp_layers=0,
         compress_ratios=(0,),
     )
-    model = checkpoint.empty_model(args).to_empty(device="cpu")
+    model = empty_model(args).to_empty(device="cpu")
     for tensor in model.state_dict().values():
         tensor.zero_()
     save(model, tmp_path / "big", experts="fp4", shard_bytes=20_000_000)

@@ -16,11 +16,12 @@ import pytest
 import torch
 
 import train_step as S
-from checkpoint import checkpoint_tensors, empty_model, load, save
+from checkpoint import load, save
 from compile_config import CompileConfig, CompileCount, compile_train_step
 from model import Transformer
 from parallel import REPLICATED, Ranks
 from testing import randomize, small
+from tools.released_layout import checkpoint_tensors, empty_model
 from training import dataset as D
 from training.evaluation import held_out_loss
 from training.flags import ROOT

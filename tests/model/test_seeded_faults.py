@@ -106,7 +106,7 @@ CHECKPOINTS = {
         CHECKPOINT + "layers_takes_the_first_layers_and_the_mtp_block",
     ),
     "W3 stored as W1": Fault(
-        "checkpoint.py",
+        "tools/released_layout.py",
         "w1, w3 = matrix.chunk(2)",
         "w3, w1 = matrix.chunk(2)",
         CHECKPOINT + "bytes_mean_what_the_specification_says[dequant]",
