@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import json
 import math
 import os
@@ -25,36 +24,26 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
-from checkpoint import load
 from compile_config import PRESETS, compile_train_step
 from config import CSA_RATIOS
-from model import Aux, ModelArgs, Transformer
 from parallel import Ranks
 from tools import cli
 from tools.compile_cache import discard_unfinished
 from tools.stats import choose_threads, device_sync, peak_flops, peak_memory
 from training import dataset
 from training.evaluation import held_out_loss, index_recall, sample_text
-from training.flags import CONFIGS, parse
+from training.flags import parse
 from training.losses import LossWeights
 from training.metrics import MetricsLog, flops_per_token, plot
-from training.resume import Checkpoints
+from training.resume import Checkpoints, unused
+from training.setup import build, read_data
+from training.stages import Stage
 
 # ----------------------------------------------------------------------------------------------
 # The loop
-
-
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over a twentieth of the steps, constant, a cosine to peak / 10 over a half."""
-    warmup_steps = max(1, steps // 20)
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    done = step / max(1, steps)
-    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * max(0.0, 2 * done - 1))))
 
 
 def require_finite(metrics: dict, step: int) -> None:
@@ -138,31 +127,6 @@ class Interrupt:
     def __exit__(self, *error) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
-
-
-class Stage:
-    """Steps `begin` to `end` of a run, and the parameters, rates and losses of their training.
-
-    The dense warm-up trains the indexers alone, at a constant rate; the main stage, all parameters
-    (the recipe of DeepSeek-V3.2). Router biases follow the load instead of a gradient.
-    """
-
-    def __init__(self, flags: argparse.Namespace, warmup: bool):
-        self.flags, self.warmup = flags, warmup
-        self.begin, self.end = 0, flags.index_warmup
-        if not warmup:
-            self.begin, self.end = self.end, self.end + flags.steps
-        self.aux = Aux(index_loss=warmup or flags.index_loss > 0, dense=warmup)
-
-    def rate(self, step: int) -> float:
-        """The learning rate of a step of the run."""
-        if self.warmup:
-            return 1e-3
-        return learning_rate(step - self.begin, self.flags.steps, self.flags.lr)
-
-    def trains(self, name: str) -> bool:
-        """Whether the stage trains the parameter of that name."""
-        return (".indexer." in name or not self.warmup) and not name.endswith("gate.bias")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -409,61 +373,6 @@ class Trainer:
         self.log(f"\n{report['sample']}")
         if flags.json:
             print(json.dumps(report))
-
-
-def build(flags: argparse.Namespace, device: str) -> Transformer:
-    """The model to train."""
-    dtype = getattr(torch, flags.dtype)
-    if flags.init:
-        model = load(flags.init, device=device, dtype=dtype, act_quant=bool(flags.qat))
-        model.args.expert_qat = flags.qat
-        return model
-    if flags.config in CONFIGS:
-        args = CONFIGS[flags.config]()
-    elif flags.config.endswith(".json") or os.path.isdir(flags.config):
-        args = ModelArgs.from_json(flags.config)
-    else:
-        raise ValueError(
-            f"--config {flags.config}: choose {', '.join(CONFIGS)}, "
-            "a config.json, or a folder that holds one"
-        )
-    args.act_quant, args.expert_qat = bool(flags.qat), flags.qat
-    torch.manual_seed(flags.seed)
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            return Transformer(args)
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-def read_data(flags: argparse.Namespace, args: ModelArgs) -> dataset.Data:
-    """The text as tokens: of the vocabulary of --init, or of one fitted to it."""
-    names = ", ".join(flags.data)
-    if args.vocab_size < 256:
-        raise ValueError(
-            f"{flags.config}: a vocabulary of {args.vocab_size} cannot hold the 256 bytes"
-        )
-    text = dataset.read_text(flags.data)
-    try:
-        data = dataset.prepare(text, Path(flags.cache), args.vocab_size, flags.init)
-    except RuntimeError:  # sentencepiece's only complaint about its input
-        raise ValueError(
-            f"{names}: too short a text for a vocabulary of {args.vocab_size}"
-        ) from None
-    for ids, purpose in ((data.train, "to train on"), (data.held_out, "held out")):
-        if len(ids) < 2 * flags.seq_len:
-            raise ValueError(
-                f"{names}: {len(ids)} tokens {purpose} are fewer "
-                f"than twice --seq-len {flags.seq_len}"
-            )
-    return data
-
-
-def unused(folder: str) -> str:
-    """The name, or the first of name-2, name-3, ... that no file has."""
-    names = itertools.chain([folder], (f"{folder}-{i}" for i in itertools.count(2)))
-    return next(name for name in names if not os.path.lexists(name))
 
 
 # ----------------------------------------------------------------------------------------------

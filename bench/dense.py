@@ -24,11 +24,12 @@ from compile_config import CompileConfig, compile_train_step
 from model import ModelArgs, RMSNorm, Transformer
 from ops.rope import reference as rotate
 from tools.stats import choose_threads
-from train_step import learning_rate, train
+from train_step import train
 from training.dataset import HELD_OUT, Data, Rows, prepare, read_text
 from training.evaluation import held_out_loss
 from training.flags import ROOT
 from training.optim import Optimizer
+from training.stages import learning_rate
 
 
 class Layer(nn.Module):

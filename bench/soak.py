@@ -43,6 +43,7 @@ from tests.testing import randomize, rms, small
 from tools import cli, compile_cache
 from training.dataset import Bytes, Rows, tokenize
 from training.optim import Optimizer
+from training.stages import learning_rate
 
 ROOT = Path(__file__).parent.parent
 TEXT = ROOT / "data" / "shakespeare.txt"
@@ -346,7 +347,7 @@ def loss_after(model: torch.nn.Module, loss: Callable | None, rows: Rows, steps:
     step = compile_train_step(model, Optimizer(model, clip=1.0), PRESETS["eager"], loss)
     losses = []
     for i in range(steps):
-        rate = torch.tensor(train_step.learning_rate(i, steps, 6e-3))
+        rate = torch.tensor(learning_rate(i, steps, 6e-3))
         losses.append(float(step(*rows(range(4 * i, 4 * i + 4)), rate)["loss"]))
     return float(np.mean(losses[-20:]))
 

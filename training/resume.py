@@ -11,6 +11,7 @@ of them remain. Folders whose names begin with a dot are incomplete, or being de
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -32,6 +33,12 @@ RUN_CONFIG = "facts.json"
 def strip_prefix(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors whose names begin with a prefix, by the rest of their names."""
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def unused(folder: str) -> str:
+    """The name, or the first of name-2, name-3, ... that no file has."""
+    names = itertools.chain([folder], (f"{folder}-{i}" for i in itertools.count(2)))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 class Checkpoints:

@@ -31,12 +31,13 @@ from training.flags import ROOT
 from training.losses import LossWeights
 from training.optim import Optimizer
 from training.resume import Checkpoints
+from training.stages import learning_rate
 
 TEXT = (ROOT / "data" / "shakespeare.txt").read_text()
 
 
 def test_the_rate_warms_up_and_decays():
-    rates = [S.learning_rate(i, 200, 1.0) for i in range(200)]
+    rates = [learning_rate(i, 200, 1.0) for i in range(200)]
     assert (
         rates[0] == 0.1
         and rates[9] == 1 == rates[100]
@@ -69,7 +70,7 @@ def test_200_steps_learn_more_than_a_dense_transformer(seed):
             torch.device("cpu"),
             steps=200,
             batch=4,
-            rate=lambda i: S.learning_rate(i, 200, 6e-3),
+            rate=lambda i: learning_rate(i, 200, 6e-3),
             every=1,
             log=lambda metrics: found.append(metrics["loss"]),
         )
@@ -83,7 +84,7 @@ def test_one_batch_can_be_learnt_by_heart():
     step = compile_train_step(model, Optimizer(model, decay=0.0), PRESETS["eager"])
     batch = D.Rows(bytes_of(TEXT[:20_000]), 64, 0, 0)(range(2))
     for i in range(150):
-        metrics = step(*batch, torch.tensor(S.learning_rate(i, 150, 1e-2)))
+        metrics = step(*batch, torch.tensor(learning_rate(i, 150, 1e-2)))
         if metrics["loss"] < 0.05:
             return
     assert metrics["loss"] < 0.05
@@ -292,8 +293,9 @@ def test_a_save_that_is_killed_anywhere_leaves_what_was_saved(tmp_path, monkeypa
 
 SCRIPT = """
 import sys, train_step as S
-before = S.learning_rate
-S.learning_rate = lambda i, *rest: (print("STEP", i, flush=True), before(i, *rest))[1]
+from training import stages
+before = stages.learning_rate
+stages.learning_rate = lambda i, *rest: (print("STEP", i, flush=True), before(i, *rest))[1]
 sys.exit(S.main(sys.argv[1:]))
 """
 

@@ -10,8 +10,8 @@ from compile_config import CompileConfig, compile_train_step
 from generation.sampling import Sampling, sample
 from model import ModelArgs, Transformer
 from testing import randomize, rms
-from train_step import learning_rate
 from training.optim import Optimizer
+from training.stages import learning_rate
 
 pytestmark = pytest.mark.compile
 BATCH, CHUNK = 4, 64

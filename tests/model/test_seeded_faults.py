@@ -200,7 +200,7 @@ TRAINING_RUN = {
         DATASET + "an_epoch_takes_every_row_once[1000-33]",
     ),
     "a rate that begins to fall at once": Fault(
-        "train_step.py",
+        "training/stages.py",
         "math.cos(math.pi * max(0.0, 2 * done - 1))",
         "math.cos(math.pi * max(0.0, done))",
         TRAIN_STEP + "the_rate_warms_up_and_decays",
