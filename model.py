@@ -20,6 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import config
+import model_sizes
 from ops.formats import fake_quant_ste
 from ops.hadamard import hadamard
 from ops.indexer_loss import indexer_recall
@@ -90,17 +91,17 @@ class ModelArgs:
     @classmethod
     def pro(cls) -> ModelArgs:
         """DeepSeek-V4-Pro: 1.6 T parameters, 49 B active."""
-        return cls(**config.PRO)
+        return cls(**model_sizes.PRO)
 
     @classmethod
     def tiny(cls) -> ModelArgs:
         """The embedded model: every layer kind at a size that two CPU cores train and serve."""
-        return cls(**config.TINY)
+        return cls(**model_sizes.TINY)
 
     @classmethod
     def debug(cls) -> ModelArgs:
         """The smallest model with every layer kind."""
-        return cls(**config.DEBUG)
+        return cls(**model_sizes.DEBUG)
 
     @classmethod
     def from_json(cls, path) -> ModelArgs:
