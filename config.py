@@ -3,6 +3,10 @@
 Two dialects are read: the released file with Hugging Face keys, and the official inference config,
 whose names ModelArgs uses. `fields` is a dict of ModelArgs' fields. Every error is a ValueError
 that names the key at fault.
+
+To add a field: a line with its default in ModelArgs, and here a line in HF_NAMES with its key, and
+its name in OPTIONAL, for files that lack the key. It is then read, written, and checked to be a
+positive number if it is one; MAY_BE_ZERO and `check_fields` hold other conditions.
 """
 
 from __future__ import annotations
@@ -60,16 +64,20 @@ HF_YARN = dict(
     beta_slow="beta_slow",
 )
 NO_YARN = dict(factor=1.0, original_max_position_embeddings=0, beta_fast=32, beta_slow=1)
-HF_FIXED = dict(  # V4 has no other value
+# Keys with one value each. A model that computes something else says so here; then its checkpoints
+# do, too, and those of V4 are refused.
+HF_FIXED = dict(
     attention_bias=False,
     attention_dropout=0.0,
-    hidden_act="silu",
+    hidden_act="silu",  # the activation in ops/swiglu.py
     norm_topk_prob=True,
     num_key_value_heads=1,
     tie_word_embeddings=False,
     topk_method="noaux_tc",
 )
 FIXED = dict(score_func="sqrtsoftplus", n_shared_experts=1)  # fields, likewise
+SWITCHES = {"act_quant", "expert_qat"}  # fields that are no keys of a config.json
+HF_ONLY = {"bos_id", "eos_id"}  # fields that are no keys of the official inference config
 OPTIONAL = {
     *("expert_dtype", "bos_id", "eos_id", "n_mtp_layers", "max_seq_len", "hc_eps", "norm_eps"),
     *("n_shared_experts", "score_func"),
@@ -119,13 +127,20 @@ def to_fields(config: dict, field_names: set[str]) -> dict:
     """The object of a config.json, of either dialect -> fields."""
     _check_is_v4(config)
     official = "dim" in config
-    names = {name: name for name in field_names} if official else HF_NAMES
+    names = HF_NAMES
+    if official:
+        names = {name: name for name in field_names - SWITCHES - HF_ONLY}
     fields = {}
     for key, value in config.items():
         if key in names:
             fields[names[key]] = value
         elif key in HF_FIXED:
-            require(value == HF_FIXED[key], f"{key} is {value!r}; V4 has {HF_FIXED[key]!r}")
+            fixed = HF_FIXED[key]
+            require(
+                value == fixed,
+                f"{key} is {value!r}, but this model has {fixed!r} (HF_FIXED in config.py): "
+                "choose another checkpoint",
+            )
         else:
             known = key in METADATA or key.startswith("dspark_")
             require(known, f"unknown key {key!r}: not a DeepSeek-V4 config")

@@ -106,8 +106,7 @@ class ModelArgs:
     @classmethod
     def from_json(cls, path) -> ModelArgs:
         """Read a config.json, or a folder's. ValueErrors name the file and the key at fault."""
-        switches = {"act_quant", "expert_qat", "bos_id", "eos_id"}
-        names = {field.name for field in dataclasses.fields(cls)} - switches
+        names = {field.name for field in dataclasses.fields(cls)}
         with config.errors_name(path):
             return cls(**config.read_config(path, names))
 

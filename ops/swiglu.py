@@ -4,7 +4,8 @@
 
 The traced references differentiate `swiglu`; the opaque form of moe calls `swiglu_backward`. The
 kernels of moe (ops/triton/moe*.py, ops/cpu/moe*.cpp) have the formula built in: another activation
-needs HAS_KERNELS = False, and then runs from these two functions on every device.
+needs HAS_KERNELS = False, and then runs from these two functions on every device. Its name belongs
+in `hidden_act` of config.py.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+from config import HF_NAMES, HF_YARN, SWITCHES
 from model import ModelArgs, Transformer
 
 INFERENCE_FLASH = dict(  # the keys of the official inference/config.json (docs/v4.md#checkpoint)
@@ -153,6 +154,12 @@ def test_written_configs_are_read_back(tmp_path, args):
     assert read(tmp_path, args.to_hf()) == args
 
 
+def test_every_field_is_a_key_or_named_as_none():
+    """A field without a key would be lost by saving."""
+    fields = {field.name for field in dataclasses.fields(ModelArgs)}
+    assert fields == {*HF_NAMES.values(), *HF_YARN.values(), *SWITCHES}
+
+
 def test_older_and_later_flash_configs_are_read(tmp_path):
     old = read(tmp_path, without(RELEASED_FLASH, "expert_dtype", "quantization_config"))
     assert old == dataclasses.replace(ModelArgs.flash(), expert_dtype=None)
@@ -176,6 +183,10 @@ def test_older_and_later_flash_configs_are_read(tmp_path):
         (RELEASED_FLASH | {"model_type": "deepseek_v41"}, "deepseek_v41"),
         (RELEASED_FLASH | {"engram_layers": [1, 14]}, "engram_layers"),
         (RELEASED_FLASH | {"attention_bias": True}, "attention_bias"),
+        (
+            RELEASED_FLASH | {"hidden_act": "gelu"},
+            "hidden_act is 'gelu', but this model has 'silu'",
+        ),
         (RELEASED_FLASH | {"tie_word_embeddings": True}, "tie_word_embeddings"),
         (RELEASED_FLASH | {"scoring_func": "sigmoid"}, "score_func"),
         (RELEASED_FLASH | {"n_shared_experts": 2}, "n_shared_experts"),

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import config
 import model as M
 from model import ModelArgs, Transformer
 from testing import random_model, random_tokens, rms
@@ -129,7 +130,15 @@ def another_router(model, decode, train):
 
 
 def expert_activation(model, decode, train):
-    """Every form of the routed experts, and the shared one, is w2(gelu(w1 x) w3 x)."""
+    """Every form of the routed experts, and the shared one, is w2(gelu(w1 x) w3 x).
+
+    A config.json says gelu; one that says silu is refused.
+    """
+    written = model.args.to_hf()
+    assert written["hidden_act"] == "gelu"
+    with pytest.raises(ValueError, match="hidden_act is 'silu', but this model has 'gelu'"):
+        config.to_fields(written | {"hidden_act": "silu"}, set())
+
     limit = model.args.swiglu_limit
     shared, experts = model.layers[2].ffn.shared_experts, model.layers[2].ffn.experts
     x = 3 * torch.randn(40, model.args.dim)
