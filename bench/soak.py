@@ -40,8 +40,9 @@ from compile_config import (
 from model import ModelArgs, Transformer
 from ops.registry import require
 from tests.testing import randomize, rms, small
+from tokenizer import load_tokenizer
 from tools import cli, compile_cache
-from training.dataset import Bytes, Rows, tokenize
+from training.dataset import BYTES, Rows, tokenize
 from training.optim import Optimizer
 from training.stages import learning_rate
 
@@ -355,7 +356,7 @@ def loss_after(model: torch.nn.Module, loss: Callable | None, rows: Rows, steps:
 def learning(count: int, seed: int, steps: int = 200) -> dict:
     """From every seed the debug model learns more than a dense transformer of its active size."""
     text = TEXT.read_text()[:1_000_000]
-    ids = np.concatenate(list(tokenize(text, Bytes())))
+    ids = np.concatenate(list(tokenize(text, load_tokenizer(BYTES))))
     args = ModelArgs.debug()
     inter = equal_inter(args, multiple=1)
     found = {}

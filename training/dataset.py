@@ -32,6 +32,9 @@ from tokenizer import Tokenizer, load_tokenizer
 HELD_OUT = 0.05  # the tail of the text that is never trained on
 MAX_PIECE = 1 << 18  # characters that a vocabulary is fitted to at a time
 GAP = "\n\n\n\n"  # between documents
+# A tokenizer.json without merges: ids 0 and 1 are BOS and EOS, any other is the byte of that value,
+# and a text's own bytes 0 and 1 are dropped. For models whose vocabulary is too small for more.
+BYTES = Path(__file__).parent.parent / "data" / "bytes"
 
 
 def list_files(paths: list[str]) -> list[Path]:
@@ -120,22 +123,7 @@ def train_tokenizer(text: str, folder: Path, vocab_size: int) -> Path:
     return folder / "tokenizer.model"
 
 
-class Bytes:
-    """Text as bytes, for models whose vocabulary is too small for sentencepiece.
-
-    0 is BOS, 1 EOS; a text's own bytes 0 and 1 are dropped.
-    """
-
-    bos_id, eos_id = 0, 1
-
-    def encode(self, text: str, bos: bool = False) -> list[int]:
-        return [0] * bos + [byte for byte in text.encode() if byte > 1]
-
-    def decode(self, ids: list[int]) -> str:
-        return bytes(i for i in ids if 1 < i < 256).decode(errors="replace")
-
-
-def tokenize(text: str, tokenizer: Tokenizer | Bytes) -> Iterator[np.ndarray]:
+def tokenize(text: str, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
     """Each document's ids, uint32: BOS, the text with one newline at its end, EOS."""
     for document in text.split(GAP):
         if document := document.strip("\n"):
@@ -165,19 +153,19 @@ class Data(NamedTuple):
     """Tokens of a text.
 
     folder          of the cache, named by a hash of text and vocabulary
-    source          the folder that holds the tokenizer; None for bytes
+    source          the folder that holds the tokenizer
     train, held_out ids, uint32, memory-mapped
     """
 
     folder: Path
-    source: Path | None
-    tokenizer: Tokenizer | Bytes
+    source: Path
+    tokenizer: Tokenizer
     train: np.ndarray
     held_out: np.ndarray
     held_out_chars: int
 
 
-def prepare(text: str, cache: Path, vocab_size: int, source: str | None = None) -> Data:
+def prepare(text: str, cache: Path, vocab_size: int, source: str | Path | None = None) -> Data:
     """Tokenize a text, or find it in the cache.
 
     source is a folder with a tokenizer. Without one, vocabularies below 512 read bytes, and others
@@ -187,35 +175,29 @@ def prepare(text: str, cache: Path, vocab_size: int, source: str | None = None) 
     files = []
     if source:
         files = [file for file in map(Path(source).joinpath, TOKENIZER_FILES) if file.exists()]
-    reads_bytes = vocab_size < 512 and not files
-    if reads_bytes:
-        source = None
-    vocabulary: str | list[str] = "bytes" if reads_bytes else f"fitted {vocab_size}"
-    if source:
+    vocabulary: str | list[str] = f"fitted {vocab_size}"
+    if vocab_size < 512 and not files:
+        source, vocabulary = BYTES, "bytes"
+    elif source:
         load_tokenizer(source)  # ValueError if there is none
         vocabulary = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
 
-    def get_tokenizer(folder: Path) -> Tokenizer | Bytes:
-        return Bytes() if reads_bytes else load_tokenizer(source or folder)
-
     def make(folder: Path) -> None:
-        if not source and not reads_bytes:
+        if not source:
             train_tokenizer(trained, folder, vocab_size)
+        tokenizer = load_tokenizer(source or folder)
         for part, file in ((trained, "train"), (held_out, "held_out")):
             with open(folder / file, "wb") as out:
-                for ids in tokenize(part, get_tokenizer(folder)):
+                for ids in tokenize(part, tokenizer):
                     out.write(ids.tobytes())
 
     key = {"text": hashlib.sha256(text.encode()).hexdigest(), "tokenizer": vocabulary, "format": 1}
     folder = cached(cache, key, make)
-    if source:
-        tokenizer_folder = Path(source)
-    else:
-        tokenizer_folder = None if reads_bytes else folder
+    tokenizer_folder = Path(source or folder)
     return Data(
         folder,
         tokenizer_folder,
-        get_tokenizer(folder),
+        load_tokenizer(tokenizer_folder),
         map_ids(folder / "train"),
         map_ids(folder / "held_out"),
         len(held_out),

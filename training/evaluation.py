@@ -73,4 +73,6 @@ def sample_text(model: Transformer, tokenizer, prompt: str, count: int, seed: in
     engine = Engine(model, "eager", max_batch_size=1, max_seq_len=room)
     settings = dict(max_new_tokens=count, temperature=0.8, seed=seed, eos_id=tokenizer.eos_id)
     generated = [token for _, token in engine.stream([prompt_ids], **settings)]
+    if generated[-1:] == [tokenizer.eos_id]:  # which the stream gives, too
+        generated.pop()
     return prompt + tokenizer.decode(generated).removesuffix("\n")

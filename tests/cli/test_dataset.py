@@ -54,10 +54,13 @@ def test_a_vocabulary_round_trips_and_documents_stand_between_bos_and_eos(tmp_pa
 
 
 def test_bytes_round_trip():
-    tokenizer = D.Bytes()
-    assert tokenizer.decode(
-        tokenizer.encode("naïve\n", bos=True)
-    ) == "naïve\n" and tokenizer.encode("a", bos=True) == [0, 97]
+    tokenizer = load_tokenizer(D.BYTES)
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (256, 0, 1)
+    assert all(tokenizer.token_bytes(byte) == bytes([byte]) for byte in range(2, 256))
+    text = "naïve  tabs\t\tand \r\n\n lines, 日本語 \x7f\n"
+    ids = tokenizer.encode(text)
+    assert ids == list(text.encode()) and tokenizer.decode(ids) == text
+    assert tokenizer.encode("a", bos=True) == [0, 97]
     assert tokenizer.encode("\0a\1") == [97]  # no BOS or EOS
 
 
@@ -82,10 +85,10 @@ def test_files_and_folders_are_read_in_order_as_documents(tmp_path):
 def test_tokens_are_cached_by_text_and_vocabulary(tmp_path, monkeypatch):
     text = TEXT[:50_000]
     first = D.prepare(text, tmp_path, 256)
-    assert first.source is None and isinstance(first.train, np.memmap) and first.train[0] == 0
+    assert first.source == D.BYTES and isinstance(first.train, np.memmap) and first.train[0] == 0
     trained, held_out = D.split(text)
     assert len(first.train) == len(
-        np.concatenate(list(D.tokenize(trained, D.Bytes())))
+        np.concatenate(list(D.tokenize(trained, load_tokenizer(D.BYTES))))
     ) and first.held_out_chars == len(held_out)
     assert bytes(first.held_out[1:-1].astype(np.uint8)).decode() == held_out.strip("\n") + "\n"
     monkeypatch.setattr(D, "tokenize", lambda *args: pytest.fail("tokenized again"))

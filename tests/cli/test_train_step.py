@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import generate
 import train_step as S
 from bench.dense import Dense, active_parameters, dense_loss
 from checkpoint import load, open_folder, save
@@ -24,6 +25,7 @@ from compile_config import PRESETS, CompileConfig, CompileCount, compile_train_s
 from model import Aux, ModelArgs, Transformer
 from parallel import Ranks
 from testing import randomize, small
+from tokenizer import load_tokenizer
 from tools import torch_private
 from training import dataset as D
 from training import resume
@@ -48,7 +50,7 @@ def test_the_rate_warms_up_and_decays():
 
 
 def bytes_of(text: str) -> np.ndarray:
-    return np.concatenate(list(D.tokenize(text, D.Bytes())))
+    return np.concatenate(list(D.tokenize(text, load_tokenizer(D.BYTES))))
 
 
 @pytest.mark.parametrize("seed", (0, 1, 2))
@@ -162,6 +164,19 @@ def test_the_command_line_trains_saves_and_reports(capsys, folder):
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert load(folder / "out", dtype=torch.float32).args.act_quant
     assert not list(folder.glob("*.tmp"))
+
+
+def test_a_saved_model_of_bytes_continues_text(capsys, folder):
+    """--out and --checkpoints carry what generate.py needs."""
+    places = ["--out", str(folder / "out"), "--checkpoints", str(folder / "run")]
+    assert S.main(command(folder, *places)) == 0
+    for saved in (folder / "out", folder / "run" / "step-000004"):
+        capsys.readouterr()
+        argv = ["--checkpoint", str(saved), "--no-compile", "--prompt", "naïve", "--ignore-eos"]
+        assert generate.main([*argv, "--max-new-tokens", "3", "--json"]) == 0
+        report = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert report["prompt_tokens"] == 1 + len("naïve".encode())
+        assert len(report["tokens"]) == 3 and isinstance(report["text"], str)
 
 
 def checkpoints_in(folder: str | Path, keep: int = 3) -> Checkpoints:
