@@ -10,7 +10,7 @@ that of the MTP block (throughout: V4's weight falls to 0.1 with the rate), and 
 routers' balance; router biases follow the load. --index-loss trains the lightning indexers too, by
 the recipe of DeepSeek-V3.2: V4's own is not published. (docs/v4.md#training.)
 
-torchrun starts several processes that share a run (parallel.py).
+The parts of a run stand in training/. With torchrun several processes share it (parallel.py).
 """
 
 from __future__ import annotations
