@@ -31,6 +31,7 @@ from torch.utils.checkpoint import (
 import ops
 from model import Aux, Block, Transformer, call
 from tools import cli, compile_cache, torch_private
+from tools.cuda_graph import clone_tensors, record_cuda_graph
 from training.losses import LossWeights, combine_losses, make_targets, training_loss
 
 MAX_WHOLE_GRAPH_LAYERS = 12  # deeper models compile layer by layer unless a preset says otherwise
@@ -259,39 +260,6 @@ def only_logits(logits: torch.Tensor, *rest) -> torch.Tensor:
 def call_block(block: nn.Module, *args):
     """A layer of a phase. Compiled in a Phase only: entries without guards match any call."""
     return block(*args)
-
-
-def clone_tensors(args) -> list:
-    return [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
-
-
-def record_cuda_graph(run: Callable, *args) -> Callable:
-    """-> replay(*args): run(*args) as a recorded CUDA graph, with arguments and results copied.
-
-    The warm-up calls that recording needs feed the same tokens to the same positions: the caches
-    end as after one call.
-    """
-    static = clone_tensors(args)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run(*static)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run(*static)
-
-    def replay(*args):
-        for to, value in zip(static, args, strict=True):
-            if isinstance(to, torch.Tensor):
-                to.copy_(value)
-        graph.replay()
-        if isinstance(result, tuple):
-            return tuple(r.clone() for r in result)
-        return result.clone()
-
-    return replay
 
 
 def compile_prefill(
