@@ -445,32 +445,6 @@ def update(optimizer, lr: torch.Tensor, load: torch.Tensor | None) -> dict[str, 
     return {}
 
 
-class CompileCount:
-    """Graphs and graph breaks since it was made, and recompiles.
-
-    A recompile is a graph compiled after `warm()`, the declared end of the warm-up.
-    """
-
-    def __init__(self):
-        self._graphs, self._breaks = torch_private.compile_counts()
-        self._warm: int | None = None
-
-    def warm(self) -> None:
-        self._warm, _ = torch_private.compile_counts()
-
-    @property
-    def graphs(self) -> int:
-        return torch_private.compile_counts()[0] - self._graphs
-
-    @property
-    def breaks(self) -> int:
-        return torch_private.compile_counts()[1] - self._breaks
-
-    @property
-    def recompiles(self) -> int | None:
-        return None if self._warm is None else torch_private.compile_counts()[0] - self._warm
-
-
 # --------------------------------------------------------------------------------------------------
 # Command line
 

@@ -20,7 +20,6 @@ from bench.gpu_measure import Bench, Side, against, case, nbytes
 from compile_config import (
     PRESETS,
     CompileConfig,
-    CompileCount,
     compile_decode,
     compile_prefill,
     compile_train_step,
@@ -29,6 +28,7 @@ from compile_config import (
 from model import ModelArgs, Transformer
 from tests.testing import hf_name
 from tools.capture import MODEL_OPS
+from tools.compile_count import CompileCount
 
 FLASH_LAYERS = 43
 SHARES = {  # parts of kernels' names, by what they compute

@@ -15,9 +15,10 @@ from collections.abc import Callable, Generator
 
 import torch
 
-from compile_config import PRESETS, CompileConfig, CompileCount, compile_decode, compile_prefill
+from compile_config import PRESETS, CompileConfig, compile_decode, compile_prefill
 from generation.sampling import Sampling, check_settings, sample_decode, sample_prefill
 from model import Transformer
+from tools.compile_count import CompileCount
 from tools.stats import device_sync
 
 FIGURES = ("batch", "fed_tokens", "ttft_warm_s", "decoded", "decode_s", "steps")  # of a stream

@@ -32,7 +32,6 @@ from compile_config import (
     MAX_WHOLE_GRAPH_LAYERS,
     PRESETS,
     CompileConfig,
-    CompileCount,
     compile_decode,
     compile_prefill,
     compile_train_step,
@@ -58,6 +57,7 @@ from tools.capture import (
     saved,
     shape_of,
 )
+from tools.compile_count import CompileCount
 from tools.released_layout import check, checkpoint_tensors, empty_model
 from training.optim import Optimizer
 

@@ -7,10 +7,11 @@ import copy
 import pytest
 import torch
 
-from compile_config import CompileConfig, CompileCount, compile_function
+from compile_config import CompileConfig, compile_function
 from model import Gate, ModelArgs, Transformer
 from ops.muon import grad_norm, muon, orthogonalize
 from testing import randomize, small
+from tools.compile_count import CompileCount
 from training.optim import Optimizer
 
 

@@ -17,10 +17,11 @@ import torch
 
 import train_step as S
 from checkpoint import load, save
-from compile_config import CompileConfig, CompileCount, compile_train_step
+from compile_config import CompileConfig, compile_train_step
 from model import Transformer
 from parallel import REPLICATED, Ranks
 from testing import randomize, small
+from tools.compile_count import CompileCount
 from tools.released_layout import checkpoint_tensors, empty_model
 from training import dataset as D
 from training.evaluation import held_out_loss

@@ -21,12 +21,13 @@ import generate
 import train_step as S
 from bench.dense import Dense, active_parameters, dense_loss
 from checkpoint import load, open_folder, save
-from compile_config import PRESETS, CompileConfig, CompileCount, compile_train_step
+from compile_config import PRESETS, CompileConfig, compile_train_step
 from model import Aux, ModelArgs, Transformer
 from parallel import Ranks
 from testing import randomize, small
 from tokenizer import load_tokenizer
 from tools import torch_private
+from tools.compile_count import CompileCount
 from training import dataset as D
 from training import resume
 from training.flags import ROOT

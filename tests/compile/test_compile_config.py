@@ -10,6 +10,7 @@ import torch
 import compile_config as C
 from model import Transformer
 from testing import randomize, rms, small
+from tools.compile_count import CompileCount
 from training.losses import LossWeights, training_loss
 
 QUICK = "aot_eager"  # traces and partitions like Inductor, but generates no code
@@ -42,7 +43,7 @@ def test_phases_equal_eager_without_recompiling(phase, region):
     compile_phase, T = PHASES[phase]
     model = fresh(build())
     eager = fresh(copy.deepcopy(model))
-    count = C.CompileCount()
+    count = CompileCount()
     run = compile_phase(model, C.CompileConfig(backend=QUICK, region=region))
     calls = ([3, 130], None), ([3, 130], [T, 1]), ([0, 0], [1, T]), ([127, 4], [T, T])
     for i, (at, lengths) in enumerate(calls):
@@ -66,7 +67,7 @@ def test_layers_of_one_kind_share_a_graph():
     torch._dynamo.reset()
     ratios = (*(4, 128) * 4, 4, 0)
     model = fresh(build(n_layers=9, n_hash_layers=1, compress_ratios=ratios))
-    count, call = C.CompileCount(), (tokens_of(2, 1), torch.tensor([3, 4]))
+    count, call = CompileCount(), (tokens_of(2, 1), torch.tensor([3, 4]))
     with torch.no_grad():
         expected = copy.deepcopy(model)(*call)
     decode = C.compile_decode(model, C.CompileConfig(backend=QUICK, region="layer"))
@@ -113,7 +114,7 @@ def test_arguments_that_were_one_tensor_stay_independent():
 
 def test_an_epilogue_is_part_of_the_graph():
     torch._dynamo.reset()
-    model, count = fresh(build()), C.CompileCount()
+    model, count = fresh(build()), CompileCount()
 
     def epilogue(logits, input_pos, lengths, bonus):
         return logits.argmax(-1) + bonus, input_pos + lengths
@@ -133,7 +134,7 @@ def test_cuda_graphs_need_a_gpu():
 def test_a_compiled_training_step_equals_an_eager_one(region):
     """Two steps of AdamW with documents and changing rates: equal parameters, no recompile."""
     torch._dynamo.reset()
-    model, count = build().train(), C.CompileCount()
+    model, count = build().train(), CompileCount()
     eager = copy.deepcopy(model)
 
     def compile_step(model, cfg):

@@ -16,6 +16,7 @@ import torch
 import compile_config as C
 from model import Transformer
 from tools.capture import kinds
+from tools.compile_count import CompileCount
 from tools.report import MEASURE, args_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -28,7 +29,7 @@ def test_deep_models_make_as_many_graphs_as_shallow_ones():
     for depth in (12, 43):
         torch._dynamo.reset()
         args = args_of(f"tiny:{depth}")
-        model, count = Transformer(args).eval(), C.CompileCount()
+        model, count = Transformer(args).eval(), CompileCount()
         model.setup_caches(1, 256)
         run = C.compile_decode(model, C.CompileConfig(backend="eager", region="layer"))
         run(torch.ones(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))

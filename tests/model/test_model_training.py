@@ -15,19 +15,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_step as S
-from compile_config import (
-    PRESETS,
-    SAVED_OPS,
-    CompileConfig,
-    CompileCount,
-    checkpointed,
-    compile_train_step,
-)
+from compile_config import PRESETS, SAVED_OPS, CompileConfig, checkpointed, compile_train_step
 from model import Aux, ModelArgs, Transformer
 from ops.router_balance import router_balance
 from ops.swiglu import HAS_KERNELS
 from testing import gradients, random_model, rms, small
 from tools.capture import MODEL_OPS
+from tools.compile_count import CompileCount
 from training.flags import ROOT
 from training.losses import LossWeights, make_targets, training_loss
 from training.optim import Optimizer
