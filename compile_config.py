@@ -15,27 +15,21 @@ Either way there is no graph break, and nothing recompiles as positions, lengths
 from __future__ import annotations
 
 import dataclasses
-import functools
 import runpy
 import sys
 from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
 
 import ops
-from model import Aux, Block, Transformer, call
+from model import Aux, Transformer
 from tools import cli, compile_cache, torch_private
 from tools.cuda_graph import clone_tensors, record_cuda_graph
 from training.losses import LossWeights, combine_losses, make_targets, training_loss
+from training.recompute import checkpoint_blocks, checkpointed
 
 MAX_WHOLE_GRAPH_LAYERS = 12  # deeper models compile layer by layer unless a preset says otherwise
-SAVED_OPS = ("sparse_attn", "moe", "moe_train", "indexer_topk")  # not run again by "selective"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,42 +283,6 @@ def compile_verify(
 
 # --------------------------------------------------------------------------------------------------
 # Training
-
-
-def checkpointed(function: Callable, recompute: str) -> Callable:
-    """`function`, whose activations the backward computes again.
-
-    recompute   "none": it saves them all; "selective": it saves the results of SAVED_OPS only;
-                "full": it saves none
-    """
-    if recompute not in ("none", "selective", "full"):
-        raise ValueError(f"recompute {recompute!r}: choose none, selective or full")
-    if recompute == "none":
-        return function
-    saved = {getattr(torch.ops.dsv4, name).default for name in SAVED_OPS}
-
-    def policy(context, op, *args, **kwargs):
-        return CheckpointPolicy.MUST_SAVE if op in saved else CheckpointPolicy.PREFER_RECOMPUTE
-
-    options = {}
-    if recompute == "selective":
-        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
-
-    def run(*args):
-        return checkpoint(function, *args, use_reentrant=False, **options)
-
-    return run
-
-
-def checkpoint_blocks(recompute: str) -> Callable:
-    """-> a run_block (see Transformer.forward) that calls blocks checkpointed."""
-    call_checkpointed = checkpointed(call, recompute)
-
-    def run_block(function: Callable, *args):
-        run = call_checkpointed if isinstance(function, Block) else call
-        return run(function, *args)
-
-    return run_block
 
 
 def compile_blocks(

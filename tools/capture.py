@@ -21,11 +21,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 import ops
-from compile_config import checkpoint_blocks
 from config import CSA_RATIOS
 from model import ModelArgs, Transformer
 from tools.torch_private import compile_isolated
 from training.losses import training_loss
+from training.recompute import checkpoint_blocks
 
 PHASES = ("prefill", "decode", "verify", "train")
 MODEL_OPS = tuple(ops.OPS)

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_step as S
-from compile_config import PRESETS, SAVED_OPS, CompileConfig, checkpointed, compile_train_step
+from compile_config import PRESETS, CompileConfig, compile_train_step
 from model import Aux, ModelArgs, Transformer
 from ops.router_balance import router_balance
 from ops.swiglu import HAS_KERNELS
@@ -25,6 +25,7 @@ from tools.compile_count import CompileCount
 from training.flags import ROOT
 from training.losses import LossWeights, make_targets, training_loss
 from training.optim import Optimizer
+from training.recompute import SAVED_OPS, checkpointed
 
 ROUTERS = Aux()
 CHOSEN = Aux(index_loss=True)
