@@ -28,6 +28,7 @@ from tools import cli, compile_cache, torch_private
 from tools.cuda_graph import clone_tensors, record_cuda_graph
 from training.losses import LossWeights, combine_losses, make_targets, training_loss
 from training.recompute import checkpoint_blocks, checkpointed
+from training.step import TrainStep
 
 MAX_WHOLE_GRAPH_LAYERS = 12  # deeper models compile layer by layer unless a preset says otherwise
 
@@ -366,41 +367,10 @@ def compile_train_step(
         raise ValueError("a loss of your own is one graph: choose region 'model', recompute 'none'")
     if not by_layer:
         loss = compiled(loss, "train")
-    prepare = compiled(make_targets, "train_targets")
     if hasattr(optimizer, "compile"):
         optimizer.compile(compiled)
-
-    def step(tokens, labels, doc_ids, lr):
-        rows = micro_batch or len(tokens)
-        docs = [None] * len(tokens) if doc_ids is None else doc_ids.split(rows)
-        parts = list(zip(tokens.split(rows), labels.split(rows), docs, strict=False))
-        targets = [prepare(*part) for part in parts]
-        counts = torch.stack([t.counts for t in targets]).sum(0)
-        if all_reduce_sum:
-            counts = all_reduce_sum([counts])[0]
-        metrics: dict[str, torch.Tensor] = {}
-        for (tokens, _, doc_ids), target in zip(parts, targets, strict=True):
-            total, new = loss(model, tokens, target._replace(counts=counts), doc_ids)
-            total.backward()
-            for name, value in new.items():
-                metrics[name] = metrics[name] + value if name in metrics else value
-        if all_reduce_sum:
-            sums = all_reduce_sum([*metrics.values()])
-            metrics = dict(zip(metrics, sums, strict=True))
-        return metrics | update(optimizer, lr, metrics.pop("load", None))
-
-    return step
-
-
-def update(optimizer, lr: torch.Tensor, load: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    """One step of an optimizer, ours or one of torch.optim -> its metrics."""
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        return optimizer.step(lr, load) or {}
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad()
-    return {}
+    prepare = compiled(make_targets, "train_targets")
+    return TrainStep(model, optimizer, loss, prepare, micro_batch, all_reduce_sum)
 
 
 # --------------------------------------------------------------------------------------------------

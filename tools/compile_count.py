@@ -1,4 +1,4 @@
-"""Counts of what torch.compile does in this process."""
+"""Counts of graphs that torch.compile makes in this process."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ class CompileCount:
         self._warm: int | None = None
 
     def warm(self) -> None:
+        """From here on, a compile is a recompile."""
         self._warm, _ = compile_counts()
 
     @property

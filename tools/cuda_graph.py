@@ -8,6 +8,7 @@ import torch
 
 
 def clone_tensors(args) -> list:
+    """The arguments with copies of the tensors among them."""
     return [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
 
 

@@ -1,4 +1,4 @@
-"""Activation checkpointing: what the backward of a block computes again instead of keeping it."""
+"""Activation checkpointing: activations of a block that its backward computes again."""
 
 from __future__ import annotations
 

@@ -276,7 +276,7 @@ COMPILE = {
         GENERATE + "greedy_tokens_equal_transformers[37]",
     ),
     "metrics of the last part of a step": Fault(
-        "compile_config.py",
+        "training/step.py",
         "metrics[name] + value if name in metrics else value",
         "value",
         TRAIN_STEP + "accumulated_gradients_are_those_of_the_whole_step",
