@@ -20,7 +20,7 @@ from torch._inductor import metrics
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from compile_config import CompileConfig, call_forward, compile_function, layer_signature
+from compile_config import CompileConfig, call_forward, compile_function
 from fake_cuda import lower
 from model import ModelArgs, Transformer
 from testing import cache_shapes, randomize
@@ -41,6 +41,7 @@ from tools.capture import (
     waits,
     where,
 )
+from tools.layer_graphs import layer_signature
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 MINOR = ".".join(torch.__version__.split(".")[:2])
