@@ -266,17 +266,11 @@ def compile_blocks(
         layer = compile_function(checkpointed(call_forward, recompute), "train_layer", cfg)
         return wrap_block(layer) if wrap_block else layer
 
-    def compile_embed_inputs(part: nn.Module) -> Callable:
-        def embed_inputs(*args):
-            return part.embed_inputs(*args)
-
-        return compile_function(embed_inputs, "train_embed", cfg)
-
     layers = compile_layers((*model.layers, *model.mtp), compile_layer)
     others = {
+        model.embed_inputs: compile_function(model.embed_inputs, "train_embed", cfg),
+        model.mtp.embed_inputs: compile_function(model.mtp.embed_inputs, "train_embed", cfg),
         combine_losses: compile_function(combine_losses, "train_losses", cfg),
-        model.embed_inputs: compile_embed_inputs(model),
-        model.mtp.embed_inputs: compile_embed_inputs(model.mtp),
     }
 
     def run_block(function: Callable, *args):
