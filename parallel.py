@@ -29,20 +29,19 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as functional
-import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from checkpoint import save
 from compile_config import CompileConfig
-from model import Experts, Transformer
-from ops.muon import grad_norm, muon_direction, step_length
+from model import Transformer
 from ops.registry import Table
 from tools.released_layout import checkpoint_tensors, empty_model
 from training.dataset import Rows
+from training.expert_parallel import AllToAllDispatch
 from training.optim import Optimizer
+from training.sharded_optim import ShardedOptimizer, to_local
 
 T = TypeVar("T")
 
@@ -50,16 +49,6 @@ T = TypeVar("T")
 REPLICATED = re.compile(r"(^|\.)hc_|\.ape$|\.gate\.")
 # Routed experts: stacked, as the model holds them, or one by one, as they are released.
 EXPERT = re.compile(r"(.*\.experts)\.(?:(w13|w2)|(\d+)\.(w[123])\.weight)$")
-
-
-def to_local(t: torch.Tensor) -> torch.Tensor:
-    """This process's part of a tensor."""
-    return t.to_local() if isinstance(t, DTensor) else t
-
-
-def all_to_all(x: torch.Tensor, group: str) -> torch.Tensor:
-    """[processes, ...] -> the same shape: row i goes to process i, and comes from it."""
-    return functional.all_to_all_single_autograd(x.contiguous(), None, None, group)
 
 
 # FSDP2 acts by hooks on the calls of modules. These functions use its private state instead:
@@ -89,38 +78,6 @@ def gather_around(run: Callable) -> Callable:
 def initialize_fsdp(model: FSDPModule) -> None:
     """Collect all parameters that require gradients at any time of the run, as all do now."""
     model._get_fsdp_state()._lazy_init()
-
-
-class AllToAllDispatch:
-    """A MoE.dispatch: runs the routed experts of a group of processes on the tokens of all of them.
-
-    Each process holds E / ep_size experts, in the order of the group. It sends all its tokens to
-    each process, so that shapes are static; a process computes the pairs of token and expert that
-    are its own.
-    """
-
-    def __init__(self, group: str, ep_size: int):
-        self.group, self.ep_size = group, ep_size
-
-    def __call__(
-        self, experts: Experts, x: torch.Tensor, chosen: torch.Tensor, weight: torch.Tensor
-    ) -> torch.Tensor:
-        local_experts, K = len(experts.w13), chosen.shape[1]
-        process = torch.arange(self.ep_size, device=x.device)[:, None, None]
-        owned = chosen // local_experts == process  # [ep_size, N, K]
-        # Of a pair that is not the receiver's, the expert is `local_experts`: none.
-        expert = torch.where(owned, chosen - process * local_experts, local_experts)
-        pairs = torch.cat([expert, torch.where(owned, weight, 0.0)], -1)  # [ep_size, N, 2K]
-        x = all_to_all(x.expand(self.ep_size, -1, -1), self.group)
-        pairs = all_to_all(pairs, self.group)
-        # Eager calls have FSDP2's hooks gather the experts; for graphs, gather_around has done it.
-        run = experts.forward if torch.compiler.is_compiling() else experts
-        y = run(
-            x.flatten(0, 1),
-            pairs[..., :K].flatten(0, 1).long(),
-            pairs[..., K:].flatten(0, 1).contiguous(),
-        )
-        return all_to_all(y.unflatten(0, (self.ep_size, -1)), self.group).sum(0)
 
 
 class RankRows:
@@ -249,8 +206,8 @@ class Ranks:
         self._make_expert_mesh()
         if self.ep_size > 1:
             self._keep_own_experts(blocks)
-        replicated = {p for name, p in model.named_parameters() if self._is_replicated(name, p)}
-        for tensor in (*replicated, *model.buffers()):
+        ignored = {p for name, p in model.named_parameters() if self._fsdp_ignores(name, p)}
+        for tensor in (*ignored, *model.buffers()):
             tensor.data = tensor.data.to(self.device)
 
         # Gradients are summed in fp32. Groups that divide their experts do so over their own mesh.
@@ -259,12 +216,12 @@ class Ranks:
             if 1 < self.ep_size < self.size:
                 mesh = self.expert_mesh["rest"]
                 fully_shard(block.ffn.experts, mesh=mesh, mp_policy=policy)
-            fully_shard(block, mesh=self.mesh, mp_policy=policy, ignored_params=replicated)
+            fully_shard(block, mesh=self.mesh, mp_policy=policy, ignored_params=ignored)
         fully_shard(
             model,
             mesh=self.mesh,
             mp_policy=policy,
-            ignored_params=replicated,
+            ignored_params=ignored,
             reshard_after_forward=False,
         )
         for module in model.modules():
@@ -299,11 +256,15 @@ class Ranks:
             # The opaque form is the one that knows pairs without an expert.
             ffn.experts.ops = Table({**ffn.experts.ops.modes, "moe": "opaque"})
 
-    def _is_replicated(self, name: str, p: torch.Tensor) -> bool:
-        """Whether FSDP2 leaves a parameter alone; also of experts that all processes divide."""
+    def _fsdp_ignores(self, name: str, p: torch.Tensor) -> bool:
+        """Whether FSDP2 leaves a parameter alone: also experts that all processes divide."""
         if EXPERT.match(name):
             return self.ep_size == self.size > 1
         return p.dim() == 1 or REPLICATED.search(name) is not None
+
+    def is_replicated(self, name: str, p: torch.Tensor) -> bool:
+        """Whether every process holds all of a parameter, once the model is sharded."""
+        return not isinstance(p, DTensor) and not EXPERT.match(name)
 
     # Saving
 
@@ -376,126 +337,3 @@ class Ranks:
             for name, t in model.state_dict().items()
         }
         return weights | {f"optimizer.{name}": t for name, t in optimizer.state_dict().items()}
-
-
-class ShardedOptimizer(Optimizer):
-    """Updates this process's parts of the parameters, and all replicated parameters as every other
-    process does.
-
-    parameters    name -> parameter, as the model holds it; all other tensors here are local parts
-    replicated    names of the replicated parameters
-    muon_batches  sharded matrices of one shape, at most as many as processes: shape, blocks of
-                  rows, [(name, local part)]
-    """
-
-    @torch.no_grad()
-    def __init__(self, ranks: Ranks, model: Transformer, *args, **options):
-        super().__init__(model, *args, **options)
-        self.ranks = ranks
-        self.size, self.group = ranks.size, ranks.group
-        self.parameters = {name: p for name, p, *_ in (*self.muon, *self.adam)}
-        self.replicated = {
-            name
-            for name, p in self.parameters.items()
-            if not isinstance(p, DTensor) and not EXPERT.match(name)
-        }
-
-        by_shape: dict[tuple[torch.Size, int], list[tuple[str, torch.Tensor]]] = {}
-        for name, p, blocks in self.muon:
-            if isinstance(p, DTensor) and p.dim() == 2:
-                by_shape.setdefault((p.shape, blocks), []).append((name, to_local(p)))
-        self.muon_batches = [
-            (shape, blocks, matrices[i : i + self.size])
-            for (shape, blocks), matrices in by_shape.items()
-            for i in range(0, len(matrices), self.size)
-        ]
-
-        sharded = {name for *_, matrices in self.muon_batches for name, _ in matrices}
-        self.muon = [
-            (name, to_local(p), blocks) for name, p, blocks in self.muon if name not in sharded
-        ]
-        self.adam = [(name, to_local(p)) for name, p in self.adam]
-        self.state = {
-            name: {key: to_local(t) for key, t in state.items()}
-            for name, state in self.state.items()
-        }
-
-    def compile(self, compiler: Callable[[Callable, str], Callable]) -> None:
-        """As Optimizer.compile. Eager where parts differ in size, as then graphs would, too.
-
-        Graphs of two processes that differ might communicate in another order.
-        """
-        sharded = [p for p in self.parameters.values() if isinstance(p, DTensor)]
-        if all(len(p) % p.device_mesh.size() == 0 for p in sharded):
-            super().compile(compiler)
-
-    def gradients(self) -> dict[str, torch.Tensor]:
-        """This process's parts; FSDP2 has summed those of sharded parameters."""
-        grads = {}
-        for name, p in self.parameters.items():
-            if p.grad is not None:
-                grads[name], p.grad = to_local(p.grad), None
-        names = [name for name in grads if name in self.replicated]
-        sums = self.ranks.all_reduce_sum([grads[name] for name in names])
-        return grads | dict(zip(names, sums, strict=True))
-
-    def norm(self, grads: dict[str, torch.Tensor]) -> torch.Tensor:
-        """sqrt(sum over processes |parts|^2 + |replicated|^2), () fp32."""
-        replicated = [g for name, g in grads.items() if name in self.replicated]
-        parts = [g for name, g in grads.items() if name not in self.replicated]
-        squares = functional.all_reduce(grad_norm(parts).square(), "sum", self.group)
-        return (squares + grad_norm(replicated).square()).sqrt()
-
-    def update_matrices(
-        self, grads: dict[str, torch.Tensor], scale: torch.Tensor, lr: torch.Tensor
-    ) -> None:
-        super().update_matrices(grads, scale, lr)
-        for shape, blocks, matrices in self.muon_batches:
-            matrices = [(name, p) for name, p in matrices if name in grads]
-            if matrices:
-                self._update_batch(shape, blocks, matrices, grads, scale, lr)
-
-    def _update_batch(
-        self,
-        shape: torch.Size,
-        blocks: int,
-        matrices: list[tuple[str, torch.Tensor]],
-        grads: dict[str, torch.Tensor],
-        scale: torch.Tensor,
-        lr: torch.Tensor,
-    ) -> None:
-        """Muon on up to `size` matrices [rows, columns] of one shape, from some rows of each."""
-        rows = shape[0]
-        part_rows = -(-rows // self.size)  # of a part; the last ones may be shorter or empty
-
-        # M = momentum M + scale G; sent: momentum M + scale G, [size, part_rows, columns]
-        sent = []
-        for name, p in matrices:
-            first, g = self.state[name]["first"], grads[name].float() * scale
-            first.mul_(self.momentum).add_(g)
-            sent.append(F.pad(g + self.momentum * first, (0, 0, 0, part_rows - len(p))))
-        sent += [torch.zeros_like(sent[0])] * (self.size - len(sent))
-
-        # Process i assembles matrix i, and returns the rows of its direction, X:
-        # [size, part_rows, columns]
-        whole = all_to_all(torch.stack(sent), self.group).flatten(0, 1)[:rows]
-        u = muon_direction(whole, blocks)
-        u = F.pad(u, (0, 0, 0, part_rows * self.size - rows)).unflatten(0, (self.size, part_rows))
-        u = all_to_all(u, self.group)
-
-        # W = W (1 - lr decay) - lr step_length X
-        distance = lr * step_length(shape, blocks)
-        for (name, p), part in zip(matrices, u, strict=False):
-            weight = self.state[name].get("master", p)
-            weight.mul_(1 - lr * self.decay).sub_(part[: len(p)] * distance)
-            if weight is not p:
-                p.copy_(weight)
-
-    @torch.no_grad()
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """As Optimizer.state_dict, with DTensors for parts."""
-        state = {"count": self.count}
-        for name, entry in self.state.items():
-            for key, t in entry.items():
-                state[f"{name}.{key}"] = self.ranks.as_dtensor(name, t, self.parameters[name])
-        return state

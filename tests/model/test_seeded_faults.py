@@ -284,7 +284,7 @@ COMPILE = {
 }
 LONG = {  # whose tests take minutes: not seeded here, caught when it was tried by hand
     "norms of parts that are added, not their squares": Fault(
-        "parallel.py",
+        "training/sharded_optim.py",
         'squares = functional.all_reduce(grad_norm(parts).square(), "sum", self.group)',
         'squares = functional.all_reduce(grad_norm(parts), "sum", self.group)',
         PARALLEL + "two_processes_train_as_one_does[fsdp]",
