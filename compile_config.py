@@ -10,6 +10,10 @@ Two facts are kept apart:
                 lies between the graphs
 
 Either way there is no graph break, and nothing recompiles as positions, lengths or rates change.
+
+Elsewhere: which layers share a graph (tools/layer_graphs.py), CUDA graphs (tools/cuda_graph.py),
+private parts of PyTorch (tools/torch_private.py); of a training step, the work around its graphs
+(training/step.py), its losses (training/losses.py) and recomputation (training/recompute.py).
 """
 
 from __future__ import annotations

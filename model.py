@@ -594,7 +594,7 @@ class MoE(nn.Module):
     """Routed experts plus one shared expert (docs/v4.md#experts).
 
     dispatch(experts, x, chosen, weight) brings tokens to their experts: a call of Experts, or
-    parallel.py's exchange between processes.
+    the exchange between processes of training/expert_parallel.py.
     """
 
     def __init__(self, args: ModelArgs, ops: Table, hashed: bool):

@@ -7,10 +7,10 @@ on CPUs by gloo.
               a process keeps some rows of each, with their gradients and moments. Small parameters
               are replicated: vectors, mHC, `ape` and routers
     experts   each process of a group of --ep holds some of the routed experts. Tokens go to them
-              and come back by all-to-all within the block's graph (see AllToAllDispatch); no token
-              is dropped. Groups divide their experts further, as FSDP2 does
+              and come back by all-to-all within the block's graph; no token is dropped
+              (training/expert_parallel.py). Groups divide their experts further, as FSDP2 does
     Muon      needs whole matrices: each process assembles one of a batch by all-to-all, and returns
-              its direction likewise
+              its direction likewise (training/sharded_optim.py)
     saved     resumable checkpoints by torch.distributed.checkpoint, each process its part; the
               released layout by the first process, which receives one tensor at a time
 

@@ -29,10 +29,10 @@ class AllToAllDispatch:
     ) -> torch.Tensor:
         local_experts, K = len(experts.w13), chosen.shape[1]
         process = torch.arange(self.ep_size, device=x.device)[:, None, None]
-        owned = chosen // local_experts == process  # [ep_size, N, K]
+        owned = chosen // local_experts == process  # [ep_size, tokens, K]
         # Of a pair that is not the receiver's, the expert is `local_experts`: none.
         expert = torch.where(owned, chosen - process * local_experts, local_experts)
-        pairs = torch.cat([expert, torch.where(owned, weight, 0.0)], -1)  # [ep_size, N, 2K]
+        pairs = torch.cat([expert, torch.where(owned, weight, 0.0)], -1)  # [ep_size, tokens, 2K]
         x = all_to_all(x.expand(self.ep_size, -1, -1), self.group)
         pairs = all_to_all(pairs, self.group)
         # Eager calls have FSDP2's hooks gather the experts; for graphs, gather_around has done it.
