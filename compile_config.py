@@ -165,12 +165,13 @@ class Phase:
         args = [a.contiguous() if isinstance(a, torch.Tensor) else a for a in args]
         key = self._key(args)
         if key not in self.built:
-            self.built[key] = self.build()
+            run = self.build()
             args = clone_tensors(args)  # or the graph would take one tensor given twice as one
-            if self.cfg.cudagraphs and self.name != "prefill":
-                self.built[key] = record_cuda_graph(self.built[key], *args)
             with torch_private.unlimited_compiles():
-                return self.built[key](*args)
+                if self.cfg.cudagraphs and self.name != "prefill":
+                    run = record_cuda_graph(run, *args)
+                self.built[key] = run
+                return run(*args)
         return self.built[key](*args)
 
     def _key(self, args: list) -> tuple:
