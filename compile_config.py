@@ -98,6 +98,7 @@ def compile_function(function: Callable, name: str, cfg: CompileConfig, **option
     if cfg.backend is None:
         return function
     options = {**options, **dict(cfg.options)} if cfg.backend == "inductor" else {}
+    torch_private.on_compile(compile_cache.JOURNAL.begin, compile_cache.JOURNAL.end)
     return torch_private.compile_isolated(
         function, name, backend=cfg.backend, fullgraph=True, dynamic=False, options=options or None
     )
@@ -107,7 +108,8 @@ def build_cpu_kernels(model: Transformer, cfg: CompileConfig, phase: str) -> Non
     """Before tracing: the C++ that the model's ops run on CPU, in fp32. See ops/registry.py."""
     weight = model.embed.weight
     if cfg.backend and weight.device.type == "cpu" and weight.dtype == torch.float32:
-        ops.build_cpu_kernels(model.ops, phase)
+        with compile_cache.JOURNAL.compiling():
+            ops.build_cpu_kernels(model.ops, phase)
 
 
 def compiles_by_layer(model: Transformer, cfg: CompileConfig, phase: str) -> bool:
@@ -149,6 +151,11 @@ class Phase:
         self.name, self.logits = name, logits
         self.epilogue = epilogue or only_logits
         self.built: dict[tuple, Callable] = {}
+        self.hooks = [
+            hooks
+            for module in model.modules()
+            for hooks in (module._forward_pre_hooks, module._forward_hooks)
+        ]
         device = model.embed.weight.device.type
         if cfg.cudagraphs and device != "cuda":
             raise ValueError(f"cudagraphs need a CUDA device, not {device}: choose another preset")
@@ -181,7 +188,8 @@ class Phase:
         if self.cfg.cudagraphs:  # a recorded graph holds on to them
             addresses = weight.data_ptr(), model.layers[0].attn.ring.rows.data_ptr()
         shapes = [(a.shape, a.dtype) if isinstance(a, torch.Tensor) else a for a in args]
-        settings = model.cache_size, model.args.act_quant, weight.dtype, weight.device
+        hooks = sum(map(len, self.hooks))  # they are traced
+        settings = model.cache_size, model.args.act_quant, weight.dtype, weight.device, hooks
         return *settings, addresses, *shapes
 
     def build(self) -> Callable:

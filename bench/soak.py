@@ -32,7 +32,9 @@ from bench.record import record
 from checkpoint import load, save
 from compile_config import (
     PRESETS,
+    CompileConfig,
     compile_decode,
+    compile_function,
     compile_prefill,
     compile_train_step,
     compile_verify,
@@ -211,9 +213,9 @@ def compile_kills(count: int, seed: int) -> dict:
 
         def compiled(factor: float) -> Callable[[], None]:
             def run():
-                compile_cache.discard_unfinished()
                 x = torch.arange(64.0)
-                result = torch.compile(lambda x: (x * factor).sin().sum(), fullgraph=True)(x)
+                wave = compile_function(lambda x: (x * factor).sin().sum(), "wave", CompileConfig())
+                result = wave(x)
                 assert torch.allclose(result, (x * factor).sin().sum(), atol=1e-4)
 
             return run
@@ -412,7 +414,7 @@ def run(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.main("bench.soak", run, argv)
+    return cli.main("bench.soak", run, argv, outlives_reader=True)
 
 
 if __name__ == "__main__":

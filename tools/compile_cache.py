@@ -1,17 +1,27 @@
-"""Inductor's cache of compiled code, carried to an equal machine as one .tar.gz file."""
+"""Inductor's cache of compiled code: carried to an equal machine as one .tar.gz file, and kept free
+of files that a stopped compiler left unfinished.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import re
 import shutil
+import stat
+import struct
+import sys
 import tarfile
+import time
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -68,6 +78,7 @@ def save_cache(path: str) -> int:
     if not Path(path).absolute().parent.is_dir() or Path(path).is_dir():
         raise ValueError(f"{path}: cannot be written; name a file in a folder that exists")
     folder = Path(cache_dir())
+    discard_unfinished()
     files = [file for file in sorted(folder.rglob("*")) if _is_cached_code(file)]
     if not files:
         raise ValueError(f"{folder}: holds no compiled code yet; run generate.py first")
@@ -95,6 +106,7 @@ def load_cache(path: str) -> int:
     """
     try:
         _check_gzip(path)
+        discard_unfinished()
         with tarfile.open(path, "r:gz") as tar:
             _check_key(path, tar)
             return sum(_unpack(tar, entry, Path(cache_dir())) for entry in tar)
@@ -149,9 +161,122 @@ def _unpack(tar: tarfile.TarFile, entry: tarfile.TarInfo, folder: Path) -> bool:
     return True
 
 
+# --------------------------------------------------------------------------------------------------
+# Compilers that were stopped
+
+# Files that compilers write in place; Inductor renames the others when they are whole
+WRITTEN_IN_PLACE = {".so", ".o", ".a", ".gch", ".pch"}
+MARKERS = "unfinished"  # a folder in the cache's
+
+
 def discard_unfinished() -> None:
-    """Delete the empty libraries that a killed linker leaves in the cache folder, where they would
-    count as compiled."""
-    for file in Path(cache_dir()).glob("*/*.so"):
-        if not file.stat().st_size:
-            file.unlink()
+    """Delete the unfinished files of processes that died while they compiled, or lost power.
+
+    They would count as compiled: Inductor looks for a file's name only.
+    """
+    folder = Path(cache_dir())
+    since, all_dead = _interrupted_since(folder / MARKERS)
+    for file in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # others may delete it, too
+            status = file.lstat()
+            if not stat.S_ISREG(status.st_mode) or not _is_cached_code(file):
+                continue
+            in_place = file.suffix in WRITTEN_IN_PLACE
+            suspect = in_place and all_dead and status.st_mtime >= since
+            if suspect or status.st_size == 0 or in_place and not _is_whole(file, status.st_size):
+                file.unlink()
+
+
+def _interrupted_since(folder: Path) -> tuple[float, bool]:
+    """When the first of the processes began to compile that died in it (infinity if none did), and
+    whether no other one compiles now; if so, the markers of the dead are taken away.
+    """
+    since, all_dead = math.inf, True
+    markers = list(folder.glob("*.lock"))
+    for marker in markers:
+        with contextlib.suppress(FileNotFoundError), open(marker, "a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                since = min(since, os.fstat(file.fileno()).st_mtime)
+            except BlockingIOError:
+                all_dead = False
+    for marker in markers if all_dead else ():
+        marker.unlink(missing_ok=True)
+    return since, all_dead
+
+
+def _is_whole(file: Path, size: int) -> bool:
+    """Whether an ELF file reaches to the end of its section table, which linkers write last.
+
+    True of files of other kinds.
+    """
+    with open(file, "rb") as opened:
+        header = opened.read(64)
+    if file.suffix != ".so" or header.startswith(b"\xcf\xfa\xed\xfe"):  # macOS's Mach-O
+        return True
+    if len(header) < 64 or not header.startswith(b"\x7fELF\x02\x01"):
+        return False
+    (table,) = struct.unpack_from("<Q", header, 40)
+    entry_size, entries = struct.unpack_from("<HH", header, 58)
+    return 0 < table <= size - entry_size * entries
+
+
+class CompileJournal:
+    """Keeps a locked marker in the cache folder while this process compiles.
+
+    Whoever can lock a marker knows that its process died, and since when its files are suspect. A
+    compilation that ends with an exception (a full disk, Ctrl-C) is cleaned up after at once.
+    """
+
+    def __init__(self):
+        self._depth = 0
+        self._marker: tuple[Path, int] | None = None  # and its file descriptor
+        self._cleaned: set[str] = set()  # cache folders
+
+    def begin(self, *args) -> None:
+        """Compiling begins. In a folder that cannot be written the compiler itself complains."""
+        self._depth += 1
+        if self._depth > 1:
+            return
+        folder = cache_dir()
+        if folder not in self._cleaned:
+            self._cleaned.add(folder)
+            discard_unfinished()
+        with contextlib.suppress(OSError):
+            self._marker = _locked_marker(Path(folder, MARKERS))
+
+    def end(self, *args) -> None:
+        """Compiling ends, well or with the exception that is being handled."""
+        self._depth -= 1
+        if self._depth or self._marker is None:
+            return
+        (path, descriptor), self._marker = self._marker, None
+        failed = sys.exc_info()[0] is not None
+        if not failed:
+            path.unlink(missing_ok=True)
+        os.close(descriptor)  # unlocks it
+        if failed:
+            discard_unfinished()
+
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        self.begin()
+        try:
+            yield
+        finally:
+            self.end()
+
+
+def _locked_marker(folder: Path) -> tuple[Path, int]:
+    """-> a new locked file, its descriptor."""
+    folder.mkdir(parents=True, exist_ok=True)
+    while True:
+        path = folder / f"{os.getpid()}-{time.monotonic_ns()}.lock"
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if path.exists():  # else another process took it for a dead one's
+            return path, descriptor
+        os.close(descriptor)
+
+
+JOURNAL = CompileJournal()

@@ -7,10 +7,13 @@ ops/cpp.py and parallel.py have one more each beside its use: `CppCodeCache`, th
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import inspect
 import os
+import subprocess
 import sys
 import sysconfig
+import tempfile
 import types
 from collections.abc import Callable
 
@@ -62,6 +65,17 @@ def unlimited_compiles() -> contextlib.AbstractContextManager:
     return torch._dynamo.config.patch(accumulated_recompile_limit=sys.maxsize)
 
 
+def on_compile(begin: Callable, end: Callable) -> None:
+    """Call begin(*args) and end(*args) around every compilation from now on; once, if repeated.
+
+    end runs, too, while an exception leaves the compiler. torch/_dynamo/callback.py line 60
+    """
+    handler = torch._dynamo.callback_handler  # torch._dynamo.reset() clears it
+    if begin not in handler.start_callbacks:
+        handler.register_start_callback(begin)
+        handler.register_end_callback(end)
+
+
 def compile_counts() -> tuple[int, int]:
     """Graphs and graph breaks of this process so far."""
     # torch/_dynamo/utils.py line 177, as torch._dynamo.testing.CompileCounter has no breaks
@@ -71,12 +85,42 @@ def compile_counts() -> tuple[int, int]:
 
 def missing_cpu_toolchain() -> str | None:
     """The part that this machine lacks to compile for CPU, in words; None if it has all."""
+    if torch._dynamo.config.disable:
+        return "TORCH_COMPILE_DISABLE to be unset"
     # torch/_inductor/cpp_builder.py line 372; local, as it imports all of Inductor
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     try:
-        get_cpp_compiler()
+        compiler = get_cpp_compiler()
     except Exception:  # its class has moved between torch versions
         return "a C++ compiler (g++ or clang++)"
     header = os.path.join(sysconfig.get_path("include"), "Python.h")
-    return None if os.path.exists(header) else f"Python's headers ({header})"
+    if not os.path.exists(header):
+        return f"Python's headers ({header})"
+    return _fails_to_compile(compiler)
+
+
+def _fails_to_compile(compiler: str) -> str | None:
+    """Compile and load a library in the cache folder -> what that lacks, in words, or None."""
+    command = [compiler, "-shared", "-fPIC", "-x", "c++", "-", "-o"]
+    program = 'extern "C" int probe() { return 0; }'
+    try:
+        with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
+            library = os.path.join(folder, "probe.so")
+            done = subprocess.run(
+                [*command, library], input=program, capture_output=True, text=True
+            )
+            works = done.returncode == 0 and os.path.exists(library)
+            if works:
+                ctypes.CDLL(library)
+    except OSError as error:
+        folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
+        reason = error.strerror or str(error)
+        return (
+            f"a folder for compiled code where files can be written and executed, not {folder} "
+            f"({reason}): set TORCHINDUCTOR_CACHE_DIR"
+        )
+    if not works:
+        reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        return f"a C++ compiler that works ({compiler}: {reason})"
+    return None

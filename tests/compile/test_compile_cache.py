@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import compile_config
 from tools import compile_cache as cache
@@ -101,3 +105,111 @@ def test_the_key_changes_with_the_source(tmp_path, monkeypatch):
     one = cache.cache_key()["source"]
     (tmp_path / "ops" / "moe.py").write_text("# changed")
     assert len({before["source"], one, cache.cache_key()["source"]}) == 3
+
+
+# A process that compiles: writes files, says so, and waits to be killed
+COMPILES = """
+import sys, time
+from pathlib import Path
+from tools.compile_cache import JOURNAL, cache_dir
+
+with JOURNAL.compiling():
+    for name in sys.argv[1:]:
+        Path(cache_dir(), name).write_bytes(Path({library!r}).read_bytes())
+    print("written", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory) -> Path:
+    """A whole one."""
+    path = tmp_path_factory.mktemp("library") / "whole.so"
+    command = ["c++", "-shared", "-fPIC", "-x", "c++", "-", "-o", path]
+    subprocess.run(command, input=b"int f() { return 0; }", check=True)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, library) -> Path:
+    """A cache folder with a whole library, and files that no compiler leaves unfinished."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    (tmp_path / "ab").mkdir()
+    shutil.copy(library, tmp_path / "ab" / "old.so")
+    (tmp_path / "ab" / "old.py").write_text("pass")
+    (tmp_path / "ab" / "empty.lock").touch()
+    return tmp_path
+
+
+@contextlib.contextmanager
+def compiler(library: Path, *names: str):
+    """A process that compiles, killed at the end."""
+    command = [sys.executable, "-c", COMPILES.format(library=str(library)), *names]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "written\n"
+            yield
+        finally:
+            process.kill()
+
+
+def names(folder: Path) -> set[str]:
+    return {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()}
+
+
+def test_unfinished_files_are_discarded_by_what_they_hold(folder, library):
+    kept = names(folder)
+    for name in ("empty.so", "empty.py", "empty.cpp", "ab/empty.main.cpp"):
+        (folder / name).touch()
+    whole = library.read_bytes()
+    for i, size in enumerate((1, 63, 64, 1000, len(whole) // 2, len(whole) - 1)):
+        (folder / f"cut{i}.so").write_bytes(whole[:size])
+    (folder / "hole.so").write_bytes(bytes(64) + whole[64:])  # the header comes last
+    cache.discard_unfinished()
+    assert names(folder) == kept
+
+
+def test_files_of_a_killed_compiler_are_discarded_and_those_of_a_live_one_stay(folder, library):
+    kept = names(folder)
+    with compiler(library, "ab/live.so"):
+        with compiler(library, "ab/dead.so", "dead.gch", "dead.py"):
+            (folder / "cut.so").write_bytes(b"\x7fELF")
+        cache.discard_unfinished()  # no whole file is suspect while another process may write it
+        added = {name for name in names(folder) - kept if not name.startswith(cache.MARKERS)}
+        assert added == {"ab/dead.so", "dead.gch", "dead.py", "ab/live.so"}
+    cache.discard_unfinished()
+    assert names(folder) == kept | {"dead.py"}  # which Inductor renames when it is whole
+
+
+@pytest.mark.parametrize("error", (KeyboardInterrupt, OSError))
+def test_a_failed_compilation_is_cleaned_up_after(folder, library, error):
+    kept = names(folder)
+    with pytest.raises(error), cache.JOURNAL.compiling():
+        shutil.copyfile(library, folder / "new.so")
+        raise error
+    assert names(folder) == kept
+    with cache.JOURNAL.compiling():
+        shutil.copyfile(library, folder / "new.so")
+    assert names(folder) == kept | {"new.so"}
+
+
+def test_torch_compile_reports_to_the_journal(folder, library):
+    """Also of a compilation that fails."""
+    seen = []
+
+    def look(x):
+        return x + 1
+
+    def backend(graph, inputs):
+        seen.append(sum(name.startswith("unfinished/") for name in names(folder)))
+        if len(seen) > 1:
+            shutil.copyfile(library, folder / "new.so")
+            raise KeyboardInterrupt
+        return graph
+
+    cfg = compile_config.CompileConfig(backend=backend)
+    for outcome in (contextlib.nullcontext(), pytest.raises(KeyboardInterrupt)):
+        with outcome:
+            compile_config.compile_function(look, "look", cfg)(torch.ones(2))
+        assert "new.so" not in names(folder) and "unfinished" not in str(names(folder))
+    assert seen == [1, 1]

@@ -119,3 +119,33 @@ def test_a_missing_compiler_for_cpu_is_named(monkeypatch):
 
     monkeypatch.setattr(builder, "get_cpp_compiler", fail)
     assert "g++" in torch_private.missing_cpu_toolchain()
+
+
+SCRIPTS = {  # compilers that say their version and compile nothing
+    "fails": "#!/bin/sh\n[ $1 = --version ] && echo g++ 13 || { echo internal error >&2; exit 1; }",
+    "dies": "#!/bin/sh\n[ $1 = --version ] && echo g++ 13 || kill -9 $$",
+    "writes nothing": "#!/bin/sh\necho g++ 13",
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_compiler_that_does_not_work_is_missing(monkeypatch, tmp_path, name):
+    (tmp_path / "g++").write_text(SCRIPTS[name])
+    (tmp_path / "g++").chmod(0o755)
+    monkeypatch.setattr(builder, "get_cpp_compiler", lambda: str(tmp_path / "g++"))
+    lacks = torch_private.missing_cpu_toolchain()
+    assert "a C++ compiler that works" in lacks and "\n" not in lacks
+
+
+@pytest.mark.parametrize("name", ("{}/file", "{}/file/cache", "/proc/cache", "/sys/kernel"))
+def test_a_cache_folder_that_cannot_be_used_is_named(monkeypatch, tmp_path, name):
+    (tmp_path / "file").touch()
+    path = name.format(tmp_path)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(path))
+    lacks = torch_private.missing_cpu_toolchain()
+    assert path in lacks and "TORCHINDUCTOR_CACHE_DIR" in lacks and "\n" not in lacks
+
+
+def test_a_disabled_compiler_is_missing(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "disable", True)
+    assert "TORCH_COMPILE_DISABLE" in torch_private.missing_cpu_toolchain()
