@@ -538,7 +538,7 @@ def run(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.main("bench.cpu", run, argv)
+    return cli.main("bench.cpu", run, argv, outlives_reader=True)
 
 
 if __name__ == "__main__":

@@ -283,4 +283,4 @@ def run(argv: list[str] | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main("bench.gpu", run, None))
+    sys.exit(cli.main("bench.gpu", run, None, outlives_reader=True))

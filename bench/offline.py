@@ -348,4 +348,4 @@ def run(argv: list[str] | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main("bench.offline", run, None))
+    sys.exit(cli.main("bench.offline", run, None, outlives_reader=True))

@@ -226,4 +226,4 @@ def run(argv: list[str] | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main("bench.tune", run, None))
+    sys.exit(cli.main("bench.tune", run, None, outlives_reader=True))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable
+from typing import TextIO
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,22 +32,91 @@ class Progress:
         sys.stderr.flush()
 
 
+class LastingStream(io.TextIOBase):
+    """A stream that goes on to another one, or to nowhere, when its reader has left."""
+
+    def __init__(self, stream: TextIO, then: TextIO | None = None):
+        self.stream = stream
+        self.then = then
+
+    def write(self, text: str) -> int:
+        return self._try("write", text)
+
+    def flush(self) -> None:
+        self._try("flush")
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
+
+    def isatty(self) -> bool:
+        return self.stream.isatty()
+
+    def _try(self, method: str, *args):
+        try:
+            return getattr(self.stream, method)(*args)
+        except BrokenPipeError:
+            _redirect_to_nowhere(self.stream)  # it holds text that Python flushes at the end
+            if self.then is not None:
+                self.stream, self.then = self.then, None
+            return self._try(method, *args)
+
+
+def _redirect_to_nowhere(stream: TextIO) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def open_standard_streams() -> None:
+    """Open those that were closed (`>&-`), before a file takes their number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Of Python, of torch on a GPU (torch.OutOfMemoryError), or of torch on CPU."""
+    of_torch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or of_torch
+
+
 def main(
-    program: str, run: Callable[[list[str] | None], int | None], argv: list[str] | None
+    program: str,
+    run: Callable[[list[str] | None], int | None],
+    argv: list[str] | None,
+    outlives_reader: bool = False,
 ) -> int:
     """Exit code: of run(argv), None being 0; 2 after a one-line message on bad input; 130 when
     interrupted.
+
+    outlives_reader   work on when nobody reads standard output any more, whose lines then go to
+                      standard error; else end, exit code 0
     """
     # Huge pages for tensors on CPU: training is faster.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    open_standard_streams()
+    standard = sys.stdout, sys.stderr
+    for stream in standard:
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may lack a character
+            stream.reconfigure(errors="replace")
+    if outlives_reader:
+        sys.stderr = LastingStream(sys.stderr)
+        sys.stdout = LastingStream(sys.stdout, then=sys.stderr)
     try:
-        return run(argv) or 0
+        status = run(argv) or 0
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _redirect_to_nowhere(sys.stdout)
         return 0
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"{program}: out of memory: take a shorter context or fewer rows", file=sys.stderr)
+        return 2
+    finally:
+        sys.stdout, sys.stderr = standard

@@ -1,0 +1,85 @@
+"""The command lines and their standard streams: readers that leave, streams that are closed,
+terminals that lack characters, memory that runs out.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tools import cli
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TRAIN = "train_step.py --steps 6 --batch 2 --seq-len 48 --compile eager --cache {0}/c --out {0}/o"
+GENERATE = "generate.py --max-new-tokens 3 --no-compile"
+
+
+def shell(line: str, folder: Path, **env: str) -> subprocess.CompletedProcess:
+    """A line of shell in which `python` is this one; {0} is the folder."""
+    line = line.format(folder).replace("python", sys.executable)
+    return subprocess.run(
+        ["bash", "-c", line], cwd=ROOT, env=os.environ | env, capture_output=True, text=True
+    )
+
+
+def test_training_outlives_the_reader_of_its_output(tmp_path):
+    done = shell(f"python {TRAIN} | head -n 1; exit ${{{{PIPESTATUS[0]}}}}", tmp_path)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 1
+    assert f"saved {tmp_path}/o" in done.stderr.splitlines()
+    assert (tmp_path / "o" / "model.safetensors").exists()
+
+
+def test_training_outlives_the_reader_of_both_streams(tmp_path):
+    done = shell(f"python {TRAIN} 2>&1 | head -n 1; exit ${{{{PIPESTATUS[0]}}}}", tmp_path)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 1
+    assert (tmp_path / "o" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("streams", (">&- 2>&-", "<&- >&- 2>&-"))
+@pytest.mark.parametrize("line", (TRAIN, GENERATE), ids=("train", "generate"))
+def test_closed_streams_are_nothing_to_stop_for(tmp_path, line, streams):
+    done = shell(f"python {line} {streams}", tmp_path)
+    assert done.returncode == 0 and "Traceback" not in done.stdout + done.stderr
+    assert line == GENERATE or (tmp_path / "o" / "model.safetensors").exists()
+
+
+def test_text_ends_with_its_reader(tmp_path):
+    line = f"python {GENERATE} --max-new-tokens 100 | head -n 1; exit ${{{{PIPESTATUS[0]}}}}"
+    done = shell(line, tmp_path)
+    assert done.returncode == 0 and done.stdout == "KING RICHARD.\n"
+    assert "Traceback" not in done.stderr and "Broken" not in done.stderr
+
+
+@pytest.mark.parametrize("encoding", ("ascii", "latin-1"))
+def test_a_terminal_without_a_character_shows_another(tmp_path, encoding):
+    code = "import sys; from tools import cli; cli.main('', lambda _: print('a\u2603b'), None)"
+    done = shell(f'python -c "{code}"', tmp_path, PYTHONIOENCODING=encoding)
+    assert (done.returncode, done.stdout) == (0, "a?b\n")
+
+
+def run_out(kind: str):
+    if kind == "python":
+        raise MemoryError
+    if kind == "cuda":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
+    torch.empty(1 << 60, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("kind", ("python", "cuda", "cpu"))
+def test_memory_that_runs_out_is_one_line(capsys, kind):
+    assert cli.main("x.py", lambda _: run_out(kind), None) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("x.py: out of memory: ")
+
+
+def test_other_errors_of_the_program_are_not_taken_for_it():
+    def fail(_):
+        raise RuntimeError("a mistake of ours")
+
+    with pytest.raises(RuntimeError, match="mistake of ours"):
+        cli.main("x.py", fail, None)
