@@ -228,6 +228,8 @@ def load(
 
     model.to_empty(device=device)
     model.source = folder.path
+    if device.type == "meta":
+        return model
     tensors = checkpoint_tensors(model)
     for name in progress({name: t.view.nbytes for name, t in tensors.items()}, "loading"):
         view = tensors[name].view

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 import config
 import model_sizes
-from ops.formats import fake_quant_ste
+from ops.formats import fake_quant_ste, keep_islands
 from ops.hadamard import hadamard
 from ops.indexer_loss import indexer_recall
 from ops.registry import Table, require
@@ -75,7 +75,7 @@ class ModelArgs:
     max_seq_len: int = 1048576
     expert_dtype: str | None = "fp4"
     bos_id: int = 0
-    eos_id: int = 1
+    eos_id: int | tuple[int, ...] = 1  # any of them ends a text
     act_quant: bool = False
     expert_qat: str | None = None
 
@@ -768,8 +768,9 @@ class Transformer(nn.Module):
             self.freqs = layer_frequencies(self.args).to(self.embed.weight.device)
 
     def _apply(self, fn, recurse=True):
-        """Moves and casts leave frequencies in fp32; caches are emptied and keep their dtypes."""
-        super()._apply(fn, recurse)
+        """Moves and casts keep fp32 islands and frequencies; caches are emptied, not cast."""
+        with keep_islands(self, fn):
+            super()._apply(fn, recurse)
         self._fill_freqs()
         if self.cache_size:
             self.setup_caches(*self.cache_size)
@@ -869,8 +870,7 @@ class Transformer(nn.Module):
         run_block      run_block(function, *args) calls the embedding and each block: the seam
                        for code that compiles or wraps them
         """
-        positions = input_pos, lengths, doc_ids
-        tokens, plan, X = run_block(self.embed_inputs, tokens, *positions, aux)
+        tokens, plan, X = run_block(self.embed_inputs, tokens, input_pos, lengths, doc_ids, aux)
         aux_outputs = []
         for layer in self.layers:
             X, layer_aux = run_block(layer, X, tokens, plan)

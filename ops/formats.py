@@ -12,11 +12,39 @@ eagerly or traced, on any device; triton/formats.py is the same inside Triton ke
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 E4M3_MAX = 448.0
 E2M1_MAX = 6.0
+
+
+@contextlib.contextmanager
+def keep_islands(model: nn.Module, cast: Callable):
+    """Around model._apply(cast): parameters that a model keeps in fp32, whatever its dtype, return
+    to their values: all vectors, the hyper-connections' fn, the compressors' ape.
+
+    Casts to fp32 and fp64 are for them, too. ValueError for a cast of packed weights.
+    """
+    before = {name: p.data for name, p in model.named_parameters()}
+    packed = any(p.dtype.itemsize == 1 for p in before.values())
+    device = next(iter(before.values())).device
+    half, single = (torch.empty(0, dtype=t, device=device) for t in (torch.bfloat16, torch.float32))
+    casts = cast(half).dtype != half.dtype or cast(single).dtype != single.dtype
+    if casts and packed:
+        raise ValueError(
+            "packed FP4 and FP8 weights cannot be cast: choose dtype in load(), "
+            'or load with weights="dequant"'
+        )
+    yield
+    if cast(single).dtype.itemsize < single.dtype.itemsize:
+        for name, p in model.named_parameters():
+            if p.dim() == 1 or name.endswith(("_fn", ".ape")):
+                p.data = before[name].to(p.device)
 
 
 def pow2_ceil(x: torch.Tensor) -> torch.Tensor:
