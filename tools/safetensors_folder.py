@@ -54,6 +54,9 @@ class Folder:
 
     tensors  name -> TensorInfo      files  name -> the file that holds it
     note     one line that the user should know about a sound folder, or empty
+
+    Other tools' spellings are read as ours: `weight_scale_inv` for `scale`, and the bytes of e8m0
+    scales and of packed FP4 weights as U8.
     """
 
     def __init__(self, path):
@@ -61,6 +64,7 @@ class Folder:
         self.tensors: dict[str, TensorInfo] = {}
         self.files: dict[str, Path] = {}
         self.note = ""
+        self._stored_names: dict[str, str] = {}
         self._handles = {}
         index = self.path / INDEX
         if not index.exists():
@@ -69,7 +73,7 @@ class Folder:
         weight_map = read_weight_map(index)
         for file in sorted(set(weight_map.values())):
             self._read_header(self.path / file)
-        held = {name: file.name for name, file in self.files.items()}
+        held = {self._stored_names[name]: file.name for name, file in self.files.items()}
         if held != weight_map:
             name = min(held.items() ^ weight_map.items())[0]
             raise CheckpointError(
@@ -86,21 +90,48 @@ class Folder:
         except FileNotFoundError:
             raise CheckpointError(f"{file}: missing; is the download complete?") from None
         except (SafetensorError, OSError) as error:
+            if is_lfs_pointer(file):
+                raise CheckpointError(
+                    f"{file}: is a Git LFS pointer, not the file itself; run git lfs pull in its "
+                    "folder, or hf download"
+                ) from None
             raise CheckpointError(
                 f"{file}: damaged or incomplete ({error}); download it again"
             ) from None
-        for name, header in headers.items():
+        for stored, header in headers.items():
+            name = stored
+            if stored.endswith(".weight_scale_inv"):
+                name = stored.removesuffix("weight_scale_inv") + "scale"
             dtype = header.get_dtype()
             if dtype not in DTYPES:
                 raise CheckpointError(
-                    f"{file}: tensor '{name}' is {dtype}, which no V4 release uses; convert it"
+                    f"{file}: tensor '{stored}' is {dtype}, which no V4 release uses; convert it"
                 )
-            self.tensors[name] = TensorInfo(DTYPES[dtype], tuple(header.get_shape()))
+            if name in self.tensors:
+                raise CheckpointError(f"{file}: tensor '{name}' is there twice; keep one")
+            self.tensors[name] = TensorInfo(_true_dtype(name, dtype), tuple(header.get_shape()))
             self.files[name] = file
+            self._stored_names[name] = stored
 
     def get(self, name: str) -> torch.Tensor:
         """Read one tensor into host memory."""
-        return self._handles[self.files[name]].get_tensor(name)
+        stored = self._handles[self.files[name]].get_tensor(self._stored_names[name])
+        return stored.view(self.tensors[name].dtype)
+
+
+def _true_dtype(name: str, stored: str) -> torch.dtype:
+    """Of the values that a file has as dtype `stored`."""
+    if stored == "U8" and name.endswith(".scale"):
+        return torch.float8_e8m0fnu
+    if stored == "U8" and name.endswith(".weight"):
+        return torch.int8  # two FP4 codes
+    return DTYPES[stored]
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether a file holds the few lines by which Git LFS stands in for a large one."""
+    with open(file, "rb") as opened:
+        return opened.read(24) == b"version https://git-lfs."
 
 
 def read_weight_map(index: Path) -> dict[str, str]:

@@ -20,6 +20,7 @@ import checkpoint
 from checkpoint import CheckpointError, load, main, save
 from model import ModelArgs, Transformer
 from ops.formats import dequantize_fp4, dequantize_fp8, quantize_fp4, quantize_fp8
+from tokenizer import load_tokenizer
 from tools.released_layout import empty_model, layout
 
 E8M0 = torch.float8_e8m0fnu
@@ -617,6 +618,62 @@ def test_errors_are_one_line_that_names_the_culprit(name, damage, message, copy,
         assert main([*command, str(folder), str(tmp_path / "out")]) == 2
         assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "out").exists()
     assert main(["inspect", str(folder)]) == 2
+
+
+def _inverse(tensors):
+    """DeepSeek-V3's name of scales."""
+    for name in [name for name in tensors if name.endswith(".scale")]:
+        tensors[f"{name.removesuffix('scale')}weight_scale_inv"] = tensors.pop(name)
+
+
+def _bytes(tensors):
+    """All tensors of one-byte dtypes that few tools know, as their bytes."""
+    for name, tensor in tensors.items():
+        if tensor.dtype in (E8M0, torch.int8):
+            tensors[name] = tensor.view(torch.uint8)
+
+
+@pytest.mark.parametrize("spell", ((_inverse,), (_bytes,), (_inverse, _bytes)))
+@pytest.mark.parametrize("name", ("fp4", "shards"))
+def test_other_spellings_of_scales_and_bytes_are_read(copy, folders, tmp_path, name, spell):
+    folder = copy(name)
+    for change in spell:
+        for file in folder.glob("*.safetensors"):
+            edit(folder, change, file.name)
+    index = folder / "model.safetensors.index.json"
+    if index.exists() and _inverse in spell:
+        index.write_text(index.read_text().replace(".scale", ".weight_scale_inv"))
+    for weights in ("dequant", "native"):
+        want = load(folders / name, weights=weights).state_dict()
+        got = load(folder, weights=weights).state_dict()
+        assert all(torch.equal(got[key], t) for key, t in want.items())
+    assert main(["convert", str(folder), str(tmp_path / "out")]) == 0
+    assert main(["convert", str(folders / name), str(tmp_path / "same")]) == 0
+    out, same = (load_file(tmp_path / part / "model.safetensors") for part in ("out", "same"))
+    assert out.keys() == same.keys() and all(torch.equal(out[key], same[key]) for key in same)
+
+
+def test_a_scale_that_is_there_twice_is_refused(copy):
+    folder = copy("fp4")
+    name = next(name for name in load_file(folder / "model.safetensors") if name.endswith(".scale"))
+    again = f"{name.removesuffix('scale')}weight_scale_inv"
+    edit(folder, lambda tensors: tensors.__setitem__(again, tensors[name].clone()))
+    with pytest.raises(CheckpointError, match=f"'{name}' is there twice"):
+        load(folder)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3\n"
+
+
+def test_a_pointer_of_git_lfs_is_said_to_be_one(copy):
+    folder = copy("fp4")
+    (folder / "model.safetensors").write_bytes(POINTER)
+    with pytest.raises(CheckpointError, match="model.safetensors: is a Git LFS pointer.*download"):
+        load(folder)
+    for name in ("tokenizer.json", "tokenizer.model"):
+        (folder / name).write_bytes(POINTER)
+        with pytest.raises(ValueError, match=f"{name}: is a Git LFS pointer.*hf download"):
+            load_tokenizer(folder / name)
 
 
 def test_nothing_is_read_before_all_is_checked(copy, monkeypatch):
