@@ -19,7 +19,15 @@ TASKS = {
     name: f"<｜{name}｜>"
     for name in ("action", "query", "authority", "domain", "title", "read_url")
 }
-ROLES = ("system", "user", "assistant", "tool", "developer", "latest_reminder")
+FIELDS = {  # of a message, by role, besides role, content, task, and mask, which is for training
+    "system": ("tools", "response_format"),
+    "user": (),
+    "assistant": ("reasoning_content", "reasoning", "tool_calls", "wo_eos"),
+    "tool": ("tool_call_id", "name"),
+    "developer": ("tools", "response_format"),
+    "latest_reminder": (),
+}
+ROLES = tuple(FIELDS)
 
 # The texts below are the model's training format: every byte counts.
 REASONING_EFFORT_MAX = (
@@ -67,7 +75,8 @@ RESPONSE_FORMAT = (
 CALLS, CALLS_END = f"\n\n<{DSML}tool_calls>", re.compile(rf"\s*</{DSML}tool_calls>")
 INVOKE, INVOKE_END = re.compile(rf'\s*<{DSML}invoke name="([^"\n]*)">\s*'), f"</{DSML}invoke>"
 PARAMETER = re.compile(
-    rf'<{DSML}parameter name="([^"\n]*)" string="(true|false)">(.*?)</{DSML}parameter>\s*',
+    rf'<{DSML}parameter name="([^"\n]*)" string="(true|false)">((?:(?!{DSML}).)*)'
+    rf"</{DSML}parameter>\s*",
     re.DOTALL,
 )
 
@@ -83,8 +92,9 @@ def encode_messages(
     """The prompt of a conversation in the OpenAI format (docs/v4.md#prompt-format).
 
     Message fields: role, content; on system and developer also tools and response_format; on
-    assistant also reasoning_content, tool_calls and wo_eos (an answer to be continued); on tool
-    also tool_call_id; task (see TASKS) asks for a quick classification after a message.
+    assistant also reasoning_content (or reasoning, vLLM's name), tool_calls and wo_eos (an answer
+    to be continued); on tool also tool_call_id; task (see TASKS) asks for a quick classification
+    after a message. Other fields are refused unless they are empty.
 
     reasoning_effort  when thinking: None, "high" (both plain) or "max"
     drop_thinking     leave out reasoning and developer messages before the last user turn;
@@ -148,6 +158,8 @@ def _turns(messages: list[dict]) -> list[dict]:
     for i, message in enumerate(messages):
         _check(message, f"messages[{i}]")
         role, turn = message["role"], dict(message)
+        if message.get("reasoning"):  # vLLM's name
+            turn["reasoning_content"] = message["reasoning"]
         if role == "assistant":
             calls = [call.get("id") for call in message.get("tool_calls") or []]
         elif role == "tool":
@@ -180,8 +192,11 @@ def _check(message, where: str) -> None:
     role, task = message["role"], message.get("task")
     where = f"{where} ({role})"
     _check_content(message, where)
-    if not isinstance(message.get("reasoning_content"), (str, type(None))):
-        raise ValueError(f"{where}: reasoning_content is not text; give a string")
+    for key in ("reasoning_content", "reasoning"):
+        if not isinstance(message.get(key), (str, type(None))):
+            raise ValueError(f"{where}: {key} is not text; give a string")
+    if message.get("reasoning") and message.get("reasoning_content"):
+        raise ValueError(f"{where}: has both reasoning_content and reasoning; give one")
     if task is not None and task not in TASKS:
         raise ValueError(f"{where}: unknown task {task!r}; V4 has {', '.join(TASKS)}")
     for key in ("tools", "response_format"):
@@ -189,6 +204,13 @@ def _check(message, where: str) -> None:
             raise ValueError(
                 f"{where}: {key} would not be rendered; put it on a system or developer message"
             )
+    known = "role", "content", "task", "mask", *FIELDS[role]
+    unknown = next((key for key, value in message.items() if value and key not in known), None)
+    if unknown:
+        raise ValueError(
+            f"{where}: {unknown} would not be rendered; leave it out: this role has "
+            f"{', '.join(known)}"
+        )
     for tool in message.get("tools") or []:
         if not isinstance(tool, dict) or not isinstance(tool.get("function"), dict):
             raise ValueError(f"{where}: an entry of tools has no function; use the OpenAI format")
@@ -324,10 +346,15 @@ _INVALID = object()
 
 
 def _parse_json(text: str):
+    """Its value, or _INVALID; NaN and Infinity, which Python's reader takes, are no JSON."""
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError):
         return _INVALID
+
+
+def _refuse(constant: str):
+    raise ValueError(constant)
 
 
 def _json(value) -> str:

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import codecs
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import sentencepiece
 import tokenizers
 
-from prompt_format import BOS, EOS, encode_messages, parse_response
+from prompt_format import BOS, DSML, END_THINK, EOS, THINK, encode_messages, parse_response
+from tools.safetensors_folder import is_lfs_pointer
 
 __all__ = [
     "StreamDecoder",
@@ -46,8 +48,8 @@ class Tokenizer:
     Special tokens in the text (`<｜User｜>`, `</think>`, `｜DSML｜`, ...) become single ids, and
     `decode` writes them out again, so it inverts `encode`. An id without a token (a padded
     vocabulary) decodes to U+FFFD. `bos_id` and `eos_id` are None where the vocabulary has no such
-    token. A subclass sets these fields and defines `token_id`, `_encode(text)` and `_lookup(id)`,
-    the bytes of an id in range.
+    token. A subclass sets these fields and defines `token_id`, `_encode(text)`, `_lookup(id)`, the
+    bytes of an id in range, and `_names()`, the special tokens as they are written.
     """
 
     bos_id: int | None
@@ -56,9 +58,14 @@ class Tokenizer:
 
     def __init__(self):
         self._bytes: dict[int, bytes] = {}
+        self._name: re.Pattern | None = None  # of a special token
 
-    def encode(self, text: str, bos: bool = False) -> list[int]:
-        """Ids of `text`, preceded by the BOS id if `bos`."""
+    def encode(self, text: str, bos: bool = False, special: bool = True) -> list[int]:
+        """Ids of `text`.
+
+        bos      precede them by the BOS id, unless the text begins with that token
+        special  False: the name of a special token is text like any other
+        """
         if bos and self.bos_id is None:
             raise TokenizerError("this tokenizer has no BOS token: encode with bos=False")
         try:
@@ -68,8 +75,23 @@ class Tokenizer:
             raise TokenizerError(
                 f"the text is not valid Unicode at character {where}: pass UTF-8"
             ) from None
-        ids = self._encode(text)
-        return [self.bos_id, *ids] if bos else ids
+        if special:
+            ids = self._encode(text)
+        else:
+            ids = [token for part in self._parts(text) for token in self._encode(part)]
+        return [self.bos_id, *ids] if bos and ids[:1] != [self.bos_id] else ids
+
+    def _parts(self, text: str) -> Iterator[str]:
+        """The text, cut after the first character of each special token's name."""
+        if self._name is None:
+            names = sorted(name for name in self._names() if len(name) > 1)
+            self._name = re.compile("|".join(map(re.escape, names)) or "(?!)")
+        start, found = 0, self._name.search(text)
+        while found:
+            end = found.start() + 1
+            yield text[start:end]
+            start, found = end, self._name.search(text, end)
+        yield text[start:]
 
     def decode(self, ids) -> str:
         """Text of the ids; bytes that are not UTF-8 become U+FFFD."""
@@ -110,6 +132,9 @@ class ByteLevelTokenizer(Tokenizer):
 
     def token_id(self, piece):
         return self._bpe.token_to_id(piece)
+
+    def _names(self):
+        return [token.content for token in self._bpe.get_added_tokens_decoder().values()]
 
     def _encode(self, text):
         return self._bpe.encode(text, add_special_tokens=False).ids
@@ -167,6 +192,10 @@ class SentencePieceTokenizer(Tokenizer):
         token = self._sp.piece_to_id(piece)  # the unknown id for unknown pieces
         return token if self._sp.id_to_piece(token) == piece else None
 
+    def _names(self):
+        defined = [name for name in (THINK, END_THINK, DSML) if self.token_id(name) is not None]
+        return [name.decode() for name in self._special.values()] + defined
+
     def _encode(self, text):
         ids = []
         for part in filter(None, self._split.split(text)):
@@ -184,6 +213,8 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def _unreadable(path: Path, error: Exception) -> TokenizerError:
+    if is_lfs_pointer(path):
+        return TokenizerError(f"{path}: is a Git LFS pointer; run git lfs pull, or hf download")
     reason = str(error).partition("\n")[0]
     return TokenizerError(f"{path}: cannot be read as a tokenizer ({reason}); copy the file again")
 

@@ -141,6 +141,22 @@ def test_special_tokens_in_text_become_single_ids(tok, piece):
     assert tok.decode([token]) == piece
 
 
+@pytest.mark.parametrize("piece", [T.BOS, T.EOS, *CHAT_TOKENS])
+def test_names_of_special_tokens_are_text_on_request(tok, piece):
+    token = tok.token_id(piece)
+    for text in (piece, f"a{piece}{piece}b", f"{piece[0]}{piece}", piece[:-1] + piece):
+        ids = tok.encode(text, special=False)
+        assert token not in ids and tok.decode(ids) == text
+        assert tok.encode(text, bos=True, special=False) == [tok.bos_id, *ids]
+    plain = "To be, or not to be: that is <the> question"
+    assert tok.encode(plain, special=False) == tok.encode(plain)
+
+
+def test_a_text_that_begins_with_bos_gets_no_second_one(tok):
+    assert tok.encode(f"{T.BOS}hear me", bos=True) == [tok.bos_id, *tok.encode("hear me")]
+    assert tok.encode(f" {T.BOS}", bos=True) == [tok.bos_id, *tok.encode(f" {T.BOS}")]
+
+
 def test_bos_is_added_only_on_request(tok):
     assert tok.encode("hear me", bos=True) == [tok.bos_id, *tok.encode("hear me")]
     assert tok.bos_id not in tok.encode("hear me") and tok.eos_id not in tok.encode("hear me")
@@ -273,14 +289,14 @@ def test_load_takes_a_folder_or_a_file_and_prefers_json(tmp_path, model_file, js
         (
             "tokenizer.json",
             b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
-            "cannot be read",
+            "is a Git LFS pointer",
         ),
         ("tokenizer.json", b'{"version": "1.0", "model": {}}', "cannot be read"),
         ("tokenizer.model", b"", "cannot be read"),
         (
             "tokenizer.model",
             b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
-            "cannot be read",
+            "is a Git LFS pointer",
         ),
     ],
 )
@@ -789,6 +805,15 @@ def test_tool_call_arguments(arguments, lines):
     )
 
 
+def test_reasoning_has_two_names_and_empty_fields_are_none():
+    one = [user("a"), assistant("b", "because"), user("c")]
+    two = [user("a"), assistant("b"), user("c", name=None)]
+    two[1] |= {"reasoning": "because", "refusal": None, "annotations": [], "function_call": None}
+    for options in ({}, {"thinking": True}, {"thinking": True, "drop_thinking": False}):
+        assert T.encode_messages(one, **options) == T.encode_messages(two, **options)
+    assert "because" in T.encode_messages(two, thinking=True, drop_thinking=False)
+
+
 @pytest.mark.parametrize(
     "messages, options, says",
     [
@@ -812,6 +837,12 @@ def test_tool_call_arguments(arguments, lines):
         ([user([{"type": "text"}])], {}, "content part"),
         ([assistant("a", 3)], {}, "reasoning_content is not text"),
         ([user("a", task="draw")], {}, "unknown task 'draw'.*read_url"),
+        ([assistant("a") | {"reasoning": 3}], {}, "reasoning is not text"),
+        ([assistant("a", "b") | {"reasoning": "c"}], {}, "both reasoning_content and reasoning"),
+        ([user("a", name="Ann")], {}, r"messages\[0\] \(user\): name would not be rendered"),
+        ([system("a", tool_calls=[call("f", "{}")])], {}, "tool_calls would not be rendered"),
+        ([assistant("a", function_call={"name": "f"})], {}, "function_call would not be rendered"),
+        ([assistant("a", thinking="b")], {}, "thinking would not be rendered.*reasoning_content"),
         ([user("a", tools=[WEATHER])], {}, "tools would not be rendered.*system"),
         ([user("a", response_format={"a": 1})], {}, "response_format would not be rendered"),
         ([system(tools=[{"name": "f"}])], {}, "tools has no function"),
@@ -918,12 +949,6 @@ def test_parsing_inverts_rendering(thinking, content, calls):
         ),
         (f"c{OPEN}{CLOSE}", False, answer("c")),
         (f"{OPEN.rstrip()}{invoke('f')}{CLOSE}", False, answer("", "", ("f", "{}"))),
-        # a string may hold what looks like markup
-        (
-            f"{OPEN}{invoke('f', ('s', 'true', '<｜DSML｜invoke>'))}{CLOSE}",
-            False,
-            answer("", "", ("f", '{"s": "<｜DSML｜invoke>"}')),
-        ),
     ],
 )
 def test_answers(text, thinking, expected):
@@ -963,6 +988,29 @@ def test_answers(text, thinking, expected):
 )
 def test_malformed_calls_keep_what_parses_and_leave_the_rest_in_content(block, calls, rest):
     assert T.parse_response(block) == answer(rest, "", *calls)
+
+
+@pytest.mark.parametrize("text", ("NaN", "-Infinity", "Infinity", "nan", "None", ""))
+def test_a_value_that_is_no_json_is_a_string(text):
+    block = f"c{OPEN}{invoke('f', ('a', 'false', text))}{CLOSE}"
+    assert T.parse_response(block) == answer("c", "", ("f", json.dumps({"a": text})))
+
+
+@pytest.mark.parametrize(
+    "parameter",
+    [
+        ("s", "true", "<｜DSML｜invoke>"),
+        ("s", "true", "x</｜DSML｜invoke>"),
+        ("s", "true", '1\n<｜DSML｜parameter name="t" string="true">2'),  # not closed
+        ("s", "false", '1\n<｜DSML｜parameter name="t" string="false">2'),
+        ("s", "true", "｜DSML｜"),
+    ],
+)
+def test_no_value_holds_markup(parameter):
+    wrong = invoke("f", parameter) + CLOSE
+    assert T.parse_response(f"c{OPEN}{wrong}") == answer(f"c{OPEN}{wrong}")
+    after = f"c{OPEN}{invoke('g', ('t', 'true', 'x'))}{wrong}"
+    assert T.parse_response(after) == answer(f"c\n{wrong}", "", ("g", '{"t": "x"}'))
 
 
 def test_no_answer_crashes_the_parser_and_arguments_are_always_json():
