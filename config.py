@@ -1,8 +1,8 @@
 """Reading, checking and writing `config.json`, dicts to dicts: `ModelArgs` (model.py) stands on it.
 
-Two dialects are read: the released file with Hugging Face keys, and the official inference config,
-whose names ModelArgs uses. `fields` is a dict of ModelArgs' fields. Every error is a ValueError
-that names the key at fault.
+Three dialects are read: the released file with Hugging Face keys, Transformers 5's own
+(tools/transformers_config.py), and the official inference config, whose names ModelArgs uses.
+`fields` is a dict of ModelArgs' fields. Every error is a ValueError that names the key at fault.
 
 To add a field: a line with its default in ModelArgs, and here a line in HF_NAMES with its key, and
 its name in OPTIONAL, for files that lack the key. It is then read, written, and checked to be a
@@ -15,7 +15,10 @@ import contextlib
 import json
 import math
 import re
+import sys
 from pathlib import Path
+
+from tools.transformers_config import to_released
 
 # The kinds of attention by compression ratio (docs/v4.md#attention): 0 sees the window alone,
 # one of CSA_RATIOS the entries of overlapping windows that an indexer chooses, any other ratio all
@@ -87,6 +90,10 @@ METADATA = {  # keys that say nothing about the architecture, or are read by han
     *("initializer_range", "quantization_config", "rope_scaling", "pad_token_id", "auto_map"),
     *("_name_or_path", "max_batch_size", "scale_fmt"),
 }
+# Keys of trainers and of Transformers that change nothing here: a warning; other keys are errors
+IGNORED = re.compile(r"unsloth_\w+|router_\w+|partial_rotary_factor|\w*dropout|use_flash_attn")
+IGNORED_IF = dict(mlp_bias=False, output_router_logits=False)
+SILENT = ("partial_rotary_factor", *IGNORED_IF)  # written by Transformers each time
 MAY_BE_ZERO = ("n_hash_layers", "n_mtp_layers", "original_seq_len", "bos_id", "eos_id")
 
 
@@ -102,11 +109,20 @@ def config_file(path) -> str:
 
 @contextlib.contextmanager
 def errors_name(path):
-    """Within it ValueErrors begin with the name of the config.json."""
+    """Within it ValueErrors begin with the name of the config.json, and name its keys."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{config_file(path)}: {error}") from None
+        raise ValueError(f"{config_file(path)}: {_in_keys_of(path, str(error))}") from None
+
+
+def _in_keys_of(path, message: str) -> str:
+    """A message about fields, about the keys of a config.json."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        if "dim" in json.loads(Path(config_file(path)).read_text(encoding="utf-8")):
+            return message  # the official dialect has the fields' names
+    keys = {field: key for key, field in (HF_NAMES | HF_YARN).items() if field != key}
+    return re.sub(r"\w+", lambda word: keys.get(word[0], word[0]), message)
 
 
 def read_config(path, field_names: set[str]) -> dict:
@@ -126,12 +142,15 @@ def read_config(path, field_names: set[str]) -> dict:
 def to_fields(config: dict, field_names: set[str]) -> dict:
     """The object of a config.json, of either dialect -> fields."""
     _check_is_v4(config)
+    config = to_released(config)
     official = "dim" in config
     names = HF_NAMES
     if official:
         names = {name: name for name in field_names - SWITCHES - HF_ONLY}
     fields = {}
     for key, value in config.items():
+        if key in names and value is None and names[key] in OPTIONAL:
+            continue
         if key in names:
             fields[names[key]] = value
         elif key in HF_FIXED:
@@ -141,6 +160,9 @@ def to_fields(config: dict, field_names: set[str]) -> dict:
                 f"{key} is {value!r}, but this model has {fixed!r} (HF_FIXED in config.py): "
                 "choose another checkpoint",
             )
+        elif IGNORED.fullmatch(key) or IGNORED_IF.get(key, ...) == value:
+            if key not in SILENT:
+                print(f"config.json: {key} changes nothing here", file=sys.stderr)
         else:
             known = key in METADATA or key.startswith("dspark_")
             require(known, f"unknown key {key!r}: not a DeepSeek-V4 config")
@@ -149,6 +171,8 @@ def to_fields(config: dict, field_names: set[str]) -> dict:
     missing = sorted(k for k, name in names.items() if name not in fields and name not in OPTIONAL)
     if missing:
         raise ValueError(f"missing key {missing[0]!r}: not a complete DeepSeek-V4 config")
+    if isinstance(fields.get("eos_id"), list):
+        fields["eos_id"] = tuple(fields["eos_id"])
     fields.setdefault("expert_dtype", None)
     quantised = bool(config.get("quantization_config"))
     fields["act_quant"] = quantised or (official and config.get("dtype") == "fp8")
@@ -177,6 +201,9 @@ def check_fields(fields: dict, types: dict[str, str]) -> None:
         if types[name] in ("int", "float"):
             _check_number(name, value, types[name])
     ratios = fields["compress_ratios"]
+    eos = fields["eos_id"]
+    for token in eos if isinstance(eos, (list, tuple)) else (eos,):
+        _check_number("eos_id", token, "int")
     are_ints = isinstance(ratios, (list, tuple)) and all(type(ratio) is int for ratio in ratios)
     require(are_ints, f"compress_ratios must be a list of ints, not {ratios!r}")
     for name, only in FIXED.items():

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 
 import torch
 
@@ -112,13 +112,13 @@ class Engine:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int = 0,
-        eos_id: int | None = None,
+        eos_id: int | Sequence[int] | None = None,
     ) -> Generator[tuple[int, int], None, None]:
         """A generator of (row, token id) as tokens come, row the prompt's index in `prompts`.
 
-        A row ends with eos_id (which is given, too), after max_new_tokens, or when prompt and
-        tokens fill the context. Temperature 0 is greedy. Noise depends on seed, prompt index and
-        position alone.
+        A row ends with eos_id, or one of them (which is given, too), after max_new_tokens, or when
+        prompt and tokens fill the context. Temperature 0 is greedy. Noise depends on seed, prompt
+        index and position alone.
 
         ValueError, before anything runs, for impossible arguments. RuntimeError when a stream goes
         on after its caches were reset or given to another one.
@@ -131,7 +131,8 @@ class Engine:
         top_p_or_all = 1.0 if top_p is None else top_p
         sampling = Sampling.of(temperature, top_k_or_all, top_p_or_all, seed, self.device)
         filtered = top_k is not None or top_p is not None
-        return self._generate(prompts, max_new_tokens, eos_id, filtered, sampling)
+        eos_ids = [eos_id] if isinstance(eos_id, int) else list(eos_id or ())
+        return self._generate(prompts, max_new_tokens, eos_ids, filtered, sampling)
 
     def _check_prompts(self, prompts: list[list[int]]) -> None:
         if not prompts:
@@ -148,7 +149,7 @@ class Engine:
         self,
         prompts: list[list[int]],
         max_new_tokens: int,
-        eos_id: int | None,
+        eos_ids: list[int],
         filtered: bool,
         sampling: Sampling,
     ) -> Generator[tuple[int, int], None, None]:
@@ -160,7 +161,7 @@ class Engine:
             for prompt in prompts
         ]
         prompt_index = torch.arange(self.max_batch_size, device=self.device)
-        eos = self._tensor(-1 if eos_id is None else eos_id)
+        eos = self._tensor(eos_ids or [-1])
         prefill_args = (filtered, prompt_index, *sampling)
         decode_args = (filtered, eos, prompt_index, *sampling)
 
@@ -179,7 +180,7 @@ class Engine:
             for column in zip(*sampled, strict=True):
                 for row, new in enumerate(column):
                     if remaining[row]:
-                        remaining[row] = 0 if new == eos_id else remaining[row] - 1
+                        remaining[row] = 0 if new in eos_ids else remaining[row] - 1
                         figures["decoded"] += figures["steps"] > 0
                         yield row, new
             live = [row for row, count in enumerate(remaining) if count]
@@ -197,9 +198,8 @@ class Engine:
             figures["steps"] += self.steps_per_sync
             for row in live:
                 fed = [last[row], *sampled[row][:-1]]
-                if eos_id in fed:  # the graph froze the row there
-                    fed = fed[: fed.index(eos_id)]
-                self.cached_tokens[row] += fed
+                # The graph froze the row at the end of its text.
+                self.cached_tokens[row] += itertools.takewhile(lambda x: x not in eos_ids, fed)
 
     def _prefill(self, prompts: list[list[int]], phase_args: tuple) -> torch.Tensor:
         """Bring every row to the end of its prompt -> the token sampled after it, [B, 1]."""

@@ -125,11 +125,11 @@ def sample_decode(
     input_pos: torch.Tensor,
     lengths: torch.Tensor,
     filtered: bool,
-    eos_id: torch.Tensor,
+    eos_ids: torch.Tensor,
     prompt: torch.Tensor,
     *sampling: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> (tokens [B, 1], input_pos [B], lengths [B]) of the next step: length 0 after eos_id []."""
+    """-> (tokens [B, 1], input_pos [B], lengths [B]) of the next step: length 0 after an EOS."""
     pos = input_pos + lengths
     token = sample(logits[:, -1], prompt, pos, Sampling(*sampling), filtered)
-    return token[:, None], pos, lengths * (token != eos_id)
+    return token[:, None], pos, lengths * (token[:, None] != eos_ids).all(1)

@@ -55,6 +55,8 @@ class StreamSession:
         self.engine, self.tokenizer, self.settings = engine, tokenizer, settings
         self.out, self.stop, self.echo = out, stop, echo
         self.first_token_at: float | None = None
+        eos = settings["eos_id"]
+        self.eos_ids = (eos,) if isinstance(eos, int) else eos or ()
 
     def run(self, prompts: list[list[int]]) -> None:
         rows = len(prompts)
@@ -86,7 +88,7 @@ class StreamSession:
         """Take a row's next token: print it and see whether the row ends."""
         tokens, decoder = self.tokens[row], self.decoders[row]
         tokens.append(token)
-        if token == self.settings["eos_id"]:
+        if token in self.eos_ids:
             self.stop_reason[row] = "eos"
         elif decoder is None:
             self.printer.write(row, f"{token} ")

@@ -151,6 +151,23 @@ def test_rows_that_end_early_leave_the_others_alone(model, build):
     assert engine.stats["fed_tokens"] == 3 * 4 - ran_on
 
 
+@pytest.mark.parametrize("build", (eager, ahead_of_host))
+def test_any_of_several_tokens_ends_a_row(model, build):
+    prompts = [ids_of(n) for n in (9, 40)]
+    alone = [collect(eager(model), [prompt], 12)[0] for prompt in prompts]
+    ends = (alone[0][6], alone[1][2])
+    ended = [row[: 1 + min(row.index(x) for x in ends if x in row)] for row in alone]
+    engine = build(model, rows=2)
+    assert collect(engine, prompts, 12, eos_id=ends) == ended
+    longer = [prompt + row + ids_of(3, 1) for prompt, row in zip(prompts, ended, strict=True)]
+    assert collect(engine, longer, 6) == collect(eager(model, rows=2), longer, 6)
+    session = StreamSession(
+        eager(model, rows=2), None, dict(max_new_tokens=12, eos_id=ends), io.StringIO()
+    )
+    session.run(prompts)
+    assert session.tokens == ended and session.stop_reason == ["eos", "eos"]
+
+
 @pytest.mark.parametrize(
     "change, fed",
     (("continues", 21), ("goes back a little", 20), ("goes back far", 120), ("starts anew", 60)),
@@ -652,6 +669,12 @@ def test_an_interrupt_keeps_what_was_written(capsys, monkeypatch, tmp_path):
     assert G.main(command.split()) == 130
     texts = capsys.readouterr().out
     assert len(texts) > 4 * 30  # four rows of 30 tokens; one row would be far less
+
+
+def test_lines_of_a_prompt_file_end_at_newlines_only(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("\ufeffone\u2028two\fthree\x85four\n\nfive\r\n", encoding="utf-8", newline="")
+    assert G.read_lines(str(file)) == ["one\u2028two\fthree\x85four", "five"]
 
 
 def test_prompt_files_that_hold_nothing_are_refused(capsys, tmp_path):

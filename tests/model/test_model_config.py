@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+import transformers
 
 from config import HF_NAMES, HF_YARN, SWITCHES
 from model import ModelArgs, Transformer
@@ -154,6 +155,68 @@ def test_written_configs_are_read_back(tmp_path, args):
     assert read(tmp_path, args.to_hf()) == args
 
 
+@pytest.mark.parametrize("key", ("eos_token_id", "num_nextn_predict_layers", "expert_dtype"))
+def test_null_is_the_default_of_an_optional_key(tmp_path, key):
+    assert read(tmp_path, RELEASED_FLASH | {key: None}) == read(
+        tmp_path, without(RELEASED_FLASH, key)
+    )
+
+
+def test_several_tokens_may_end_a_text(tmp_path):
+    args = read(tmp_path, RELEASED_FLASH | {"eos_token_id": [1, 128804]})
+    assert args.eos_id == (1, 128804) and read(tmp_path, args.to_hf()).eos_id == args.eos_id
+
+
+@pytest.mark.parametrize(
+    "key, value, warned",
+    [
+        ("router_aux_loss_coef", 0.001, True),
+        ("router_jitter_noise", 0.0, True),
+        ("unsloth_version", "2026.1", True),
+        ("unsloth_fixed", True, True),
+        ("mlp_bias", False, False),
+        ("output_router_logits", False, False),
+    ],
+)
+def test_keys_that_change_nothing_are_warned_of(tmp_path, capsys, key, value, warned):
+    args = read(tmp_path, RELEASED_FLASH | {key: value})
+    assert args == read(tmp_path, RELEASED_FLASH)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"config.json: {key} changes nothing here"] * warned
+
+
+def transformers_config(args: ModelArgs) -> dict:
+    """The config.json of Transformers' own class."""
+    known = without(args.to_hf(), "architectures", "model_type")
+    return json.loads(transformers.DeepseekV4Config(**known).to_json_string())
+
+
+@pytest.mark.parametrize("args", (ModelArgs.flash(), ModelArgs.pro(), ModelArgs.debug()))
+def test_transformers_own_configs_are_read(tmp_path, args):
+    config = transformers_config(args)
+    assert "layer_types" in config and "compress_ratios" not in config
+    assert read(tmp_path, config) == args
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"layer_types": ["full_attention"] * 43}, "layer_types holds 'full_attention'"),
+        ({"mlp_layer_types": ["moe", "hash_moe"] + ["moe"] * 41}, "mlp_layer_types"),
+        ({"rope_parameters": {"main": {}, "compress": {"rope_type": "linear"}}}, "'linear'"),
+        (
+            {"rope_parameters": {"compress": {"rope_type": "yarn", "attention_factor": 1.3}}},
+            "attention_factor is 1.3",
+        ),
+        ({"rope_parameters": {"compress": {"rope_type": "yarn", "factor": 2}}}, "original_max"),
+    ],
+)
+def test_transformers_configs_of_other_models_are_one_line(tmp_path, change, named):
+    with pytest.raises(ValueError, match=named) as error:
+        read(tmp_path, transformers_config(ModelArgs.flash()) | change)
+    assert "\n" not in str(error.value) and "config.json" in str(error.value)
+
+
 def test_every_field_is_a_key_or_named_as_none():
     """A field without a key would be lost by saving."""
     fields = {field.name for field in dataclasses.fields(ModelArgs)}
@@ -188,15 +251,20 @@ def test_older_and_later_flash_configs_are_read(tmp_path):
             "hidden_act is 'gelu', but this model has 'silu'",
         ),
         (RELEASED_FLASH | {"tie_word_embeddings": True}, "tie_word_embeddings"),
-        (RELEASED_FLASH | {"scoring_func": "sigmoid"}, "score_func"),
+        (RELEASED_FLASH | {"scoring_func": "sigmoid"}, "scoring_func must"),
         (RELEASED_FLASH | {"n_shared_experts": 2}, "n_shared_experts"),
-        (RELEASED_FLASH | {"hidden_size": "wide"}, "dim"),
+        (RELEASED_FLASH | {"hidden_size": "wide"}, "hidden_size must"),
         (RELEASED_FLASH | {"hc_mult": 0}, "hc_mult"),
-        (RELEASED_FLASH | {"hidden_size": 96.5}, "dim"),
-        (RELEASED_FLASH | {"num_hidden_layers": "43"}, "n_layers"),
-        (RELEASED_FLASH | {"num_nextn_predict_layers": None}, "n_mtp_layers"),
-        (RELEASED_FLASH | {"rms_norm_eps": "x"}, "norm_eps"),
-        (RELEASED_FLASH | {"routed_scaling_factor": float("inf")}, "route_scale"),
+        (RELEASED_FLASH | {"hidden_size": 96.5}, "hidden_size must"),
+        (RELEASED_FLASH | {"num_hidden_layers": "43"}, "num_hidden_layers must"),
+        (RELEASED_FLASH | {"num_nextn_predict_layers": 2}, "num_nextn_predict_layers must"),
+        (RELEASED_FLASH | {"num_hidden_layers": None}, "num_hidden_layers must"),
+        (INFERENCE_FLASH | {"n_layers": "43"}, "n_layers must"),
+        (RELEASED_FLASH | {"eos_token_id": [1, "2"]}, "eos_token_id must"),
+        (RELEASED_FLASH | {"eos_token_id": [-1]}, "eos_token_id must"),
+        (RELEASED_FLASH | {"mlp_bias": True}, "mlp_bias"),
+        (RELEASED_FLASH | {"rms_norm_eps": "x"}, "rms_norm_eps must"),
+        (RELEASED_FLASH | {"routed_scaling_factor": float("inf")}, "routed_scaling_factor must"),
         (RELEASED_FLASH | {"compress_ratios": [0] * 42 + [4.5, 0]}, "compress_ratios"),
         (RELEASED_FLASH | {"rope_scaling": "yarn"}, "rope_scaling"),
         (
@@ -205,19 +273,19 @@ def test_older_and_later_flash_configs_are_read(tmp_path):
                 "rope_scaling": RELEASED_FLASH["rope_scaling"]
                 | {"original_max_position_embeddings": -5}
             },
-            "original_seq_len",
+            "original_max_position_embeddings must",
         ),
         (RELEASED_FLASH | {"quantization_config": "fp8"}, "quantization_config"),
         (RELEASED_FLASH | {"architectures": ["DeepseekV41ForCausalLM"]}, "DeepseekV41"),
         ("[" * 100000, "not valid JSON"),
-        (RELEASED_FLASH | {"num_hash_layers": 44}, "n_hash_layers"),
+        (RELEASED_FLASH | {"num_hash_layers": 44}, "num_hash_layers is 44 of"),
         (RELEASED_FLASH | {"compress_ratios": [0] * 43}, "compress_ratios"),
         (RELEASED_FLASH | {"compress_ratios": [1] * 44}, "compress_ratios"),
         (RELEASED_FLASH | {"compress_ratios": [0] * 43 + [4]}, "MTP"),
         (RELEASED_FLASH | {"compress_ratios": 4}, "compress_ratios"),
         (RELEASED_FLASH | {"o_groups": 7}, "o_groups"),
-        (RELEASED_FLASH | {"num_experts_per_tok": 300}, "n_activated_experts"),
-        (RELEASED_FLASH | {"qk_rope_head_dim": 1024}, "rope_head_dim"),
+        (RELEASED_FLASH | {"num_experts_per_tok": 300}, "num_experts_per_tok 300"),
+        (RELEASED_FLASH | {"qk_rope_head_dim": 1024}, "qk_rope_head_dim 1024"),
         (RELEASED_FLASH | {"index_head_dim": 96}, "index_head_dim"),
         (RELEASED_FLASH | {"rope_scaling": {"type": "linear", "factor": 2}}, "linear"),
         (
