@@ -182,9 +182,9 @@ def parse_ids(text: str) -> list[int]:
 
 
 def read_lines(path: str) -> list[str]:
-    """The lines of a file that hold text."""
+    """The lines of a file that hold text. They end at newlines only: U+2028 is text."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise ValueError(f"{path}: cannot be read ({reason})") from None

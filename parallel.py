@@ -23,7 +23,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import platform
 import re
+from collections import Counter
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -92,6 +94,20 @@ class RankRows:
         return self.rows(numbers[self.rank * part : (self.rank + 1) * part])
 
 
+def launched() -> bool:
+    """Whether torchrun or another launcher started this process: it sets all of these."""
+    names = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    return names <= os.environ.keys()
+
+
+def from_launcher(name: str) -> int:
+    """A number that the launcher left in the environment; ValueError if it is none."""
+    try:
+        return int(os.environ[name])
+    except ValueError:
+        raise ValueError(f"{name}={os.environ[name]!r} in the environment is no number") from None
+
+
 class Ranks:
     """The processes of a training run: those that torchrun started, or this one alone.
 
@@ -111,11 +127,11 @@ class Ranks:
 
         ValueError if the processes cannot share the rows evenly, or if there is ep and no torchrun.
         """
-        self.distributed = {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
+        self.distributed = launched()
         self.rank, self.size = 0, 1
         self.ep = ep
         if self.distributed:
-            self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            self.rank, self.size = from_launcher("RANK"), from_launcher("WORLD_SIZE")
         elif ep:
             raise ValueError(
                 f"--ep {ep}: start the processes with torchrun --nproc-per-node N train_step.py ..."
@@ -126,7 +142,7 @@ class Ranks:
             raise ValueError(f"--batch {batch}: {self.size} processes cannot share its rows evenly")
         if self.distributed:
             if device == "cuda":
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+                torch.cuda.set_device(from_launcher("LOCAL_RANK"))
             dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
             self.mesh = init_device_mesh(device, (self.size,))
             self.group = self.mesh.get_group().group_name
@@ -232,7 +248,7 @@ class Ranks:
         return model
 
     def _make_expert_mesh(self) -> None:
-        per_machine = int(os.environ["LOCAL_WORLD_SIZE"])
+        per_machine = self._processes_per_machine()
         ep = self.ep or (per_machine if self.n_experts % per_machine == 0 else 1)
         if self.size % ep or self.n_experts % ep:
             raise ValueError(
@@ -242,6 +258,15 @@ class Ranks:
         self.ep_size = ep
         ranks = torch.arange(self.size).view(-1, ep).T.contiguous()  # a group's ranks are adjacent
         self.expert_mesh = DeviceMesh(self.device.type, ranks, mesh_dim_names=("ep", "rest"))
+
+    def _processes_per_machine(self) -> int:
+        """Their number; 1 if machines differ in it. Launchers other than torchrun may not say."""
+        if "LOCAL_WORLD_SIZE" in os.environ:
+            return from_launcher("LOCAL_WORLD_SIZE")
+        machines = [None] * self.size
+        dist.all_gather_object(machines, platform.node())
+        counts = set(Counter(machines).values())
+        return counts.pop() if len(counts) == 1 else 1
 
     def _keep_own_experts(self, blocks: list[torch.nn.Module]) -> None:
         position = self.expert_mesh.get_local_rank("ep")

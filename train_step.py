@@ -29,16 +29,15 @@ import torch
 
 from compile_config import PRESETS, compile_train_step
 from config import CSA_RATIOS
-from parallel import Ranks
+from parallel import Ranks, launched
 from tools import cli
-from tools.compile_cache import discard_unfinished
 from tools.stats import choose_threads, device_sync, peak_flops, peak_memory
 from training import dataset
 from training.evaluation import held_out_loss, index_recall, sample_text
 from training.flags import parse
 from training.losses import LossWeights
 from training.metrics import MetricsLog, flops_per_token, plot
-from training.resume import Checkpoints, unused
+from training.resume import Checkpoints, exclusive, unused
 from training.setup import build, read_data
 from training.stages import Stage
 
@@ -158,7 +157,12 @@ class Trainer:
 
     def run(self) -> None:
         """KeyboardInterrupt if the user ended the run early, when its state is saved."""
-        self.setup()
+        with exclusive(self.flags.checkpoints if self.ranks.is_main else None):
+            self.setup()
+            self.run_stages()
+
+    def run_stages(self) -> None:
+        """Train, save the model, evaluate and report."""
         with self.interrupt:
             for stage in self.stages:
                 if stage.begin < stage.end and stage.begin < self.last and stage.end >= self.first:
@@ -272,7 +276,6 @@ class Trainer:
             if not self.interrupt.stop_requested:
                 raise
             # The signal has also ended a C++ compiler that this process had started.
-            discard_unfinished()
             raise KeyboardInterrupt from None
 
     def step(self, tokens, targets, doc_ids, lr) -> dict[str, torch.Tensor]:
@@ -390,14 +393,14 @@ def main(argv: list[str] | None = None) -> int:
 
     Of several processes the first one speaks.
     """
-    if os.environ.get("RANK", "0") == "0":
-        return cli.main("train_step.py", run, argv)
+    if not launched() or os.environ["RANK"] == "0":
+        return cli.main("train_step.py", run, argv, outlives_reader=True)
     with (
         open(os.devnull, "w") as quiet,
         contextlib.redirect_stdout(quiet),
         contextlib.redirect_stderr(quiet),
     ):
-        return cli.main("train_step.py", run, argv)
+        return cli.main("train_step.py", run, argv, outlives_reader=True)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def read_text(paths: list[str]) -> str:
     texts = []
     for path in list_files(paths):
         try:
-            texts.append(path.read_text(encoding="utf-8").strip("\n"))
+            texts.append(path.read_text(encoding="utf-8-sig").strip("\n"))
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not UTF-8"
             raise ValueError(f"{path}: cannot be read ({reason})") from None
@@ -96,7 +96,7 @@ def train_tokenizer(text: str, folder: Path, vocab_size: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     pieces = (
         line[start : start + MAX_PIECE]
-        for line in text.splitlines()
+        for line in text.split("\n")
         for start in range(0, len(line) or 1, MAX_PIECE)
     )
     sentencepiece.SentencePieceTrainer.train(
@@ -123,11 +123,14 @@ def train_tokenizer(text: str, folder: Path, vocab_size: int) -> Path:
     return folder / "tokenizer.model"
 
 
-def tokenize(text: str, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """Each document's ids, uint32: BOS, the text with one newline at its end, EOS."""
+def tokenize(text: str, tokenizer: Tokenizer, special: bool = False) -> Iterator[np.ndarray]:
+    """Each document's ids, uint32: BOS, the text with one newline at its end, EOS.
+
+    special: names of special tokens in the text are those tokens; else they are text.
+    """
     for document in text.split(GAP):
         if document := document.strip("\n"):
-            ids = [*tokenizer.encode(document + "\n", bos=True), tokenizer.eos_id]
+            ids = [*tokenizer.encode(document + "\n", bos=True, special=special), tokenizer.eos_id]
             yield np.array(ids, dtype=np.uint32)
 
 
@@ -165,11 +168,13 @@ class Data(NamedTuple):
     held_out_chars: int
 
 
-def prepare(text: str, cache: Path, vocab_size: int, source: str | Path | None = None) -> Data:
+def prepare(
+    text: str, cache: Path, vocab_size: int, source: str | Path | None = None, special: bool = False
+) -> Data:
     """Tokenize a text, or find it in the cache.
 
     source is a folder with a tokenizer. Without one, vocabularies below 512 read bytes, and others
-    are fitted to the text.
+    are fitted to the text. special: see tokenize.
     """
     trained, held_out = split(text)
     files = []
@@ -188,10 +193,12 @@ def prepare(text: str, cache: Path, vocab_size: int, source: str | Path | None =
         tokenizer = load_tokenizer(source or folder)
         for part, file in ((trained, "train"), (held_out, "held_out")):
             with open(folder / file, "wb") as out:
-                for ids in tokenize(part, tokenizer):
+                for ids in tokenize(part, tokenizer, special):
                     out.write(ids.tobytes())
 
     key = {"text": hashlib.sha256(text.encode()).hexdigest(), "tokenizer": vocabulary, "format": 1}
+    if any(name in text for name in ("<｜", "｜DSML｜", THINK, END_THINK)):
+        key |= {"special": special}
     folder = cached(cache, key, make)
     tokenizer_folder = Path(source or folder)
     return Data(

@@ -41,6 +41,8 @@ def make_parser() -> cli.Parser:
     flag = group("data")
     about = "UTF-8 text files, or folders of them"
     flag("--data", nargs="+", default=[text], metavar="PATH", help=about)
+    about = "read names of special tokens in the text as those tokens, not as text"
+    flag("--special-tokens", action="store_true", help=about)
     about = "where tokens are kept for the next run"
     flag("--cache", default=str(ROOT / ".cache"), metavar="DIR", help=about)
     flag("--batch", type=int, default=4, help="rows per step")

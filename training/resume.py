@@ -11,11 +11,14 @@ of them remain. Folders whose names begin with a dot are incomplete, or being de
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import itertools
 import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -39,6 +42,32 @@ def unused(folder: str) -> str:
     """The name, or the first of name-2, name-3, ... that no file has."""
     names = itertools.chain([folder], (f"{folder}-{i}" for i in itertools.count(2)))
     return next(name for name in names if not os.path.lexists(name))
+
+
+@contextlib.contextmanager
+def exclusive(folder: str | None) -> Iterator[None]:
+    """Within it no other run may save its checkpoints in `folder`; None is no folder.
+
+    ValueError if another run is within it.
+    """
+    if not folder:
+        yield
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    path = Path(folder) / ".lock"
+    with open(path, "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"--checkpoints {folder}: another run saves here; wait for it, or name another one"
+            ) from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it holds checkpoints
+                os.rmdir(folder)
 
 
 class Checkpoints:

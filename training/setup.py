@@ -49,7 +49,8 @@ def read_data(flags: argparse.Namespace, args: ModelArgs) -> dataset.Data:
         )
     text = dataset.read_text(flags.data)
     try:
-        data = dataset.prepare(text, Path(flags.cache), args.vocab_size, flags.init)
+        cache = Path(flags.cache)
+        data = dataset.prepare(text, cache, args.vocab_size, flags.init, flags.special_tokens)
     except RuntimeError:  # sentencepiece's only complaint about its input
         raise ValueError(
             f"{names}: too short a text for a vocabulary of {args.vocab_size}"

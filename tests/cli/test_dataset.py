@@ -104,6 +104,25 @@ def test_a_given_vocabulary_is_used(tmp_path):
     assert data.tokenizer.decode(data.train[1:40].tolist()) in TEXT
 
 
+def test_names_of_special_tokens_in_a_text_are_text_unless_asked_for(tmp_path):
+    tiny = str(ROOT / "assets" / "tiny")
+    line = "He wrote <｜end▁of▁sentence｜> and <｜User｜> in a book.\n"
+    text = line * 400
+    plain = D.prepare(text, tmp_path, 1024, tiny)
+    special = D.prepare(text, tmp_path, 1024, tiny, special=True)
+    assert plain.folder != special.folder
+    ends, users = plain.tokenizer.eos_id, plain.tokenizer.token_id("<｜User｜>")
+    assert list(plain.train).count(ends) == 1 and users not in plain.train
+    assert list(special.train).count(ends) == 1 + list(special.train).count(users) > 300
+    decoded = plain.tokenizer.decode(plain.train[1:-1].tolist())
+    assert decoded == special.tokenizer.decode(special.train[1:-1].tolist()) in text + line
+
+
+def test_a_byte_order_mark_is_no_text_and_other_ends_of_lines_are(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffone\u2028two\ftwo".encode())
+    assert D.read_text([str(tmp_path / "a.txt")]) == "one\u2028two\ftwo\n"
+
+
 def stream(count: int) -> np.ndarray:
     """Distinct ids, but for a BOS at every 50th place."""
     ids = np.arange(5, 5 + count, dtype=np.uint32)

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ from parallel import Ranks
 from testing import randomize, small
 from tokenizer import load_tokenizer
 from tools import torch_private
+from tools.compile_cache import JOURNAL
 from tools.compile_count import CompileCount
 from training import dataset as D
 from training import resume
@@ -396,8 +398,6 @@ def test_a_signal_that_ends_the_compiler_too_is_an_interruption(folder, monkeypa
     """
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
     (torn := folder / "inductor" / "ab" / "torn.so").parent.mkdir(parents=True)
-    torn.touch()
-    (whole := torn.with_name("whole.so")).write_bytes(b"ELF")
     argv = command(
         folder, "--index-warmup", "2", "--checkpoints", str(folder / "run"), "--save-every", "100"
     )
@@ -405,8 +405,10 @@ def test_a_signal_that_ends_the_compiler_too_is_an_interruption(folder, monkeypa
 
     def compiled(*args, **kw):
         def fail(*batch):
-            signal.raise_signal(signal.SIGTERM)
-            raise RuntimeError("C++ compile error")
+            with JOURNAL.compiling():
+                torn.touch()
+                signal.raise_signal(signal.SIGTERM)
+                raise RuntimeError("C++ compile error")
 
         stages.append(len(stages))
         return fail if stages[1:] else make(*args, **kw)
@@ -415,7 +417,7 @@ def test_a_signal_that_ends_the_compiler_too_is_an_interruption(folder, monkeypa
     assert S.main(argv) == 130
     assert "Traceback" not in capsys.readouterr().err
     assert checkpoints_in(folder / "run").steps() == [2]
-    assert whole.exists() and not torn.exists()
+    assert not torn.exists()
     monkeypatch.setattr(
         S, "compile_train_step", lambda *args, **kw: lambda *batch: torch.ones(2) @ torch.ones(3)
     )
@@ -577,9 +579,44 @@ def test_a_torn_line_of_metrics_is_left_out_and_a_foreign_one_refused(folder, ca
     )  # a refused run changes nothing
 
 
-def test_a_variable_left_by_another_launcher_starts_no_group(folder, monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "0")
+LAUNCHER = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+
+
+@pytest.mark.parametrize("left", [*LAUNCHER, "all but the port"])
+def test_variables_left_by_another_launcher_start_no_group_and_silence_nothing(
+    folder, monkeypatch, capsys, left
+):
+    for name in LAUNCHER if left not in LAUNCHER else [left]:
+        monkeypatch.setenv(name, "1" if name == "RANK" else LAUNCHER[name])
     assert S.main(command(folder, "--steps", "1")) == 0
+    assert "step 1/1" in capsys.readouterr().out
+    assert S.main(["--batch", "no"]) == 2
+    assert "--batch" in capsys.readouterr().err
+
+
+def test_a_launcher_need_not_say_how_many_processes_a_machine_has(folder, monkeypatch, capsys):
+    """As srun does; torchrun says."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {**LAUNCHER, "MASTER_PORT": str(port)}.items():
+        monkeypatch.setenv(name, value)
+    assert S.main(command(folder, "--steps", "1")) == 0
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    assert S.main(command(folder)) == 2
+    assert "WORLD_SIZE='two'" in capsys.readouterr().err
+
+
+def test_two_runs_do_not_save_in_one_folder(folder, capsys):
+    run = str(folder / "run")
+    with resume.exclusive(run):
+        assert S.main(command(folder, "--checkpoints", run)) == 2
+        assert "run: another run saves here" in capsys.readouterr().err
+        assert os.listdir(run) == [".lock"]
+    assert not os.path.exists(run)
+    for steps in ("2", "4"):
+        assert S.main(command(folder, "--steps", steps, "--checkpoints", run)) == 0
+    assert checkpoints_in(run).steps() == [2, 4] and ".lock" not in os.listdir(run)
 
 
 def test_metrics_follow_a_link(folder):
