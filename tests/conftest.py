@@ -26,6 +26,20 @@ QUICK = {
     )
 }
 
+# Contracts of any architecture, not of V4's formulas: for those who change the model
+ARCHITECTURE = {
+    f"test_{name}.py"
+    for name in (
+        "compile_capture",
+        "compile_config",
+        "compile_sessions",
+        "model_cache",
+        "model_memory",
+        "model_mtp",
+        "model_packing",
+    )
+}
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -92,6 +106,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.name in QUICK:
             item.add_marker(pytest.mark.quick)
+        if item.path.name in ARCHITECTURE:
+            item.add_marker(pytest.mark.architecture)
         if any(re.search(pattern, item.nodeid) for pattern in waiting):
             item.add_marker(pytest.mark.full)
 
