@@ -161,7 +161,7 @@ def segments(name: str, p: torch.Tensor, n: int):
 
 
 def ablations():
-    model = pair("flash-like")[0]
+    model = random_model(CONFIGS["flash-like"])
     for name, p in model.named_parameters():
         if not name.startswith("mtp."):
             yield from ((name, part) for part in segments(name, p, model.args.hc_mult))
