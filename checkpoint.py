@@ -11,6 +11,11 @@ tools/released_layout.py lists the tensors, tools/safetensors_folder.py reads an
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while modules load: an end without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import collections
 import dataclasses
 import json

@@ -18,6 +18,11 @@ private parts of PyTorch (tools/torch_private.py); of a training step, the work 
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while modules load: an end without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import dataclasses
 import runpy
 import sys

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import TextIO
@@ -72,10 +73,21 @@ def open_standard_streams() -> None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Of Python, of torch on a GPU (torch.OutOfMemoryError), or of torch on CPU."""
+def lacking_resource(error: BaseException) -> str | None:
+    """What the machine ran out of, and the remedy; None if the error is another one.
+
+    Memory of Python, of torch on a GPU (torch.OutOfMemoryError) or on CPU; room on the disk, as
+    compilers say it, at the end of a chain of errors.
+    """
     of_torch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
-    return isinstance(error, MemoryError) or of_torch
+    if isinstance(error, MemoryError) or of_torch:
+        return "out of memory: take a shorter context or fewer rows"
+    cause: BaseException | None = error
+    while cause is not None:
+        if "No space left on device" in str(cause):
+            return "the disk is full: free some room, or set TORCHINDUCTOR_CACHE_DIR and TMPDIR"
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def main(
@@ -92,6 +104,8 @@ def main(
     """
     # Huge pages for tensors on CPU: training is faster.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as commands set it while they load
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     open_standard_streams()
     standard = sys.stdout, sys.stderr
     for stream in standard:
@@ -114,9 +128,10 @@ def main(
         print(f"{program}: {error}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        lacks = lacking_resource(error)
+        if lacks is None:
             raise
-        print(f"{program}: out of memory: take a shorter context or fewer rows", file=sys.stderr)
+        print(f"{program}: {lacks}", file=sys.stderr)
         return 2
     finally:
         sys.stdout, sys.stderr = standard

@@ -4,7 +4,9 @@ terminals that lack characters, memory that runs out.
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +77,36 @@ def test_memory_that_runs_out_is_one_line(capsys, kind):
     assert cli.main("x.py", lambda _: run_out(kind), None) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("x.py: out of memory: ")
+
+
+@pytest.mark.parametrize("nested", (False, True))
+def test_a_full_disk_is_one_line_whatever_wraps_the_error(capsys, nested):
+    def fail(_):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError as error:
+            if nested:
+                raise RuntimeError("backend='inductor' raised") from error
+            raise RuntimeError("C++ compile error: fatal: No space left on device") from None
+
+    assert cli.main("x.py", fail, None) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("x.py: the disk is full: ") and "TORCHINDUCTOR_CACHE_DIR" in line
+
+
+@pytest.mark.parametrize(
+    "command", ("generate.py", "train_step.py", "checkpoint.py", "compile_config.py")
+)
+def test_an_interrupt_while_modules_load_ends_without_a_traceback(command):
+    with subprocess.Popen(
+        [sys.executable, "-v", command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        seen = b""
+        while b"import 'torch" not in seen:  # python -v says what it imports
+            seen += process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT and b"Traceback" not in errors + output
 
 
 def test_other_errors_of_the_program_are_not_taken_for_it():
