@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 import train_step
 from bench.dense import Dense, dense_loss, equal_inter
 from bench.record import record
+from bench.soak_commands import command_kills
 from checkpoint import load, save
 from compile_config import (
     PRESETS,
@@ -382,6 +383,7 @@ PROOFS = {  # name -> (proof, how many kills, tokens, packings or seeds)
     "save_kills": (save_kills, 500),
     "cache_kills": (cache_kills, 300),
     "compile_kills": (compile_kills, 6),
+    "command_kills": (command_kills, 100),
     "decode": (decode, 10_000),
     "packing": (packing, 400),
     "learning": (learning, 3),

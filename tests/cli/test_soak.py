@@ -20,6 +20,7 @@ SAMPLES = {  # kills, tokens, packings or seeds
     "save_kills": 20,
     "cache_kills": 20,
     "compile_kills": 1,
+    "command_kills": 3,
     "decode": 200,
     "packing": 10,
     "learning": 1,
