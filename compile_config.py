@@ -315,9 +315,9 @@ def compile_train_step(
     all_reduce_sum: Callable[[list[torch.Tensor]], list[torch.Tensor]] | None = None,
     wrap_block: Callable[[Callable], Callable] | None = None,
 ) -> Callable:
-    """-> step(tokens, labels, doc_ids, lr) -> {"loss", "mtp_loss", ...}: see training_loss.
+    """-> step(tokens, targets, doc_ids, lr) -> {"loss", "mtp_loss", ...}: see training_loss.
 
-    tokens, labels [B, S] int64, doc_ids likewise or None; lr () fp32; results () fp32, detached.
+    tokens, targets [B, S] int64, doc_ids likewise or None; lr () fp32; results () fp32, detached.
 
     optimizer       one of torch.optim; or one whose step(lr, load) frees the gradients and returns
                     a dict of metrics, load as in training_loss, or None. It may have

@@ -29,7 +29,7 @@ import torch
 from tools.torch_private import cache_dir
 
 ROOT = Path(__file__).parent.parent
-SOURCE_FOLDERS = ("ops", "training", "generation")  # beside the modules at the top
+SOURCE_FOLDERS = ("ops", "training", "generation", "tools")  # beside the modules at the top
 SOURCE_SUFFIXES = {".py", ".cpp", ".h"}
 
 

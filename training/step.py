@@ -10,7 +10,7 @@ from model import Transformer
 
 
 class TrainStep:
-    """step(tokens, labels, doc_ids, lr) -> metrics: the gradients of all rows, then the update.
+    """step(tokens, targets, doc_ids, lr) -> metrics: the gradients of all rows, then the update.
 
     Shapes are in compile_train_step, which makes steps. Every loss is a part of the mean over the
     whole step, whose labels are counted first. So gradients and metrics are sums: over parts of
@@ -38,11 +38,11 @@ class TrainStep:
     def __call__(
         self,
         tokens: torch.Tensor,
-        labels: torch.Tensor,
+        targets: torch.Tensor,
         doc_ids: torch.Tensor | None,
         lr: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
-        metrics = self.backward(tokens, labels, doc_ids)
+        metrics = self.backward(tokens, targets, doc_ids)
         load = metrics.pop("load", None)
         return metrics | update(self.optimizer, lr, load)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from model import ModelArgs, Transformer
+from tiers import FULL, FULL_INTERPRETED
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SECTIONS = """
@@ -90,3 +91,15 @@ def test_the_worked_example_is_what_the_model_computes():
         windows = plan.windows[ratio]
         assert (windows.lo.item(), windows.hi.item()) == (0, entries)
         assert windows.slot.item() == -(-2048 // ratio)  # unfinished: the spare slot
+
+
+def test_what_a_default_run_leaves_out_is_named():
+    """Of each test that waits as a whole, the file; other patterns name cases in brackets."""
+    page = (ROOT / "docs" / "compile.md").read_text(encoding="utf-8")
+    section = page.split("### Not covered by a default run")[1]
+    patterns = [pattern for pattern in {**FULL, **FULL_INTERPRETED} if "\\[" not in pattern]
+    files = {re.match(r"test_\w+", pattern)[0] + ".py" for pattern in patterns}
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        if re.search(r"^@pytest\.mark\.full", path.read_text(encoding="utf-8"), re.M):
+            files.add(path.name)
+    assert len(files) > 10 and {name for name in files if f"`{name}`" not in section} == set()

@@ -27,6 +27,7 @@ from testing import cache_shapes, randomize
 from tools.capture import (
     MODEL_OPS,
     PHASES,
+    Captured,
     Shape,
     call_of,
     capture,
@@ -233,8 +234,6 @@ def test_a_symbolic_size_is_found():
     torch._dynamo.reset()
     graphs = []
     torch.compile(function, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)(x)
-    from tools.capture import Captured
-
     for node in graphs[0].graph.nodes:
         node.meta.setdefault("val", node.meta.get("example_value"))
     assert any("symbolic" in line for line in faults(Captured(graphs, 1, 0)))

@@ -117,10 +117,10 @@ FULL = {  # of -m full
     ),
     "a call counter in the model": Fault(
         "model.py",
-        "        tokens, plan, X = run_block(self.embed_inputs, tokens, *positions, aux)",
+        "        tokens, plan, X = run_block(self.embed_inputs, tokens, input_pos, lengths, doc_ids, aux)",
         "        self.calls = getattr(self, 'calls', 0) + 1\n"
         "        tokens = tokens + 0 * self.calls\n"
-        "        tokens, plan, X = run_block(self.embed_inputs, tokens, *positions, aux)",
+        "        tokens, plan, X = run_block(self.embed_inputs, tokens, input_pos, lengths, doc_ids, aux)",
         SESSIONS + "test_a_session_compiles_once[two conversations]",
         r"RecompileError: Recompiling[\s\S]*'calls'",
     ),
