@@ -28,6 +28,10 @@ CAPTURE, CENSUS, SESSIONS, SHAPES = (
 )
 REGISTER_FAKE = '    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)'
 MAKE_PLAN = "        plan = make_plan(self.args, self.freqs, tokens, ratios, *positions, aux)"
+EMBED = (
+    "        tokens, plan, X = "
+    "run_block(self.embed_inputs, tokens, input_pos, lengths, doc_ids, aux)"
+)
 MEMORY = (
     "tests/model/test_model_memory.py::test_no_intermediate_exceeds_the_bound[prefill-4-reference]"
 )
@@ -117,10 +121,9 @@ FULL = {  # of -m full
     ),
     "a call counter in the model": Fault(
         "model.py",
-        "        tokens, plan, X = run_block(self.embed_inputs, tokens, input_pos, lengths, doc_ids, aux)",
+        EMBED,
         "        self.calls = getattr(self, 'calls', 0) + 1\n"
-        "        tokens = tokens + 0 * self.calls\n"
-        "        tokens, plan, X = run_block(self.embed_inputs, tokens, input_pos, lengths, doc_ids, aux)",
+        "        tokens = tokens + 0 * self.calls\n" + EMBED,
         SESSIONS + "test_a_session_compiles_once[two conversations]",
         r"RecompileError: Recompiling[\s\S]*'calls'",
     ),
