@@ -156,7 +156,7 @@ class Phase:
         self.name, self.logits = name, logits
         self.epilogue = epilogue or only_logits
         self.built: dict[tuple, Callable] = {}
-        self.hooks = [
+        self.hooks = [  # of nn.Module: torch/nn/modules/module.py line 469
             hooks
             for module in model.modules()
             for hooks in (module._forward_pre_hooks, module._forward_hooks)

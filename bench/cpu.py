@@ -24,6 +24,7 @@ the spread of its rounds explains.
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import subprocess
@@ -494,16 +495,18 @@ def measure(names: list[str]) -> None:
     torch.set_num_threads(1)
     old = RESULTS / "cpu.json"
     result = json.loads(old.read_text()) if names and old.exists() else {}
+    result.setdefault("dates", {})
     result["threads"] = torch.get_num_threads()
     result["weights"] = "assets/tiny (small: random), fp32, act_quant off"
     for name in names or CASES:
-        before = set(result)
         torch._dynamo.reset()
-        CASES[name](result)
-        for key in result:
-            if key not in before or name in key:
-                print(key, json.dumps(result[key]), flush=True)
+        measured: dict = {}
+        CASES[name](measured)
         result.pop("environment", None)
+        for key, case in measured.items():
+            result[key] = case
+            result["dates"][key] = datetime.date.today().isoformat()
+            print(key, json.dumps(case), flush=True)
         record("cpu", result)
     ratios = {
         key: case["ratio"]

@@ -108,7 +108,8 @@ def cpu_suite(cpu: dict) -> str:
     how = paragraph(
         f"Least CPU time of 5 alternating rounds on {threads} thread (wall time where a row names",
         f"more), {env['cpu']}, torch {env['torch']}, transformers {env['transformers']},",
-        f"{env['date']}; load average at the end {env['load_average'][0]:.1f}.",
+        f"{' and '.join(sorted(set(cpu['dates'].values())))}; load average at the end",
+        f"{env['load_average'][0]:.1f}.",
         "Small is a model of 56 M parameters with random weights; all else is measured with the",
         "embedded one. Transformers runs with the fastest of its expert implementations and",
         f"compiles anew for every decoded token: {', '.join(f'{s:.0f}' for s in slow)} CPU",

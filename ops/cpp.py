@@ -97,6 +97,7 @@ def _load(library: str, namespace: str, names: list[str]) -> bool:
     try:
         from torch._inductor.codecache import CppCodeCache  # Inductor takes seconds to import
 
+        # torch/_inductor/codecache.py line 3648
         CppCodeCache.load(source(library) + registration, extra_flags=FLAGS)
     except Exception:  # no compiler, other headers: many classes, all of them mean the same
         return False

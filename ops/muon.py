@@ -85,6 +85,7 @@ def update(
 
 
 def norm(grads: list[torch.Tensor]) -> torch.Tensor:
+    # as torch.nn.utils.get_total_norm: torch/nn/utils/clip_grad.py line 95
     norms = [n.float() for n in torch._foreach_norm(grads)]
     return torch.linalg.vector_norm(torch.stack(norms))
 

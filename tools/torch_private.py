@@ -1,7 +1,10 @@
 """The parts of PyTorch without a stable API that compiling and running a model needs.
 
 Paths and lines are those of PyTorch 2.13: https://github.com/pytorch/pytorch/blob/v2.13.0/.
-ops/cpp.py and parallel.py have one more each beside its use: `CppCodeCache`, the state of FSDP2.
+What other imports would slow down, or belongs to one place, stands beside its use with its line:
+`CppCodeCache` (ops/cpp.py), the state of FSDP2 (parallel.py), functional collectives
+(training/expert_parallel.py, training/sharded_optim.py), `_foreach_norm` (ops/muon.py), modules'
+hooks (compile_config.py).
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+
+# all_to_all_single_autograd: torch/distributed/_functional_collectives.py line 592
 import torch.distributed._functional_collectives as functional
 
 from model import Experts

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+
+# Collectives in a graph: torch/distributed/_functional_collectives.py line 161
 import torch.distributed._functional_collectives as functional
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor

@@ -44,7 +44,7 @@ static inline const Vec8& vec(const float* x) { return *(const Vec8*)x; }
 
 // ---------------------------------------------------------------------------------------------
 // Matrix product, in the thread that calls it: for the odd sizes of experts and of visible keys,
-// where it is 10 to 40 % faster than the library's
+// where it is faster than the library's
 
 struct Matrix {
   const float* data;
