@@ -4,9 +4,10 @@ One forward serves training, prefill, verify and decode. They differ in T, the n
 and in where older keys come from: zeros (training), or Ring and Compressor's buffers (generation).
 Positions are values of tensors, shapes are static, and nothing is read back to the host. Formulas:
 docs/v4.md, from DeepSeek's paper (arXiv 2606.19348) and inference code.
-    B batch    T new tokens (training: S)    V vocabulary    d model dim
-    n = 4 residual streams     H heads    D head dim    r rotated dims of a head
-    W window   R compression ratio   N compressed entries   E routed experts   K chosen experts
+    B batch   T new tokens (training: S)   V vocabulary   d model dim   n = 4 residual streams
+    H heads   D head dim   r rotated dims of a head   g output groups   W window
+    R compression ratio   N compressed entries   topk chosen entries   Hi, Di index heads, their dim
+    E routed experts   K chosen experts   I expert hidden dim   C channels of a Ring
 """
 
 from __future__ import annotations
@@ -120,33 +121,21 @@ class ModelArgs:
 
 
 class Aux(NamedTuple):
-    """What a training forward computes besides its output, fixed at compile time.
+    """Which auxiliary outputs a training forward returns; static under torch.compile."""
 
-    balance     load and balance loss of the routers that have a bias
-    index_loss  the indexers' objective
-    dense       attention sees every visible entry, not only the chosen ones: the indexers' warm-up
-    recall      the share of the most attended entries that the indexers choose; needs index_loss
-    """
-
-    balance: bool = True
-    index_loss: bool = False
-    dense: bool = False
-    recall: bool = False
+    balance: bool = True  # load and balance loss of the routers that have a bias
+    index_loss: bool = False  # the indexers' objective
+    dense: bool = False  # attention sees all visible entries, not only chosen ones: warm-up
+    recall: bool = False  # share of the most attended entries that are chosen; needs index_loss
 
 
 class AuxOutputs(NamedTuple):
-    """Auxiliary outputs of one layer; None where there are none.
+    """Auxiliary outputs of one layer; None where there are none."""
 
-    load        [E]  tokens that chose each expert
-    balance     ()   balance loss, summed over rows
-    index_loss  ()   mean over tokens of ops.indexer_loss, summed over rows
-    recall      [2]  sum of the indexer's recall over tokens that have a choice; their number
-    """
-
-    load: torch.Tensor | None = None
-    balance: torch.Tensor | None = None
-    index_loss: torch.Tensor | None = None
-    recall: torch.Tensor | None = None
+    load: torch.Tensor | None = None  # [E] tokens that chose each expert
+    balance: torch.Tensor | None = None  # () balance loss, summed over rows
+    index_loss: torch.Tensor | None = None  # () mean of ops.indexer_loss, summed over rows
+    recall: torch.Tensor | None = None  # [2] sum of recall over tokens with a choice; their number
 
 
 class Windows(NamedTuple):
@@ -196,12 +185,20 @@ class Plan(NamedTuple):
 
 
 def make_plan(
-    args, freqs, tokens, ratios, max_seq_len, input_pos=None, lengths=None, doc_ids=None, aux=None
+    # the model: frequencies [2, r/2] of sliding layers and of compressed ones
+    args,
+    freqs,
+    # the call
+    tokens,
+    ratios,
+    max_seq_len,
+    # as in Transformer.forward
+    input_pos=None,
+    lengths=None,
+    doc_ids=None,
+    aux=None,
 ) -> Plan:
-    """Plan a call on tokens [B, T] for layers of these compression ratios.
-
-    freqs [2, r/2]: of sliding layers, of compressed ones; the rest as in Transformer.forward.
-    """
+    """Plan a call on tokens [B, T] for layers of these compression ratios."""
     (B, T), device = tokens.shape, tokens.device
     row = torch.arange(B, device=device)[:, None]
     col = torch.arange(T, device=device)[None]
@@ -209,9 +206,8 @@ def make_plan(
     # Positions count from the row's first token, or from the start of its document.
     if input_pos is not None:
         given = torch.full_like(input_pos, T) if lengths is None else lengths
-        lengths = torch.minimum(given, max_seq_len - input_pos).clamp(
-            min=0
-        )  # store nothing past the context
+        # Nothing is stored past the context.
+        lengths = torch.minimum(given, max_seq_len - input_pos).clamp(min=0)
         pos = input_pos[:, None] + col
     elif doc_ids is not None:
         starts = F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (1, 0))
@@ -336,8 +332,8 @@ class Ring(nn.Module):
     """The last rows of a per-token tensor, stored at position modulo the ring's size.
 
     `ring(new, plan)` returns the `lookback` rows before this call, in order, then the new ones, and
-    only then stores the new ones. It is max_rewind longer than it looks back: after a rewind the
-    rows of rejected tokens lie out of sight until overwritten. In training older rows are zeros.
+    only then stores the new ones. It has max_rewind spare rows, so rows of rejected tokens are
+    overwritten before they can be read. In training older rows are zeros.
     """
 
     def __init__(self, lookback: int):
@@ -382,7 +378,8 @@ class Compressor(nn.Module):
     def __init__(self, args: ModelArgs, ops: Table, ratio: int, dim: int, rotate: bool = False):
         super().__init__()
         self.args, self.ops = args, ops
-        self.ratio, self.dim, self.rotate = ratio, dim, rotate
+        self.ratio, self.dim = ratio, dim
+        self.rotate = rotate
         lanes = 2 if ratio in config.CSA_RATIOS else 1
         self.ape = nn.Parameter(torch.empty(ratio, lanes * dim, dtype=torch.float32))
         self.wkv = Linear(args, ops, args.dim, lanes * dim)
@@ -446,7 +443,8 @@ class Indexer(nn.Module):
 
         attention: q, cos, sin, entries, lse of ops.sparse_attn; index: the outputs of forward.
         """
-        windows, eps, topk = plan.windows[self.ratio], self.args.norm_eps, self.args.index_topk
+        windows = plan.windows[self.ratio]
+        eps, topk = self.args.norm_eps, self.args.index_topk
         visible = windows.lo, windows.hi
         loss = self.ops.indexer_loss(*attention, *index, *visible, chosen, eps)  # [B, T]
         if plan.valid is not None:
@@ -470,7 +468,8 @@ class Attention(nn.Module):
         super().__init__()
         self.args, self.ops = args, ops
         self.ratio = ratio
-        H, D, groups = args.n_heads, args.head_dim, args.o_groups
+        H, D = args.n_heads, args.head_dim
+        groups = args.o_groups
         self.wq_a = Linear(args, ops, args.dim, args.q_lora_rank, fp8=True)
         self.q_norm = RMSNorm(args.q_lora_rank, args.norm_eps)
         self.wq_b = Linear(args, ops, args.q_lora_rank, H * D, fp8=True)
@@ -572,9 +571,9 @@ class Experts(nn.Module):
     def __init__(self, args: ModelArgs, ops: Table):
         super().__init__()
         self.args, self.ops = args, ops
-        E, I, d = args.n_routed_experts, args.moe_inter_dim, args.dim
-        self.w13 = nn.Parameter(torch.empty(E, 2 * I, d))
-        self.w2 = nn.Parameter(torch.empty(E, d, I))
+        E, I = args.n_routed_experts, args.moe_inter_dim
+        self.w13 = nn.Parameter(torch.empty(E, 2 * I, args.dim))
+        self.w2 = nn.Parameter(torch.empty(E, args.dim, I))
         self.register_parameter("w13_scale", None)
         self.register_parameter("w2_scale", None)
 
@@ -688,8 +687,8 @@ class MTP(nn.ModuleList):
     """`model.mtp`: the MTP blocks (none or one); uses the model's embedding, head and plans."""
 
     def __init__(self, model: Transformer):
-        args, n = model.args, model.args.n_layers
-        super().__init__(MTPBlock(args, model.ops, n + i) for i in range(args.n_mtp_layers))
+        args, first = model.args, model.args.n_layers
+        super().__init__(MTPBlock(args, model.ops, first + i) for i in range(args.n_mtp_layers))
         self._model = (model,)  # in a tuple: the model is no submodule of its own MTP
 
     def forward(

@@ -1,25 +1,25 @@
 """compress: pool windows of R tokens into entries, normalise and rotate them
 (docs/v4.md#compressor).
 
-A row holds a token's values and its pooling logits, [K | Z], each with one lane of D channels, or
+A row holds a token's values and its pooling logits, [k | z], each with one lane of D channels, or
 two (overlapping windows): the first is then read by the next window ("lookback"), the second by the
 token's own.
 
     slots of entry w   one lane:   the R rows of window w
                        two lanes:  R rows of window w - 1 (none for w = 0), R of window w
-    e = sum_slots softmax_slots(Z) K, per channel    fp32
+    e = sum_slots softmax_slots(z) k, per channel    fp32
     e = RMSNorm(e in dtype) weight, last r dims rotated to position w R    (cos, sin)
 
-    rows      [B, N, 2 lanes D] fp32
-    end       [B, E] int64, row of the window's last token
-    index     [B, E] int64, w in its document
+    rows      [B, L, 2 lanes D] fp32, L the rows before the call and its T
+    end       [B, N] int64, row of the window's last token
+    index     [B, N] int64, w in its document
     weight    [D]
-    cos, sin  [B, E, r/2] fp32
-    out       [B, E, D] of the given dtype
+    cos, sin  [B, N, r/2] fp32
+    out       [B, N, D] of the given dtype
 
-Here E counts entries. Equations 9 to 12 (two lanes) and 20 to 23 (one) of arXiv 2606.19348;
-`Compressor` of DeepSeek's inference code. An entry whose `end` lies outside the rows is finite and
-meaningless. Errors: shapes that do not fit together.
+Equations 9 to 12 (two lanes) and 20 to 23 (one) of arXiv 2606.19348; `Compressor` of DeepSeek's
+inference code. An entry whose `end` lies outside the rows is finite and meaningless. Errors: shapes
+that do not fit together.
 """
 
 from __future__ import annotations
@@ -31,7 +31,20 @@ from .rope import reference as rotate
 from .triton.compress import compress_backward_kernel, compress_kernel
 
 
-def check(rows, end, index, weight, cos, sin, ratio, eps, dtype):
+def check(
+    # the rows and their windows
+    rows,
+    end,
+    index,
+    # norm and RoPE of the entries
+    weight,
+    cos,
+    sin,
+    # constants
+    ratio,
+    eps,
+    dtype,
+):
     lanes = _lanes(rows, weight)
     D = weight.shape[0]
     require(
@@ -51,10 +64,10 @@ def _lanes(rows, weight):
 
 
 def _slots(rows, end, index, lanes, ratio):
-    """-> values and logits of the slots [B, E, lanes R, D], and their rows [B, E, lanes R]."""
-    B, N, _ = rows.shape
+    """-> values and logits of the slots [B, N, lanes R, D], and their rows [B, N, lanes R]."""
+    B, L, _ = rows.shape
     age = torch.arange(lanes * ratio - 1, -1, -1, device=rows.device)  # tokens before the last one
-    slot_rows = (end[..., None] - age).clamp(0, N - 1)
+    slot_rows = (end[..., None] - age).clamp(0, L - 1)
     batch = torch.arange(B, device=rows.device)[:, None, None]
     if lanes == 1:
         values, logits = rows[batch, slot_rows].chunk(2, -1)
@@ -68,12 +81,15 @@ def _slots(rows, end, index, lanes, ratio):
 
 
 def reference(
+    # the rows and their windows
     rows: torch.Tensor,
     end: torch.Tensor,
     index: torch.Tensor,
+    # norm and RoPE of the entries
     weight: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
+    # constants
     ratio: int,
     eps: float,
     dtype: torch.dtype,
@@ -87,19 +103,21 @@ def reference(
 
 def backward_reference(
     g: torch.Tensor,
-    # the inputs of the forward
+    # the inputs of the forward: the rows and their windows
     rows: torch.Tensor,
     end: torch.Tensor,
     index: torch.Tensor,
+    # norm and RoPE of the entries
     weight: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
+    # constants
     ratio: int,
     eps: float,
     dtype: torch.dtype,
 ):
     """Gradients of rows and weight."""
-    # Forward again: p [B, E, lanes R, D], e [B, E, D]
+    # Forward again: p [B, N, lanes R, D], e [B, N, D]
     values, logits, slot_rows = _slots(rows, end, index, _lanes(rows, weight), ratio)
     p = logits.softmax(2)
     e = (values * p).sum(2).to(dtype).float()
@@ -111,17 +129,17 @@ def backward_reference(
     g = g * weight.float()
     g_e = rstd * (g - e * rstd * rstd * (g * e).mean(-1, keepdim=True))
 
-    # Through the softmax: g_K = p g_e, g_Z = p (g_e K - sum_slots g_e K p)
-    g_e = g_e[:, :, None]  # [B, E, 1, D]
+    # Through the softmax: g_k = p g_e, g_z = p (g_e k - sum_slots g_e k p)
+    g_e = g_e[:, :, None]  # [B, N, 1, D]
     g_values = g_e * p
     g_logits = p * (g_e * values - (g_e * values * p).sum(2, keepdim=True))
 
     # Add to the rows that the slots came from
-    B, N, _ = rows.shape
+    B, L, _ = rows.shape
     D = weight.shape[0]
     g_rows = rows.new_zeros(rows.shape)
-    flat = g_rows.view(B * N, 2, -1, D)  # [.., values or logits, lane, D]
-    target = slot_rows + torch.arange(B, device=rows.device)[:, None, None] * N
+    flat = g_rows.view(B * L, 2, -1, D)  # [.., values or logits, lane, D]
+    target = slot_rows + torch.arange(B, device=rows.device)[:, None, None] * L
     for lane, lane_target in enumerate(target.split(ratio, -1)):
         for half, g_slots in enumerate((g_values, g_logits)):
             g_lane = g_slots.split(ratio, 2)[lane].reshape(-1, D)

@@ -47,13 +47,16 @@ def check(y, x, post, comb, fn, base, scale, *constants):
 
 
 def reference(
+    # of hc_post
     y: torch.Tensor,
     x: torch.Tensor,
     post: torch.Tensor,
     comb: torch.Tensor,
+    # of hc_pre
     fn: torch.Tensor,
     base: torch.Tensor,
     scale: torch.Tensor,
+    # constants
     norm_eps: float,
     hc_eps: float,
     iters: int,
@@ -62,7 +65,20 @@ def reference(
     return x, *pre_reference(x, fn, base, scale, norm_eps, hc_eps, iters)
 
 
-def backward_reference(g_x, g_y, g_post, g_comb, y, x, post, comb, out, *rest):
+def backward_reference(
+    # gradients of the outputs
+    g_x,
+    g_y,
+    g_post,
+    g_comb,
+    # of hc_post, and its result
+    y,
+    x,
+    post,
+    comb,
+    out,
+    *rest,
+):
     """Gradients of y, x, post, comb, fn, base and scale, from those of the outputs; out is x'.
 
     rest: fn, base, scale, norm_eps, hc_eps, iters
@@ -71,7 +87,20 @@ def backward_reference(g_x, g_y, g_post, g_comb, y, x, post, comb, out, *rest):
     return *post_backward_reference(g_out, y, x, post, comb), *g_parameters
 
 
-def backward(g_x, g_y, g_post, g_comb, y, x, post, comb, out, *rest):
+def backward(
+    # gradients of the outputs
+    g_x,
+    g_y,
+    g_post,
+    g_comb,
+    # of hc_post, and its result
+    y,
+    x,
+    post,
+    comb,
+    out,
+    *rest,
+):
     """As `backward_reference`, with the kernels of hc_pre and hc_post."""
     g_out, *g_parameters = pre_backward(g_y, g_post, g_comb, out, *rest, g_x)
     return *post_backward(g_out, y, x, post, comb), *g_parameters
@@ -90,11 +119,44 @@ def _flops(y, x, post, comb, fn, *args, out_shape=None, **kw):
     return pre_flops(x, fn)
 
 
-def _backward_fake(g_x, g_y, g_post, g_comb, y, x, post, comb, out, fn, base, scale, *constants):
+def _backward_fake(
+    # gradients of the outputs
+    g_x,
+    g_y,
+    g_post,
+    g_comb,
+    # of hc_post, and its result
+    y,
+    x,
+    post,
+    comb,
+    out,
+    # of hc_pre
+    fn,
+    base,
+    scale,
+    *constants,
+):
     return tuple(t.new_empty(t.shape) for t in (y, x, post, comb, fn, base, scale))
 
 
-def _backward_flops(g_x, g_y, g_post, g_comb, y, x, post, comb, out, fn, *args, **kw):
+def _backward_flops(
+    # gradients of the outputs
+    g_x,
+    g_y,
+    g_post,
+    g_comb,
+    # of hc_post, and its result
+    y,
+    x,
+    post,
+    comb,
+    out,
+    # of hc_pre
+    fn,
+    *args,
+    **kw,
+):
     return 3 * pre_flops(x, fn)
 
 

@@ -77,7 +77,20 @@ def reference(x, fn, base, scale, norm_eps, hc_eps, iters):
 
 
 def backward_reference(
-    g_y, g_post, g_comb, x, fn, base, scale, norm_eps, hc_eps, iters, g_in=None
+    # gradients of the outputs
+    g_y,
+    g_post,
+    g_comb,
+    # the inputs of the forward
+    x,
+    fn,
+    base,
+    scale,
+    # constants
+    norm_eps,
+    hc_eps,
+    iters,
+    g_in=None,
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of x, fn, base and scale; g_in is a gradient of x from elsewhere, to be added."""
     n = x.shape[2]

@@ -13,21 +13,20 @@ gradient; one with a single entry likewise.
 
     q         [B, T, H, D]            as of sparse_attn
     cos, sin  [B, T, r/2] fp32        as of sparse_attn
-    entries   [B, E, D]               as of sparse_attn; E counts entries
+    entries   [B, N, D]               as of sparse_attn
     lse       [B, T, H] fp32          of sparse_attn, with_lse
     qi        [B, T, Hi, Di]          as of indexer_topk
-    ki        [B, E, Di]              as of indexer_topk
+    ki        [B, N, Di]              as of indexer_topk
     u         [B, T, Hi]              as of indexer_topk
     lo, hi    [B, T] int64
-    idx       [B, T, K] int64 or None
+    idx       [B, T, topk] int64 or None
     loss      [B, T] fp32
 
 The V4 paper does not give this loss. The recipe is that of V3.2 (DeepSeek-V3.2-Exp report, section
 2.1): main scores summed over heads and L1-normalised, KL to the softmax of the index scores, the
 indexer's input detached, over all tokens first and then over the chosen ones. V3.2 has no window
-and no compressed entries; decided here: only entries take part, since only they are chosen among,
-and lse is that of the joint softmax with window and sink, so that a head counts by the share that
-it gives to entries.
+and no compressed entries. Our choice: only entries enter the loss, and lse is that of the joint
+softmax, so each head is weighted by the attention it gives to entries.
 
 q' is q, normalised and rotated as in sparse_attn. fp32 arithmetic; P is summed as a log, so that it
 vanishes for no token. The main side (q, entries, lse) is constant: gradients go to qi, ki and u.
@@ -86,7 +85,7 @@ def check(
     )
     require(
         idx is None or idx.dim() == 3 and idx.shape[:2] == (B, T),
-        "indexer_loss: idx is not [B, T, K]",
+        "indexer_loss: idx is not [B, T, topk]",
     )
 
 

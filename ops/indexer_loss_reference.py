@@ -1,7 +1,7 @@
 """The reference of indexer_loss (see indexer_loss.py), forward and backward, in chunks of tokens.
 
 Scores per head, of all entries or of the chosen ones, exist for one chunk at a time; the backward
-computes them again. E counts entries, N those that take part.
+computes them again. M of the N entries take part: all, or the topk chosen ones.
 """
 
 from __future__ import annotations
@@ -20,35 +20,50 @@ HIDDEN = -1e30
 
 
 class Chunk(NamedTuple):
-    """Of t tokens and the N entries that take part, all or the chosen ones."""
+    """Of t tokens and the M entries that take part, all or the chosen ones."""
 
     tokens: slice
-    hidden: torch.Tensor  # [B, t, N] bool
-    log_p: torch.Tensor  # [B, t, N]
-    log_i: torch.Tensor  # log softmax(I) [B, t, N]
-    s: torch.Tensor  # relu(qi . ki) [B, t, Hi, N]
-    index_keys: torch.Tensor  # ki [B, N, Di], which all tokens share, or [B, t, N, Di]
+    hidden: torch.Tensor  # [B, t, M] bool
+    log_p: torch.Tensor  # [B, t, M]
+    log_i: torch.Tensor  # log softmax(I) [B, t, M]
+    s: torch.Tensor  # relu(qi . ki) [B, t, Hi, M]
+    index_keys: torch.Tensor  # ki [B, M, Di], which all tokens share, or [B, t, M, Di]
 
 
 def _rows(x, keys):
-    """Heads of x [B, t, H, d] as rows of a product with keys: shared [B, N, d], or [B, t, N, d]."""
+    """Heads of x [B, t, H, d] as rows of a product with keys: shared [B, M, d], or [B, t, M, d]."""
     return x.reshape(*keys.shape[:-2], -1, x.shape[-1])
 
 
 def _products(x, keys):
-    """x . k, [B, t, H, N]"""
+    """x . k, [B, t, H, M]"""
     return (_rows(x, keys) @ keys.mT).view(*x.shape[:3], -1)
 
 
-def chunks(q, cos, sin, entries, lse, qi, ki, u, lo, hi, idx, eps) -> Iterator[Chunk]:
+def chunks(
+    # as of sparse_attn
+    q,
+    cos,
+    sin,
+    entries,
+    lse,
+    # as of indexer_topk
+    qi,
+    ki,
+    u,
+    lo,
+    hi,
+    idx,
+    eps,
+) -> Iterator[Chunk]:
     B, T, H, D = q.shape
     Hi, Di = qi.shape[2:]
-    E = entries.shape[1]
+    N = entries.shape[1]
     entries, ki = entries.float(), ki.float()
     keys, index_keys = entries, ki
-    e = torch.arange(E, device=q.device)
+    e = torch.arange(N, device=q.device)
     row = torch.arange(B, device=q.device)[:, None, None]
-    elements = E * max(H, Hi) if idx is None else idx.shape[2] * max(H, Hi, D, Di)  # per token
+    elements = N * max(H, Hi) if idx is None else idx.shape[2] * max(H, Hi, D, Di)  # per token
     step = max(1, CHUNK // max(1, B * elements))
     for start in range(0, T, step):
         tokens = slice(start, start + step)
@@ -58,12 +73,12 @@ def chunks(q, cos, sin, entries, lse, qi, ki, u, lo, hi, idx, eps) -> Iterator[C
             hidden = idx[:, tokens] < 0
             chosen = idx[:, tokens].clamp(min=0)
             keys, index_keys = entries[row, chosen], ki[row, chosen]
-        # log P = logsumexp over heads of q' . k / sqrt(D) - lse, [B, t, N]
+        # log P = logsumexp over heads of q' . k / sqrt(D) - lse, [B, t, M]
         q_tokens = normalize(q[:, tokens], eps)[0]
         q_tokens = rotate(q_tokens, cos[:, tokens], sin[:, tokens], False)
         attention = _products(q_tokens, keys)
         log_p = attention.mul_(D**-0.5).sub_(lse[:, tokens, :, None]).logsumexp(2)
-        # I = u relu(qi . ki), [B, t, N]
+        # I = u relu(qi . ki), [B, t, M]
         s = _products(qi[:, tokens].float(), index_keys).relu_()
         index_scores = (u[:, tokens, None].float() @ s)[:, :, 0]
         log_p = log_p.masked_fill(hidden, HIDDEN).log_softmax(-1)
@@ -77,12 +92,13 @@ def forward_reference(*args) -> torch.Tensor:
 
 def backward_reference(
     g: torch.Tensor,
-    # the inputs of the forward
+    # the inputs of the forward: as of sparse_attn
     q,
     cos,
     sin,
     entries,
     lse,
+    # as of indexer_topk
     qi,
     ki,
     u,

@@ -4,14 +4,17 @@
     h        = silu(gate) up weight_k  fp32, rounded to the dtype of x
     y        = sum_k h W2^T            each term in the dtype of x, summed in fp32
 
-    x [N, d]   w13 [E, 2I, d] (W1 rows first)   w2 [E, d, I]   idx [N, K] int64   weight [N, K] fp32
+    x [M, d]   w13 [E, 2I, d] (W1 rows first)   w2 [E, d, I]   idx [M, K] int64   weight [M, K] fp32
     packed weights   FP4: int8 [E, 2I, d/2], [E, d, I/2]; scales [E, 2I, d/32], [E, d, I/32]
                      FP8: e4m3, scales of blocks of 128 x 128, those of W1 and W3 stacked
                      scales: uint8 (e8m0 bits) or fp32; their sizes are rounded up
     act_quant        rounds x and h to fp8 in blocks of 128
     idx = E          no expert, in the opaque form, for more than one token: the pair costs next to
                      nothing (see parallel.py), and the gradient of its weight is not defined
-    y [N, d] fp32
+    y [M, d] fp32, of M tokens
+
+Source: `Expert` and `MoE` in inference/model.py of DeepSeek's code; packed weights: `fp8_gemm` and
+`fp4_gemm` in inference/kernel.py.
 
 The traced reference has static shapes: few tokens gather their experts' weights, many go through
 all experts with zero weights. The opaque form groups tokens by expert instead, which needs the
@@ -48,13 +51,28 @@ from .triton.moe_backward import backward
 CHUNK = 1 << 24  # intermediate values held at a time
 
 
-def check(x, w13, w2, idx, weight, s13, s2, limit, act_quant):
+def check(
+    x,
+    # experts
+    w13,
+    w2,
+    # routing
+    idx,
+    weight,
+    # scales of packed experts
+    s13,
+    s2,
+    # constants
+    limit,
+    act_quant,
+):
     require(
         x.dim() == 2 and w13.dim() == 3,
-        f"moe: x {tuple(x.shape)}, w13 {tuple(w13.shape)} are not [N, d], [E, 2I, d]",
+        f"moe: x {tuple(x.shape)}, w13 {tuple(w13.shape)} are not [M, d], [E, 2I, d]",
     )
     pack = 1 + (w13.dtype == torch.int8)  # values a byte
-    E, I, d = w13.shape[0], w13.shape[1] // 2, x.shape[1]
+    E, I = w13.shape[0], w13.shape[1] // 2
+    d = x.shape[1]
     require(
         w13.shape == (E, 2 * I, d // pack)
         and w2.shape == (E, d, I // pack)
@@ -87,33 +105,38 @@ def _few(idx, w13):
 
 def _many(x, w13, idx):
     """Whether grouping by expert beats, on CPU, both gathering experts and going through all."""
-    N, E = len(x), len(w13)
-    return not _few(idx, w13) and (N > 32 or 8 * idx.numel() < E * N)
+    M, E = len(x), len(w13)
+    return not _few(idx, w13) and (M > 32 or 8 * idx.numel() < E * M)
 
 
 def reference(
     x: torch.Tensor,
+    # experts
     w13: torch.Tensor,
     w2: torch.Tensor,
+    # routing
     idx: torch.Tensor,
     weight: torch.Tensor,
+    # scales of packed experts
     s13: torch.Tensor | None,
     s2: torch.Tensor | None,
+    # constants
     limit: float,
     act_quant: bool,
 ) -> torch.Tensor:
-    N, E, dtype = x.shape[0], w13.shape[0], x.dtype
+    M, E = x.shape[0], w13.shape[0]
+    dtype = x.dtype
     if _few(idx, w13):
         w13 = dequantize13(w13[idx], one_of(s13, idx), dtype)
         w2 = dequantize(w2[idx], one_of(s2, idx), dtype)
         return gathered(x, w13, w2, weight, limit, act_quant)
     x = quantized(x, act_quant)
     w13, w2 = dequantize13(w13, s13, dtype), dequantize(w2, s2, dtype)
-    # route [N, E]: each token's weights, zero for the experts it did not choose
-    route = weight.new_zeros(N, E).scatter_add(1, idx, weight)
+    # route [M, E]: each token's weights, zero for the experts it did not choose
+    route = weight.new_zeros(M, E).scatter_add(1, idx, weight)
     step, out = max(1, CHUNK // (E * (w13.shape[1] + w2.shape[1]))), []
-    for c in range(0, N, step):
-        h13 = x[c : c + step] @ w13.transpose(1, 2)  # [E, n, 2I]
+    for c in range(0, M, step):
+        h13 = x[c : c + step] @ w13.transpose(1, 2)  # [E, step, 2I]
         h = activate(h13, route[c : c + step].T[..., None], limit).to(dtype)
         out.append((quantized(h, act_quant) @ w2.transpose(1, 2)).float().sum(0))
     return torch.cat(out)
@@ -165,7 +188,21 @@ _opaque = register(
 )
 
 
-def _cpu(x, w13, w2, idx, weight, s13, s2, limit, act_quant):
+def _cpu(
+    x,
+    # experts
+    w13,
+    w2,
+    # routing
+    idx,
+    weight,
+    # scales of packed experts
+    s13,
+    s2,
+    # constants
+    limit,
+    act_quant,
+):
     """moe_decode, the reference, moe_train or the opaque op: see above."""
     training = torch.is_grad_enabled()
     decoding = torch.compiler.is_compiling() and not training and idx.numel() <= 256

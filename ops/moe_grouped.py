@@ -56,12 +56,16 @@ def _groups(idx, E):
 
 def grouped(
     x: torch.Tensor,
+    # experts
     w13: torch.Tensor,
     w2: torch.Tensor,
+    # routing
     idx: torch.Tensor,
     weight: torch.Tensor,
+    # scales of packed experts
     s13: torch.Tensor | None,
     s2: torch.Tensor | None,
+    # constants
     limit: float,
     act_quant: bool,
 ) -> torch.Tensor:
@@ -80,12 +84,16 @@ def grouped(
 def backward_reference(
     g: torch.Tensor,
     x: torch.Tensor,
+    # experts
     w13: torch.Tensor,
     w2: torch.Tensor,
+    # routing
     idx: torch.Tensor,
     weight: torch.Tensor,
+    # scales of packed experts
     s13: torch.Tensor | None,
     s2: torch.Tensor | None,
+    # constants
     limit: float,
     act_quant: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

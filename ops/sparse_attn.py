@@ -16,9 +16,9 @@ Token t of a row sees, with K = V shared by all heads, window_len[t] keys of the
     sink        [H] fp32
     window_len  [B, T] int64
     cos, sin    [B, T, r/2] fp32
-    entries     [B, E, D] or None; E counts entries
+    entries     [B, N, D] or None
     lo, hi      [B, T] int64 or None
-    idx         [B, T, K] int64 or None, distinct entries or -1
+    idx         [B, T, topk] int64 or None, distinct entries or -1
     o           [B, T, H, D] in the dtype of q
     lse         [B, T, H] fp32, without gradient
 
@@ -82,7 +82,7 @@ def check(
         )
     require(
         idx is None or entries is not None and idx.shape[:2] == (B, T),
-        "sparse_attn: idx needs entries and shape [B, T, K]",
+        "sparse_attn: idx needs entries and shape [B, T, topk]",
     )
 
 
@@ -175,7 +175,21 @@ def _on_cpu(q, *rest):
 def _form(form):
     """An optional last argument with_lse."""
 
-    def call(q, kv, sink, window_len, cos, sin, entries, lo, hi, idx, eps, with_lse=False):
+    def call(
+        q,
+        kv,
+        sink,
+        window_len,
+        cos,
+        sin,
+        # entries and which of them a token sees
+        entries,
+        lo,
+        hi,
+        idx,
+        eps,
+        with_lse=False,
+    ):
         o, lse = form(q, kv, sink, window_len, cos, sin, entries, lo, hi, idx, eps)
         return (o, lse.detach()) if with_lse else o
 

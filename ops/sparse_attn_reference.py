@@ -2,7 +2,6 @@
 
 Tokens are cut into blocks of n, which share one band of window keys, and into chunks of blocks,
 which bound the scores held at a time: a query x key x dim tensor is never built for a long prefill.
-E counts entries.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ class Chunk(NamedTuple):
     window_len: torch.Tensor  # [B, t]
     lo: torch.Tensor | None
     hi: torch.Tensor | None
-    idx: torch.Tensor | None  # [B, t, K]
+    idx: torch.Tensor | None  # [B, t, topk]
 
     @property
     def size(self) -> int:
@@ -44,7 +43,18 @@ class Chunk(NamedTuple):
         return self.q.shape[1] - self.size
 
 
-def _chunks(q, kv, window_len, cos, sin, entries, lo, hi, idx) -> Iterator[Chunk]:
+def _chunks(
+    q,
+    kv,
+    window_len,
+    cos,
+    sin,
+    # entries and which of them a token sees
+    entries,
+    lo,
+    hi,
+    idx,
+) -> Iterator[Chunk]:
     B, T, H, D = q.shape
     n = min(T, BLOCK)
     band = kv.shape[1] - T + n
@@ -80,8 +90,8 @@ def normalize(q, eps):
 
 
 def _scores(q, chunk: Chunk, entries):
-    """q' [B, t, H, D] -> scores [B, t, H, band + E or K] fp32, -inf where hidden; the keys of each
-    block's band [B t/n, band, D]; all entries [B, E, D], or those chosen [B, t, K, D], fp32.
+    """q' [B, t, H, D] -> scores [B, t, H, band + N or topk] fp32, -inf where hidden; the keys of
+    each block's band [B t/n, band, D]; all entries [B, N, D], or the chosen [B, t, topk, D], fp32.
     """
     B, t, H, D = q.shape
     n = chunk.n
@@ -220,7 +230,7 @@ def _chunk_backward(chunk: Chunk, g, lse, entries, g_entries, eps):
     idx = chunk.idx
     B, t, H, D = chunk.q.shape
 
-    # Forward again: q' and p = exp(s - lse), 0 for padded tokens, [B, t, H, band + E or K]
+    # Forward again: q' and p = exp(s - lse), 0 for padded tokens, [B, t, H, band + N or topk]
     unit, rstd = normalize(chunk.q, eps)
     q = rotate(unit.to(chunk.q.dtype), chunk.cos, chunk.sin, False)
     scores, bands, chunk_entries = _scores(q, chunk, entries)
@@ -251,7 +261,7 @@ def _chunk_backward(chunk: Chunk, g, lse, entries, g_entries, eps):
     if entries is not None:
         g_q += _product(g_e, chunk_entries)
     if idx is not None:
-        g_chosen = g_e.transpose(2, 3) @ q + p_e.transpose(2, 3) @ g  # [B, t, K, D]; 0 for -1
+        g_chosen = g_e.transpose(2, 3) @ q + p_e.transpose(2, 3) @ g  # [B, t, topk, D]; 0 for -1
         first = torch.arange(B, device=q.device)[:, None, None] * entries.shape[1]
         target = (idx.clamp(min=0) + first).flatten()
         g_entries.view(-1, D).index_add_(0, target, g_chosen.reshape(-1, D))

@@ -246,12 +246,15 @@ def _constants(name, rows, D, r, ratio, dtype):
 
 
 def compress_kernel(
+    # the rows and their windows
     rows: torch.Tensor,
     end: torch.Tensor,
     index: torch.Tensor,
+    # norm and RoPE of the entries
     weight: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
+    # constants
     ratio: int,
     eps: float,
     dtype: torch.dtype,
@@ -274,13 +277,15 @@ def compress_kernel(
 
 def compress_backward_kernel(
     g: torch.Tensor,
-    # the inputs of the forward
+    # the inputs of the forward: the rows and their windows
     rows: torch.Tensor,
     end: torch.Tensor,
     index: torch.Tensor,
+    # norm and RoPE of the entries
     weight: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
+    # constants
     ratio: int,
     eps: float,
     dtype: torch.dtype,

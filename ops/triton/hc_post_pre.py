@@ -94,13 +94,16 @@ def hc_post_pre_mix(
 
 
 def forward(
+    # of hc_post
     y: torch.Tensor,
     x: torch.Tensor,
     post: torch.Tensor,
     comb: torch.Tensor,
+    # of hc_pre
     fn: torch.Tensor,
     base: torch.Tensor,
     scale: torch.Tensor,
+    # constants
     norm_eps: float,
     hc_eps: float,
     iters: int,

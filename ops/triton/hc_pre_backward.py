@@ -264,7 +264,20 @@ def hc_pre_backward_reduce(
             tl.store(g_scale + part, g_scale_part.to(g_scale.dtype.element_ty))
 
 
-def launch_tokens(partial, base, scale, g_post, g_comb, d, norm_eps, hc_eps, iters):
+def launch_tokens(
+    partial,
+    # of hc_pre
+    base,
+    scale,
+    # gradients of its outputs
+    g_post,
+    g_comb,
+    # constants
+    d,
+    norm_eps,
+    hc_eps,
+    iters,
+):
     """-> g_u, factors and sums, as hc_pre_backward_tokens says."""
     tokens, splits = partial.shape[1:]
     n = g_post.shape[-1]
@@ -308,13 +321,16 @@ def launch_streams(x, fn, g_y, g_in, g_u, factors, g_x):
 
 
 def backward(
+    # gradients of the outputs
     g_y: torch.Tensor,
     g_post: torch.Tensor,
     g_comb: torch.Tensor,
+    # the inputs of the forward
     x: torch.Tensor,
     fn: torch.Tensor,
     base: torch.Tensor,
     scale: torch.Tensor,
+    # constants
     norm_eps: float,
     hc_eps: float,
     iters: int,

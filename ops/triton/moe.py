@@ -32,7 +32,21 @@ from .moe_up import act, up
 from .moe_values import as_weights
 
 
-def forward(x, w13, w2, idx, weight, s13, s2, limit, act_quant):
+def forward(
+    x,
+    # experts
+    w13,
+    w2,
+    # routing
+    idx,
+    weight,
+    # scales of packed experts
+    s13,
+    s2,
+    # constants
+    limit,
+    act_quant,
+):
     """-> y [N, d] fp32"""
     (N, d), (n, K) = x.shape, (idx.numel(), idx.shape[1])
     E, I = len(w2), w13.shape[1] // 2
@@ -41,7 +55,8 @@ def forward(x, w13, w2, idx, weight, s13, s2, limit, act_quant):
     w13, w2 = as_weights(w13, s13, x.dtype), as_weights(w2, s2, x.dtype)
     one_token = N == 1
     counted = not arch(x).startswith("gfx")  # there a barrier does not wait for stores
-    x, idx, weight = x.contiguous(), idx.contiguous(), weight.contiguous()
+    x = x.contiguous()
+    idx, weight = idx.contiguous(), weight.contiguous()
     key, rows = load_of(n, E)
     tile = up_tile(w13, d, I, key, rows, x, act_quant)
     down_cfg = down_tile(w2, I, d, tile["BM"], key, x)
@@ -50,17 +65,19 @@ def forward(x, w13, w2, idx, weight, s13, s2, limit, act_quant):
         return torch.empty(size, dtype=torch.int32, device=x.device)
 
     h = x.new_empty(n, I)
-    sums, seen, y, seen_y = None, None, None, None
+    sums = y = up_counters = down_counters = None
     if tile["SPLIT"] > 1 or ((act_quant or w2.J) and tile["BN"] % 128):
         sums = x.new_empty(tile["SPLIT"], n, 2 * I, dtype=torch.float32)
         if counted:
             blocks = n if one_token else max_blocks(n, E, tile["BM"])
-            seen = counters(blocks * cdiv(I, 128))
+            up_counters = counters(blocks * cdiv(I, 128))
     if one_token and counted:
-        y, seen_y = x.new_empty(1, d, dtype=torch.float32), counters(cdiv(d, down_cfg["BN"]))
-    route, x = begin(idx, E, tile["BM"], x, act_quant, w13.J, seen, routed=not one_token)
-    up(x, w13, route, weight, K, I, limit, tile, h, sums, act_quant, w2.J, seen, seen_y)
-    if sums is not None and seen is None:
+        y = x.new_empty(1, d, dtype=torch.float32)
+        down_counters = counters(cdiv(d, down_cfg["BN"]))
+    route, x = begin(idx, E, tile["BM"], x, act_quant, w13.J, up_counters, routed=not one_token)
+    of_h = act_quant, w2.J
+    up(x, w13, route, weight, K, I, limit, tile, h, sums, *of_h, up_counters, down_counters)
+    if sums is not None and up_counters is None:
         act(sums, weight, h, limit, act_quant, w2.J)
-    out = down(h, w2, route, n, 1, d, d, down_cfg, y=y, seen=seen_y)
+    out = down(h, w2, route, n, 1, d, d, down_cfg, y=y, counters=down_counters)
     return sum_pairs(out, idx, E, torch.float32) if y is None else y

@@ -134,10 +134,26 @@ def _outer(a, b, route: Route, E: int, n: int, key: str) -> torch.Tensor:
     return out
 
 
-def backward(g, x, w13, w2, idx, weight, s13, s2, limit, act_quant):
+def backward(
+    g,
+    x,
+    # experts
+    w13,
+    w2,
+    # routing
+    idx,
+    weight,
+    # scales of packed experts
+    s13,
+    s2,
+    # constants
+    limit,
+    act_quant,
+):
     """-> gradients of x, w13, w2 (empty if packed), weight."""
     (N, d), (n, K) = x.shape, (idx.numel(), idx.shape[1])
-    E, I, dtype = len(w2), w13.shape[1] // 2, x.dtype
+    E, I = len(w2), w13.shape[1] // 2
+    dtype = x.dtype
     frozen = s13 is not None
     if not n * d * I:
         g_w13, g_w2 = (x.new_zeros(0 if frozen else w.shape) for w in (w13, w2))

@@ -123,7 +123,20 @@ def moe_down(
 
 
 @jit
-def moe_sum(pairs, y, idx, N, d, E, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def moe_sum(
+    # as in moe_add
+    pairs,
+    y,
+    idx,
+    # shapes
+    N,
+    d,
+    E,
+    K: tl.constexpr,
+    # sizes
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
     """See moe_add."""
     row = (tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM))[:, None]
     col = (tl.program_id(1) * BN + tl.arange(0, BN))[None, :]
@@ -143,10 +156,11 @@ def down(
     transposed: bool = False,
     # of one token
     y: torch.Tensor | None = None,
-    seen: torch.Tensor | None = None,
+    counters: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """h [n / K, i] through W of every pair's expert: [n, O]."""
-    I, E, out = h.shape[1], len(w.w), h.new_empty(n, O)
+    I, E = h.shape[1], len(w.w)
+    out = h.new_empty(n, O)
     NT = cdiv(O, cfg["BN"])
     launch(
         moe_down,
@@ -157,7 +171,7 @@ def down(
         *route[:3],
         out,
         y,
-        seen,
+        counters,
         K,
         E,
         O,

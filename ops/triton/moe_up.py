@@ -118,8 +118,8 @@ def moe_up(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """h [n, I]. If there are sums they get gate and up, over parts of d; the program that completes
-    128 columns of both makes h of them, if programs are counted in `seen`.
+    """h [n, I]. With `sums`, each program stores partial gate and up for its part of d; with
+    counters, the last program of a 128-column group computes h from them.
     """
     if zero is not None:
         if tl.program_id(0) + tl.program_id(1) == 0:
@@ -209,12 +209,13 @@ def up(
     # of h: act_quant, order of columns
     quant: bool = False,
     order: int = 0,
-    # counters, see moe_up
-    seen: torch.Tensor | None = None,
+    # counters of programs, counters to be zeroed: see moe_up
+    counters: torch.Tensor | None = None,
     zero: torch.Tensor | None = None,
 ) -> None:
-    """Fills h or sums or both."""
-    E, d, n = len(w.w), x.shape[1], weight.numel()
+    """Fill h or sums or both."""
+    E, d = len(w.w), x.shape[1]
+    n = weight.numel()
     NT = cdiv(I, cfg["BN"])
     launch(
         moe_up,
@@ -226,7 +227,7 @@ def up(
         weight,
         h,
         sums,
-        seen,
+        counters,
         zero,
         limit,
         n,

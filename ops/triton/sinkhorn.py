@@ -121,7 +121,18 @@ def load_divisors(ptr, count, t, n: tl.constexpr, COLS: tl.constexpr):
 
 @jit
 def doubly_stochastic_backward(
-    g, c, eps, iters, saved, count, t, n: tl.constexpr, COLS: tl.constexpr
+    # gradient, logits
+    g,
+    c,
+    eps,
+    iters,
+    # room for the divisors of `count` matrices; the matrices of this program
+    saved,
+    count,
+    t,
+    # sizes
+    n: tl.constexpr,
+    COLS: tl.constexpr,
 ):
     """Gradient of logits c of matrices t, from that of the result.
 

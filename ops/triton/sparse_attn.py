@@ -36,8 +36,8 @@ DECODE_TOKENS = 64  # up to this many tokens, keys are split among programs
 
 @jit
 def sparse_attn_forward(
-    # inputs: q [B, T, H, D], kv [B, N, D], entries [B, E, D], idx [B, T, K], window_len, lo, hi [B,
-    # T]
+    # inputs: q [B, T, H, D], kv [B, W - 1 + T, D], entries [B, N, D], idx [B, T, topk],
+    # window_len, lo, hi [B, T]
     q_ptr,
     kv_ptr,
     entries_ptr,
@@ -45,7 +45,7 @@ def sparse_attn_forward(
     window_len_ptr,
     lo_ptr,
     hi_ptr,
-    # cos, sin [B, T, R/2], sink [H]
+    # cos, sin [B, T, r/2], sink [H]
     cos_ptr,
     sin_ptr,
     sink_ptr,
@@ -54,7 +54,7 @@ def sparse_attn_forward(
     m_ptr,
     acc_ptr,
     l_ptr,
-    # shapes
+    # shapes; N: rows of kv, K: chosen entries, E: entries
     T,
     N,
     entries_stride_b,

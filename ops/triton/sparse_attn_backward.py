@@ -66,12 +66,12 @@ def sparse_attn_backward_q(
     # gradients: of q; of entries, fp32, with SCATTER
     g_q_ptr,
     g_entries_ptr,
-    # for sparse_attn_backward_kv: delta, norm [B, T, H] fp32, rotated dims of q and g [B, T, H, R]
+    # for sparse_attn_backward_kv: delta, norm [B, T, H] fp32, rotated dims of q and g [B, T, H, r]
     delta_ptr,
     norm_ptr,
     q_r_ptr,
     g_r_ptr,
-    # shapes
+    # shapes; N: rows of kv, K: chosen entries, E: entries
     T,
     N,
     entries_stride_b,
@@ -92,8 +92,8 @@ def sparse_attn_backward_q(
     BR: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Gradient of q and what sparse_attn_backward_kv needs of a token; with SCATTER that of chosen
-    entries, by atomics.
+    """Gradient of q, and the inputs of sparse_attn_backward_kv of a token; with SCATTER the gradient
+    of chosen entries, by atomics.
     """
     head_blocks = tl.cdiv(H, BH)
     t = (tl.program_id(0) // head_blocks).to(tl.int64)  # token, counted over all rows

@@ -21,7 +21,8 @@ KV_CONFIGS_FP32 = [
 
 @jit
 def sparse_attn_backward_kv(
-    # keys [B, N, D]; which of them tokens see: chosen [B, T, N + 1], or lo, hi [B, T]
+    # keys [B, N, D], rows of kv or entries; which of them tokens see: chosen [B, T, N + 1], or lo,
+    # hi [B, T]
     keys_ptr,
     chosen_ptr,
     lo_ptr,
@@ -29,7 +30,7 @@ def sparse_attn_backward_kv(
     # of each block of keys: the tokens that may see it [B, blocks]
     begin_ptr,
     end_ptr,
-    # g, q [B, T, H, D], and what sparse_attn_backward_q left
+    # g, q [B, T, H, D], and results of sparse_attn_backward_q
     g_ptr,
     q_ptr,
     q_r_ptr,
@@ -123,9 +124,24 @@ def sparse_attn_backward_kv(
 
 
 class TokenRows:
-    """What sparse_attn_backward_kv reads of the tokens, and its launch for one kind of keys."""
+    """Per-token inputs of sparse_attn_backward_kv, and its launcher for one source of keys (window,
+    range, chosen).
+    """
 
-    def __init__(self, sizes: dict, config: dict, g, q, q_r, g_r, lse, delta, norm):
+    def __init__(
+        self,
+        # of the kernel
+        sizes: dict,
+        config: dict,
+        # tensors of the kernel, in its order
+        g,
+        q,
+        q_r,
+        g_r,
+        lse,
+        delta,
+        norm,
+    ):
         self.tensors = g, q, q_r, g_r, lse, delta, norm
         self.shapes = {name: sizes[name] for name in ("R", "BD", "BR")}
         self.config = config
@@ -184,9 +200,9 @@ def range_gradient(rows: TokenRows, entries: torch.Tensor, lo: torch.Tensor, hi:
 def chosen_gradient(rows: TokenRows, entries: torch.Tensor, idx: torch.Tensor):
     """Collected by entry, without atomics."""
     B, T, _ = idx.shape
-    E = entries.shape[1]
+    N = entries.shape[1]
     BK = rows.config["BK"]
-    chosen = torch.zeros(B, T, E + 1, dtype=torch.uint8, device=idx.device)
-    chosen.scatter_(2, torch.where(idx < 0, E, idx), 1)  # the last column is for -1
-    sees = F.pad(chosen[..., :E], (0, -E % BK)).unflatten(2, (-1, BK)).amax(-1) > 0
+    chosen = torch.zeros(B, T, N + 1, dtype=torch.uint8, device=idx.device)
+    chosen.scatter_(2, torch.where(idx < 0, N, idx), 1)  # the last column is for -1
+    sees = F.pad(chosen[..., :N], (0, -N % BK)).unflatten(2, (-1, BK)).amax(-1) > 0
     return rows.gradient(entries, sees, chosen, None, None, 0)

@@ -1,9 +1,11 @@
-"""What the Triton kernels of sparse_attn share, forward and backward (see ops/sparse_attn.py).
+"""Parts of the Triton kernels of sparse_attn, forward and backward (see ops/sparse_attn.py).
 
 A program serves one token and BH heads, the rows of its matrix products. Keys n < W are those of
 the window, in order; the others are entries: n - W is their place in idx, or counts from lo. The r
 rotated dims go through products of their own (q_r . k_r), so that the wide blocks [.., BD] are used
 as they lie in memory. The norm of q is a factor of its scores.
+
+In the kernels N counts rows of kv or of other keys, E entries and K chosen ones, and R is r.
 """
 
 from __future__ import annotations
@@ -34,7 +36,18 @@ def sparse_attn_rotate(
 
 @jit
 def sparse_attn_load_rows(
-    x_ptr, offs_row, mask, cos_ptr, sin_ptr, D, R: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr
+    # rows [n, 1] of the input, which of them exist
+    x_ptr,
+    offs_row,
+    mask,
+    # angles of the token
+    cos_ptr,
+    sin_ptr,
+    # shapes and block sizes
+    D,
+    R: tl.constexpr,
+    BD: tl.constexpr,
+    BR: tl.constexpr,
 ):
     """Load rows of q or g at x_ptr + offs_row [n, 1] -> dims that are not rotated [n, BD] (then
     zeros), the others rotated [n, BR], and the sum of squares of all [n] fp32.
@@ -82,7 +95,17 @@ def sparse_attn_store(
 
 @jit
 def sparse_attn_key_range(
-    t, window_len_ptr, lo_ptr, hi_ptr, idx_ptr, K, E, W: tl.constexpr, BK: tl.constexpr
+    t,
+    # which keys a token sees
+    window_len_ptr,
+    lo_ptr,
+    hi_ptr,
+    idx_ptr,
+    # chosen entries, entries, window; block size of chosen entries
+    K,
+    E,
+    W: tl.constexpr,
+    BK: tl.constexpr,
 ):
     """Keys of token t -> start_n <= n < end_n, and the entry that key W is (without idx)."""
     start_n = W - tl.load(window_len_ptr + t).to(tl.int32)
