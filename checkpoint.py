@@ -419,7 +419,7 @@ def convert(
 
 
 def inspect(path) -> dict:
-    """What the headers of a folder say: sizes, groups of like tensors, and `problems`."""
+    """Summary of a folder's headers: sizes, groups of like tensors, and `problems`."""
     folder, args = open_folder(path)
     counts = collections.Counter(
         (re.sub(r"\.\d+\.", ".*.", name), info) for name, info in folder.tensors.items()

@@ -199,7 +199,8 @@ class Phase:
 
     def build(self) -> Callable:
         """-> run(tokens, input_pos, lengths, *rest), compiled when it is first called."""
-        model, epilogue, logits = self.model, self.epilogue, self.logits
+        model = self.model
+        epilogue, logits = self.epilogue, self.logits
         build_cpu_kernels(model, self.cfg, "prefill" if self.name == "prefill" else "decode")
         options = {"guard_filter_fn": torch_private.skip_all_guards}
         if model.embed.weight.device.type == "cpu" and self.name != "prefill":

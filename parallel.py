@@ -211,7 +211,9 @@ class Ranks:
     # The model
 
     def shard(self, model: Transformer) -> Transformer:
-        """Divide a model that all processes have made alike, on the CPU; parts are on the device.
+        """Shard a model that every rank initialised identically on the CPU.
+
+        Shards are placed on the device.
 
         ValueError if --ep divides neither the processes nor the experts.
         """
@@ -260,7 +262,10 @@ class Ranks:
         self.expert_mesh = DeviceMesh(self.device.type, ranks, mesh_dim_names=("ep", "rest"))
 
     def _processes_per_machine(self) -> int:
-        """Their number; 1 if machines differ in it. Launchers other than torchrun may not say."""
+        """Ranks per machine; 1 if machines differ.
+
+        Counts host names if LOCAL_WORLD_SIZE is unset.
+        """
         if "LOCAL_WORLD_SIZE" in os.environ:
             return from_launcher("LOCAL_WORLD_SIZE")
         machines = [None] * self.size

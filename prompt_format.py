@@ -12,7 +12,8 @@ import json
 import re
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
-USER, ASSISTANT, REMINDER = "<｜User｜>", "<｜Assistant｜>", "<｜latest_reminder｜>"
+USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
+REMINDER = "<｜latest_reminder｜>"
 THINK, END_THINK = "<think>", "</think>"
 DSML = "｜DSML｜"
 TASKS = {

@@ -64,7 +64,7 @@ PHASES = [
 
 
 def shape_key(x):
-    """What a kernel's launch can depend on of an argument."""
+    """Shape, strides and dtype of a tensor, on which a launch can depend; other arguments as is."""
     return (tuple(x.shape), x.stride(), str(x.dtype)) if isinstance(x, torch.Tensor) else x
 
 

@@ -9,9 +9,9 @@
                                            measures and records nothing
 
 One JSON line per case goes to standard output as it finishes, a scoreboard ends it: "match" is the
-least that published results demand, "beat" the aim. Cases run in order of importance until --budget
-seconds would be exceeded. Published numbers come from other machines: only ratios measured here in
-one run compare.
+least that published results demand, "beat" the target. Cases run in order of importance until
+--budget seconds would be exceeded. Published numbers come from other machines: only ratios measured
+here in one run compare.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ WORKERS = 16  # processes that compile
 WARM_LIMIT = 400  # seconds: whatever is not compiled by then is compiled while measuring
 
 
-def say(message: str) -> None:
+def log(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
@@ -93,15 +93,15 @@ class Job(NamedTuple):
 
 class Worker(NamedTuple):
     process: subprocess.Popen
-    log: Path
+    log_path: Path
 
     @classmethod
     def start(cls, job: Job, number: int) -> Worker:
         command = [sys.executable, "-m", "bench.gpu", "--prepare", f"{job.case}:{job.part}"]
         env = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "2", "OMP_NUM_THREADS": "1"}
         path = CACHE / f"{job.case}.{number}.log"
-        with open(path, "w") as log:
-            return cls(subprocess.Popen(command, stdout=log, stderr=log, env=env), path)
+        with open(path, "w") as out:
+            return cls(subprocess.Popen(command, stdout=out, stderr=out, env=env), path)
 
 
 def urgency(job: Job) -> tuple:
@@ -131,7 +131,7 @@ def warm(names: list[str]) -> None:
                 running[job] = Worker.start(job, len(ended) + len(running))
         time.sleep(0.2)
         late = time.perf_counter() - begun > WARM_LIMIT
-        for job, (process, log) in list(running.items()):
+        for job, (process, log_path) in list(running.items()):
             if late:
                 process.kill()
             elif process.poll() is None:
@@ -141,12 +141,12 @@ def warm(names: list[str]) -> None:
             ended[str(job)] = time.perf_counter() - begun
             if process.returncode:
                 reason = "took too long" if late else "failed"
-                say(f"{job.case} {job.part}: compiling {reason}, see {log}")
+                log(f"{job.case} {job.part}: compiling {reason}, see {log_path}")
         if late:
             waiting.clear()
     seconds = time.perf_counter() - begun
     (CACHE / "warm.json").write_text(json.dumps({"seconds": seconds, "ended_after_s": ended}))
-    say(f"compiled in {seconds:.0f} s")
+    log(f"compiled in {seconds:.0f} s")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def stamp() -> dict:
 def measure_case(name: str, toy: bool, deadline: float) -> dict:
     """-> {row: results}."""
     case, bench = CASES[name], Bench(toy=toy, deadline=deadline)
-    say(f"{name} {case.title}")
+    log(f"{name} {case.title}")
     try:
         case.run(bench)
     except Exception as error:  # the other cases are still worth measuring
@@ -266,7 +266,7 @@ def run(argv: list[str] | None) -> None:
     if args.toy and INTERPRETING:
         interpreter.install()
     elif args.toy:
-        say("neither a GPU nor TRITON_INTERPRET=1: ours are the references, no kernel runs")
+        log("neither a GPU nor TRITON_INTERPRET=1: ours are the references, no kernel runs")
     if args.prepare:
         return prepare(*args.prepare.split(":", 1))
     if not args.toy and (args.warm or not args.measure):
@@ -277,7 +277,7 @@ def run(argv: list[str] | None) -> None:
     cases = measure(names, args.budget, args.toy)
     print(scoreboard(cases, args.toy)[1])
     missing = ", ".join(left_out(cases)) or "nothing"
-    say(f"measured in {time.perf_counter() - begun:.0f} s; left out: {missing}")
+    log(f"measured in {time.perf_counter() - begun:.0f} s; left out: {missing}")
     if not args.toy:
         keep(cases, args.budget)
 

@@ -103,7 +103,7 @@ def attention_inputs(
     sink = b.normal(H, dtype=torch.float32, grad=True)
     entry = lo = hi = idx = None
     if kind != "SWA":
-        ratio = {"CSA": 4, "HCA": b.at(128, 16)}[kind]
+        ratio = {"CSA": 4, "HCA": b.size(128, 16)}[kind]
         count = entries or T // ratio
         entry, lo = b.normal(1, count, D, grad=True), torch.zeros_like(position)[None]
         hi = (torch.full_like(position, count) if entries else (position + 1) // ratio)[None]
@@ -117,7 +117,7 @@ def attention_inputs(
             chosen = torch.cat([random_chosen(b, part, count, topk) for part in parts])
         where = torch.cat((where, torch.where(chosen >= 0, chosen + kv.shape[1], -1)), 1)
         idx = chosen[None] if kind == "CSA" else None
-    cos, sin = angles(b, T, b.at(64, 8))
+    cos, sin = angles(b, T, b.size(64, 8))
     return Inputs(q, kv, sink, window_len[None], cos, sin, entry, lo, hi, idx, EPS, where)
 
 
@@ -222,11 +222,11 @@ UNCOMPILED = ("eager", "transformers")  # sides
 
 def attention_rows(b: Bench) -> Iterator[tuple[str, Inputs, dict]]:
     """(row, arguments, baselines)."""
-    for label, T, H, topk in SHAPES[: b.at(3, 1)]:
-        T = b.at(T, 48)
-        H = b.at(H, 16)
-        topk = b.at(topk, 4)
-        D, W = b.at(512, 32), b.at(128, 8)
+    for label, T, H, topk in SHAPES[: b.size(3, 1)]:
+        T = b.size(T, 48)
+        H = b.size(H, 16)
+        topk = b.size(topk, 4)
+        D, W = b.size(512, 32), b.size(128, 8)
         for kind in ("CSA", "HCA", "SWA"):
             args = attention_inputs(b, kind, T, H, topk, D, W)
             sides = {"eager": gathered, "compiled": b.compiled(gathered).call}
@@ -247,7 +247,7 @@ def forward_row(b: Bench, row: str, args: Inputs, sides: dict) -> None:
         flops=4 * H * D * args.pairs,
         moved=2 * nbytes(args.q) + nbytes(tuple(args)[1:-1]),
         pairs=args.pairs,
-        judge=against(lambda: gathered_fp64(SLICE, Inputs(*double(tuple(args)))), tail(SLICE)),
+        error_of=against(lambda: gathered_fp64(SLICE, Inputs(*double(tuple(args)))), tail(SLICE)),
     )
 
 
@@ -260,18 +260,18 @@ def attention_forward(b: Bench) -> None:
         }
         forward_row(b, row, args, sides)
     # FlashMLA's shapes for this model: 4096 queries over entries of any context
-    for context in (8192, 32768, 65536)[: b.at(3, 1)]:
-        T = b.at(4096, 40)
-        H = b.at(64, 16)
-        D = b.at(512, 32)
-        topk = b.at(512, 8)
-        args = attention_inputs(b, "CSA", T, H, topk, D, b.at(128, 8), b.at(context, 64))
+    for context in (8192, 32768, 65536)[: b.size(3, 1)]:
+        T = b.size(4096, 40)
+        H = b.size(64, 16)
+        D = b.size(512, 32)
+        topk = b.size(512, 8)
+        args = attention_inputs(b, "CSA", T, H, topk, D, b.size(128, 8), b.size(context, 64))
         forward_row(b, f"4096 queries, {context >> 10}k entries, 512 chosen", args, {})
 
 
 @case("G1.6", "sparse attention, backward", 60, 60, "sparse_attn_backward")
 def attention_backward(b: Bench) -> None:
-    size = b.at(8192, 16)
+    size = b.size(8192, 16)
     m = b.normal(size, size, scale=size**-0.5)
 
     def products(ms):
@@ -314,7 +314,7 @@ def backward_row(b: Bench, row: str, x: Inputs, baselines: dict, products) -> No
         flops=10 * H * D * x.pairs,
         moved=3 * nbytes(x.q) + 2 * nbytes(tuple(x)[1:-1]),
         pairs=x.pairs,
-        judge=against(gradient, lambda out: out[0][:, -SLICE:]),
+        error_of=against(gradient, lambda out: out[0][:, -SLICE:]),
     )
     if "ms" in found and "8192" not in row:
         found["ms_beside_matrix_products"] = b.beside(lambda: mine(*x, g), products)
@@ -346,9 +346,9 @@ ROPE_SHAPES = (
 
 @case("G1.7", "RoPE", 8, 20, "rope", "rope_")
 def rope(b: Bench) -> None:
-    D, r = b.at(512, 32), b.at(64, 8)
-    for label, T, H in ROPE_SHAPES[: b.at(3, 1)]:
-        T, H = b.at(T, 24), b.at(H, 4)
+    D, r = b.size(512, 32), b.size(64, 8)
+    for label, T, H in ROPE_SHAPES[: b.size(3, 1)]:
+        T, H = b.size(T, 24), b.size(H, 4)
 
         def queries(*inverse, T=T, H=H):
             return b.normal(1, T, H, D), *angles(b, T, r), *inverse
@@ -361,7 +361,7 @@ def rope(b: Bench) -> None:
                 {"ours": ours("rope"), "eager": rotated, "compiled": b.compiled(rotated)},
                 inputs,
                 moved=2 * nbytes(inputs[0][0]),
-                judge=against(lambda args=(*last, inverse): rope_fp64(*args), tail(SLICE)),
+                error_of=against(lambda args=(*last, inverse): rope_fp64(*args), tail(SLICE)),
             )
         if "rope_" in LAUNCHERS:
             b.compare(
@@ -415,10 +415,10 @@ def compress_gradient(rows, end, index, weight, cos, sin, ratio, eps, dtype, g):
 
 @case("G1.8", "compressor", 12, 20, "compress", "compress_backward")
 def compressor(b: Bench) -> None:
-    D = b.at(512, 16)
+    D = b.size(512, 16)
     for kind, ratio in (("CSA", 4), ("HCA", 128)):
         weight = (1 + b.normal(D, dtype=torch.float32, scale=0.1)).requires_grad_()
-        for documents in b.at((1, 32), (1, 4)):
+        for documents in b.size((1, 32), (1, 4)):
             pooled_documents(b, kind, ratio, weight, documents)
         decoded_entry(b, kind, ratio, weight)
 
@@ -428,8 +428,8 @@ def pooled_documents(b: Bench, kind: str, ratio: int, weight, documents: int) ->
     eager, dtype = reference("compress"), torch.bfloat16
     lanes = 2 if ratio == 4 else 1
     D = len(weight)
-    r = b.at(64, 8)
-    T, lookback = b.at(8192, 256), lanes * ratio - 1
+    r = b.size(64, 8)
+    T, lookback = b.size(8192, 256), lanes * ratio - 1
     win = packed(b, T, documents, ratio).windows[ratio]
 
     def rows():
@@ -456,7 +456,7 @@ def pooled_documents(b: Bench, kind: str, ratio: int, weight, documents: int) ->
         sides,
         inputs,
         moved=nbytes(first[0]) + T // ratio * D * 2,
-        judge=against(last_entries, tail(n)) if complete else None,
+        error_of=against(last_entries, tail(n)) if complete else None,
     )
     g = b.normal(1, *win.end.shape[1:], D) * (win.end < T)[..., None]
     b.compare(
@@ -464,7 +464,7 @@ def pooled_documents(b: Bench, kind: str, ratio: int, weight, documents: int) ->
         {name: Side(both(call_of(side), (0, 3)), True) for name, side in sides.items()},
         [(*args, g) for args in inputs],
         moved=3 * nbytes(first[0]),
-        judge=against(lambda: compress_gradient(*first, g), lambda out: out[0]),
+        error_of=against(lambda: compress_gradient(*first, g), lambda out: out[0]),
     )
 
 
@@ -472,7 +472,7 @@ def decoded_entry(b: Bench, kind: str, ratio: int, weight) -> None:
     eager = reference("compress")
     lanes, D = (2 if ratio == 4 else 1), len(weight)
     zero = torch.zeros(1, 1, dtype=torch.int64, device=b.device)
-    cos, sin = angles(b, 1, b.at(64, 8))
+    cos, sin = angles(b, 1, b.size(64, 8))
 
     def ring():
         rows = b.normal(1, lanes * ratio, 2 * lanes * D, dtype=torch.float32)
@@ -486,5 +486,5 @@ def decoded_entry(b: Bench, kind: str, ratio: int, weight) -> None:
         {"ours": ours("compress"), "eager": eager, "compiled": b.compiled(eager)},
         inputs,
         moved=nbytes(first[0]),
-        judge=against(lambda: eager(*double(first[:4]), *first[4:8], torch.float64)),
+        error_of=against(lambda: eager(*double(first[:4]), *first[4:8], torch.float64)),
     )

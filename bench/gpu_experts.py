@@ -186,7 +186,7 @@ def experts_fp64(x, w13, w2, idx, weight):
 # --------------------------------------------------------------------------------------------------
 # Cases
 
-JUDGED = 4  # tokens
+CHECKED = 4  # tokens
 
 
 def routing(b: Bench, tokens: int, E: int, K: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -198,19 +198,19 @@ def routing(b: Bench, tokens: int, E: int, K: int) -> tuple[torch.Tensor, torch.
 
 @case("G1.9", "experts", 60, 60, "moe", "moe_backward")
 def experts(b: Bench) -> None:
-    I = b.at(2048, 128)
-    d = b.at(4096, 64)
-    K = b.at(6, 2)
+    I = b.size(2048, 128)
+    d = b.size(4096, 64)
+    K = b.size(6, 2)
     for form in ("bf16", "fp8", "fp4"):
-        experts_forward(b, random_weights(b, form, b.at(256, 8), I, d), K)
-    experts_backward(b, random_weights(b, "bf16", b.at(32, 4), I, d), K)
+        experts_forward(b, random_weights(b, form, b.size(256, 8), I, d), K)
+    experts_backward(b, random_weights(b, "bf16", b.size(32, 4), I, d), K)
 
 
 def experts_forward(b: Bench, weights: Weights, K: int) -> None:
     form, w13, w2, s13, s2 = weights
     E = len(w13)
     I = w13.shape[1] // 2
-    d = b.at(4096, 64)  # FP4 packs two columns into one
+    d = b.size(4096, 64)  # FP4 packs two columns into one
 
     def mine(x, idx, weight):
         return ours("moe")(x, w13, w2, idx, weight, s13, s2, LIMIT, False)
@@ -227,8 +227,8 @@ def experts_forward(b: Bench, weights: Weights, K: int) -> None:
     def matrix(name):
         return lambda e: weights.unpacked(name, e, torch.float64)
 
-    for N in b.at((1, 8, 64, 4096, 8192), (1, 8192)):
-        tokens = b.at(N, min(N, 12))
+    for N in b.size((1, 8, 64, 4096, 8192), (1, 8192)):
+        tokens = b.size(N, min(N, 12))
 
         def make(tokens=tokens):
             return b.normal(tokens, d), *routing(b, tokens, E, K)
@@ -236,7 +236,7 @@ def experts_forward(b: Bench, weights: Weights, K: int) -> None:
         if b.prepare or N > 64:
             sets = 1
         else:
-            sets = b.at(16, 4)
+            sets = b.size(16, 4)
         inputs = [make() for _ in range(sets)]
         sides = {"ours": mine}
         if form == "bf16":
@@ -250,7 +250,7 @@ def experts_forward(b: Bench, weights: Weights, K: int) -> None:
             sides |= {"scaled_grouped_mm": scaled, "deep_gemm": deepgemm_experts(weights)}
 
         def exact(inputs=inputs):
-            x, idx, weight = (t[:JUDGED] for t in inputs[0])
+            x, idx, weight = (t[:CHECKED] for t in inputs[0])
             return experts_fp64(x, matrix("13"), matrix("2"), idx, weight)
 
         touched = sum(len(idx.unique()) for _, idx, _ in inputs) / len(inputs)
@@ -261,14 +261,14 @@ def experts_forward(b: Bench, weights: Weights, K: int) -> None:
             flops=6 * tokens * K * d * I,
             experts_touched=touched,
             moved=touched / E * nbytes(w13, w2, s13, s2) + tokens * d * 6,
-            judge=against(exact, lambda out: out[:JUDGED]),
+            error_of=against(exact, lambda out: out[:CHECKED]),
         )
 
 
 def experts_backward(b: Bench, weights: Weights, K: int) -> None:
     w13, w2 = weights.w13.requires_grad_(), weights.w2.requires_grad_()
     E, _, d = w13.shape
-    I, tokens = w2.shape[2], b.at(8192, 12)
+    I, tokens = w2.shape[2], b.size(8192, 12)
     x = b.normal(tokens, d, grad=True)
     idx, weight = routing(b, tokens, E, K)
     g = b.normal(tokens, d, dtype=torch.float32)
@@ -284,7 +284,7 @@ def experts_backward(b: Bench, weights: Weights, K: int) -> None:
         return experts_fp64(x, lambda e: double(w13[e]), lambda e: double(w2[e]), idx, weight)
 
     def gradient():
-        exact, *rest, exact_g = (double(t[:JUDGED]) for t in (x, idx, weight, g))
+        exact, *rest, exact_g = (double(t[:CHECKED]) for t in (x, idx, weight, g))
         return both(some, (0,))(exact.requires_grad_(), *rest, exact_g)
 
     wrt = (0, 1, 2, 4)
@@ -297,5 +297,5 @@ def experts_backward(b: Bench, weights: Weights, K: int) -> None:
         inputs,
         flops=18 * tokens * K * d * I,
         moved=3 * nbytes(w13, w2),
-        judge=against(gradient, lambda out: out[0][:JUDGED]),
+        error_of=against(gradient, lambda out: out[0][:CHECKED]),
     )

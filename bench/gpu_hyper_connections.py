@@ -49,8 +49,8 @@ def streams(b: Bench, T: int, d: int, n: int = 4):
 def hc_post(b: Bench) -> None:
     wrt = (0, 1, 2, 3)
     gradients = both(post_published, wrt)
-    for label, T, d in SHAPES[: b.at(3, 1)]:
-        T, d = b.at(T, 48), b.at(d, 32)
+    for label, T, d in SHAPES[: b.size(3, 1)]:
+        T, d = b.size(T, 48), b.size(d, 32)
         inputs = b.sets(lambda T=T, d=d: (*streams(b, T, d), b.normal(1, T, 4, d)))
         sides = {
             "ours": ours("hc_post"),
@@ -71,7 +71,7 @@ def hc_post(b: Bench) -> None:
             sides,
             [args[:4] for args in inputs],
             moved=T * d * 2 * 9,
-            judge=against(result, tail(SLICE)),
+            error_of=against(result, tail(SLICE)),
         )
         trained = {name: Side(both(call_of(side), wrt), True) for name, side in sides.items()}
         b.compare(
@@ -79,7 +79,7 @@ def hc_post(b: Bench) -> None:
             trained,
             inputs,
             moved=T * d * 2 * (9 + 14),
-            judge=against(gradient, tail(SLICE)),
+            error_of=against(gradient, tail(SLICE)),
         )
 
 
@@ -162,8 +162,8 @@ def post_then_pre(y, x, post, comb, *rest):
 @case("G1.2", "hc_pre with Sinkhorn", 25, 20, "hc_pre", "hc_post_pre")
 def hc_pre(b: Bench) -> None:
     constants = (EPS, EPS, 20)
-    for label, T, d in SHAPES[: b.at(3, 1)]:
-        hc_pre_at(b, label, b.at(T, 48), b.at(d, 32), constants)
+    for label, T, d in SHAPES[: b.size(3, 1)]:
+        hc_pre_at(b, label, b.size(T, 48), b.size(d, 32), constants)
 
 
 def hc_pre_at(b: Bench, label: str, T: int, d: int, constants: tuple) -> None:
@@ -188,7 +188,7 @@ def hc_pre_at(b: Bench, label: str, T: int, d: int, constants: tuple) -> None:
         inputs,
         moved=T * d * 2 * 5,
         flops=2 * T * 24 * 4 * d,
-        judge=against(lambda: pre_fp64(x, weights, constants), tail(SLICE)),
+        error_of=against(lambda: pre_fp64(x, weights, constants), tail(SLICE)),
     )
 
     def gradient():
@@ -207,7 +207,7 @@ def hc_pre_at(b: Bench, label: str, T: int, d: int, constants: tuple) -> None:
         [(*args, g) for args in inputs],
         moved=T * d * 2 * (5 + 4 + 1 + 4),
         flops=6 * T * 24 * 4 * d,
-        judge=against(gradient, lambda out: out[0][:, -SLICE:]),
+        error_of=against(gradient, lambda out: out[0][:, -SLICE:]),
     )
     if "hc_post_pre" in LAUNCHERS:
         b.compare(
@@ -236,7 +236,7 @@ def sinkhorn(b: Bench) -> None:
         return both(lambda x: eager(x, EPS, 20), (0,))(x.requires_grad_(), g)
 
     for label, T in (("4096", 4096), ("16384", 16384)):
-        T = b.at(T, 40)
+        T = b.size(T, 40)
 
         def matrices(T=T):
             return b.normal(1, T, 4, 4, dtype=torch.float32, grad=True), EPS, 20
@@ -252,7 +252,7 @@ def sinkhorn(b: Bench) -> None:
             {"ours": ours("sinkhorn"), "eager": eager, "compiled": b.compiled(eager)},
             inputs,
             moved=2 * nbytes(inputs[0]),
-            judge=against(lambda x=x: eager(double(x), EPS, 20)),
+            error_of=against(lambda x=x: eager(double(x), EPS, 20)),
             launches={
                 "ours": launches(ours("sinkhorn"), inputs[0]),
                 "eager": launches(eager, inputs[0]),
@@ -271,5 +271,5 @@ def sinkhorn(b: Bench) -> None:
             inputs,
             moved=3 * nbytes(x),
             launches={"ours": launches(mine, inputs[0])},
-            judge=against(lambda x=x, g=g: gradient(*double((x, g)))),
+            error_of=against(lambda x=x, g=g: gradient(*double((x, g)))),
         )

@@ -99,7 +99,7 @@ def recall(q, k, u, lo, hi, topk):
     q, u, lo, hi = (t[:, tokens] for t in (q, u, lo, hi))
     K = min(topk, k.shape[1])
 
-    def judge(idx):
+    def error_of(idx):
         # as in `scores`, in fp64: [B, T, entries]
         relu = torch.einsum("bthd,bed->bthe", q.double(), k.double()).relu()
         s = torch.einsum("bthe,bth->bte", relu, u.double())
@@ -117,7 +117,7 @@ def recall(q, k, u, lo, hi, topk):
         wanted = (hi - lo).clamp(0, K).sum().clamp(min=1)
         return {"error": float(1 - good / wanted), "recall": float(good / wanted)}
 
-    return judge
+    return error_of
 
 
 PREFILLED = (  # label, tokens, documents, topk
@@ -131,11 +131,11 @@ DECODED = ((1, 65536), (8, 65536), (1, 1 << 20), (8, 1 << 20))  # batch, context
 
 @case("G1.4", "indexer top-k", 40, 40, "indexer_topk")
 def indexer(b: Bench) -> None:
-    H, D = b.at(64, 16), b.at(128, 16)
-    for label, T, documents, K in PREFILLED[: b.at(4, 2)]:
-        T = b.at(T, 64)
-        documents = b.at(documents, min(documents, 4))
-        K = b.at(K, 8)
+    H, D = b.size(64, 16), b.size(128, 16)
+    for label, T, documents, K in PREFILLED[: b.size(4, 2)]:
+        T = b.size(T, 64)
+        documents = b.size(documents, min(documents, 4))
+        K = b.size(K, 8)
         win = packed(b, T, documents).windows[4]
 
         def tokens(T=T, win=win, K=K):
@@ -160,10 +160,10 @@ def indexer(b: Bench) -> None:
             inputs,
             flops=2 * H * D * pairs,
             moved=nbytes(inputs[0]) + 8 * T * K,
-            judge=recall(*inputs[0]),
+            error_of=recall(*inputs[0]),
         )
-    for batch, context in DECODED[: b.at(4, 1)]:
-        entries, K = b.at(context // 4, 96), b.at(512, 8)
+    for batch, context in DECODED[: b.size(4, 1)]:
+        entries, K = b.size(context // 4, 96), b.size(512, 8)
         lo = torch.zeros(batch, 1, dtype=torch.int64, device=b.device)
 
         def token(batch=batch, entries=entries, lo=lo, K=K):
@@ -184,5 +184,5 @@ def indexer(b: Bench) -> None:
             inputs,
             flops=2 * H * D * batch * entries,
             moved=nbytes(inputs[0]),
-            judge=recall(*inputs[0]),
+            error_of=recall(*inputs[0]),
         )

@@ -35,15 +35,15 @@ ROUNDINGS = ((8192, 4096, 128, "fp8"), (8192, 8192, 32, "fp4"))  # rows, columns
 )
 def linears(b: Bench) -> None:
     for name, rows, columns, groups in LINEARS:
-        rows = b.at(rows, 256)
-        columns = b.at(columns, 128)
-        groups = b.at(groups, min(groups, 2))
+        rows = b.size(rows, 256)
+        columns = b.size(columns, 128)
+        groups = b.size(groups, min(groups, 2))
         linear(b, name, rows, columns, groups)
     rounding = reference("act_quant")
     for N, n, block, form in ROUNDINGS:
 
         def make(N=N, n=n, block=block, form=form):
-            return b.normal(1, b.at(N, 16), b.at(n, 256)), block, form
+            return b.normal(1, b.size(N, 16), b.size(n, 256)), block, form
 
         inputs = b.sets(make)
         b.compare(
@@ -51,7 +51,7 @@ def linears(b: Bench) -> None:
             {"ours": ours("act_quant"), "eager": rounding, "compiled": b.compiled(rounding)},
             inputs,
             moved=2 * nbytes(inputs[0]),
-            judge=against(lambda args=inputs[0]: rounding(*args)),
+            error_of=against(lambda args=inputs[0]: rounding(*args)),
         )
 
 
@@ -78,10 +78,10 @@ def linear(b: Bench, name: str, rows: int, columns: int, groups: int) -> None:
             return torch.einsum("...gi,goi->...go", x.double(), w.unflatten(0, (groups, -1)))
         return torch.einsum("...i,oi->...o", reference("act_quant")(x, 128, "fp8").double(), w)
 
-    for batch in b.at((1, 8, 8192), (1, 8192)):
-        N = b.at(batch, min(batch, 20))
+    for batch in b.size((1, 8, 8192), (1, 8192)):
+        N = b.size(batch, min(batch, 20))
         shape = (1, N, groups, columns) if groups > 1 else (1, N, columns)
-        inputs = [(b.normal(*shape),) for _ in range(b.at(8, 2))]
+        inputs = [(b.normal(*shape),) for _ in range(b.size(8, 2))]
         sides = {"ours": mine, "eager": eager, "compiled": b.compiled(eager)}
         if groups == 1:
             sides["bf16 weights, unrounded"] = unrounded
@@ -91,7 +91,7 @@ def linear(b: Bench, name: str, rows: int, columns: int, groups: int) -> None:
             inputs,
             flops=2 * N * groups * columns * rows // groups,
             moved=nbytes(weight, scale, inputs[0]) + 2 * N * rows,
-            judge=against(lambda x=inputs[0][0]: exact(x), tail(SLICE)),
+            error_of=against(lambda x=inputs[0][0]: exact(x), tail(SLICE)),
         )
 
 
@@ -109,7 +109,7 @@ def last_rows(out):
 
 @case("G1.10", "clamped SwiGLU and RMSNorm, which Inductor makes", 6, 20)
 def elementwise(b: Bench) -> None:
-    N, n = b.at(49152, 40), b.at(4096, 64)
+    N, n = b.size(49152, 40), b.size(4096, 64)
     w = 1 + b.normal(n, dtype=torch.float32, scale=0.1)
 
     def gate(h, weight):
@@ -138,7 +138,7 @@ def elementwise(b: Bench) -> None:
         {"ours": b.compiled(gate), "eager": gate},
         [args[:2] for args in inputs],
         moved=3 * N * n,
-        judge=against(lambda: swiglu_fp64(h, weight), last_rows),
+        error_of=against(lambda: swiglu_fp64(h, weight), last_rows),
     )
     b.compare(
         "swiglu, forward and backward",
@@ -151,7 +151,7 @@ def elementwise(b: Bench) -> None:
         {"ours": b.compiled(norm), "eager": norm, "liger": norm_liger},
         [args[:1] for args in inputs],
         moved=4 * N * n,
-        judge=against(lambda: norm_fp64(h), last_rows),
+        error_of=against(lambda: norm_fp64(h), last_rows),
     )
 
 
@@ -176,9 +176,9 @@ def liger_loss(x, weight, target, g):
     "G1.11", "linear cross-entropy", 15, 40, "linear_cross_entropy", "linear_cross_entropy_backward"
 )
 def loss(b: Bench) -> None:
-    N = b.at(8192, 24)
-    d = b.at(4096, 32)
-    V = b.at(129280, 200)
+    N = b.size(8192, 24)
+    d = b.size(4096, 32)
+    V = b.size(129280, 200)
     x = b.normal(N, d, grad=True)
     weight = b.normal(V, d, scale=d**-0.5, grad=True)
     target = b.integers(V, N)
@@ -203,7 +203,7 @@ def loss(b: Bench) -> None:
         [(x, weight, target)],
         flops=2 * N * d * V,
         moved=nbytes(x, weight),
-        judge=against(lambda: exact(double(x[-SLICE:])), last_rows),
+        error_of=against(lambda: exact(double(x[-SLICE:])), last_rows),
     )
     trained = {name: Side(both(call_of(side), (0, 1)), True, False) for name, side in sides.items()}
     b.compare(
@@ -212,5 +212,5 @@ def loss(b: Bench) -> None:
         [(x, weight, target, g)],
         flops=6 * N * d * V,
         moved=3 * nbytes(x, weight),
-        judge=against(gradient, lambda out: out[0][-SLICE:]),
+        error_of=against(gradient, lambda out: out[0][-SLICE:]),
     )

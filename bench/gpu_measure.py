@@ -118,10 +118,10 @@ def everything(out):
 
 
 def against(exact: Callable[[], tuple], pick: Callable = everything) -> Callable:
-    """Judge results by their distance from exact(); pick chooses those that exact() gives."""
+    """-> error_of: distances of results from exact(); pick chooses those that exact() gives."""
     kept = []
 
-    def judge(out) -> dict:
+    def error_of(out) -> dict:
         if not kept:
             kept.extend(t.double() for t in tensors(exact()))
         found = [t.detach().double() for t in tensors(pick(out))]
@@ -133,7 +133,7 @@ def against(exact: Callable[[], tuple], pick: Callable = everything) -> Callable
             "max_error": max(float((a - b).abs().max()) for a, b in pairs),
         }
 
-    return judge
+    return error_of
 
 
 def message(error: Exception) -> str:
@@ -172,9 +172,9 @@ class Bench:
 
     # Inputs
 
-    def at(self, real, toy):
-        """A size: the real one, or the toy one."""
-        return toy if self.toy else real
+    def size(self, full, toy):
+        """The full size, or the one of toy runs."""
+        return toy if self.toy else full
 
     def normal(
         self,
@@ -250,7 +250,7 @@ class Bench:
                 call(*args)
         return graph.replay, turns * len(inputs)
 
-    def _first_calls(self, side: Side, inputs: list[tuple], judge: Callable | None) -> dict:
+    def _first_calls(self, side: Side, inputs: list[tuple], error_of: Callable | None) -> dict:
         """Seconds of the first call, peak memory and errors of the second."""
         result: dict = {}
         begun = time.perf_counter()
@@ -266,8 +266,8 @@ class Bench:
         if not self.toy:
             result["peak_mb"] = (torch.cuda.max_memory_allocated() - held) / 1e6
         result["results_mb"] = nbytes(out) / 1e6
-        if judge:
-            result |= judge(out)
+        if error_of:
+            result |= error_of(out)
         return result
 
     def _shots(self, ms: float) -> int:
@@ -278,9 +278,11 @@ class Bench:
             return 20
         return 5 if ms < 3000 else 1
 
-    def _enter(self, side: Side, inputs: list[tuple], judge: Callable | None) -> tuple[dict, Entry]:
+    def _enter(
+        self, side: Side, inputs: list[tuple], error_of: Callable | None
+    ) -> tuple[dict, Entry]:
         """Run a side for the first times -> its results so far, and how it is to be timed."""
-        result = self._first_calls(side, inputs, judge)
+        result = self._first_calls(side, inputs, error_of)
         ms = self.shot(lambda: side.call(*inputs[0]))
         if not self.toy and side.graph and ms < 0.1:
             try:
@@ -303,14 +305,14 @@ class Bench:
         *,
         flops: float = 0,
         moved: float = 0,
-        judge: Callable | None = None,
+        error_of: Callable | None = None,
         rate: float = BF16_RATE,
         **more,
     ) -> dict:
         """Measure sides, the first of which is ours, and keep the row.
 
         flops, moved   that the function needs at least, and bytes: the floor of its time
-        judge          results of a side -> its errors
+        error_of       results of a side -> its errors
         more           goes into the row
         """
         if time.monotonic() > self.deadline:
@@ -324,7 +326,7 @@ class Bench:
             if self.prepare:
                 self.rows[row] = {"failed": self._prepared(contenders, inputs)}
                 return self.rows[row]
-            results, entered = self._measured(contenders, inputs, judge)
+            results, entered = self._measured(contenders, inputs, error_of)
         for name in entered:
             ms = results[name]["ms"]
             results[name] |= {"tflops": flops / ms / 1e9, "gb_s": moved / ms / 1e6}
@@ -365,7 +367,7 @@ class Bench:
         return failed
 
     def _measured(
-        self, sides: dict[str, Side], inputs: list[tuple], judge: Callable | None
+        self, sides: dict[str, Side], inputs: list[tuple], error_of: Callable | None
     ) -> tuple[dict[str, dict], list[str]]:
         """-> results by side, and the sides that were timed."""
         results = {}
@@ -373,7 +375,7 @@ class Bench:
         times = {}
         for name, side in sides.items():
             try:
-                results[name], entries[name] = self._enter(side, inputs, judge)
+                results[name], entries[name] = self._enter(side, inputs, error_of)
                 times[name] = []
             except Exception as error:  # whatever a contender raises is its result
                 results[name] = {outcome(error): message(error)}
@@ -402,10 +404,10 @@ class Bench:
 
     # Beyond time
 
-    def beside(self, call: Callable, work: Callable, shots: int = 7) -> float | None:
-        """Milliseconds of a call while other work runs on a stream of its own.
+    def beside(self, call: Callable, load: Callable, shots: int = 7) -> float | None:
+        """Milliseconds of a call while a load runs on a stream of its own.
 
-        work(ms) queues that much of it, or more.
+        load(ms) queues at least so many milliseconds of it.
         """
         if self.toy or self.prepare:
             return None
@@ -415,7 +417,7 @@ class Bench:
         for _ in range(shots):
             torch.cuda.synchronize()
             with torch.cuda.stream(other):
-                work(4 * alone + 2)
+                load(4 * alone + 2)
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             call()

@@ -54,8 +54,8 @@ def slice_args(b: Bench, ratios: tuple[int, ...], experts: int = 256) -> ModelAr
         n_hash_layers=min(3, len(ratios)) if ratios[0] == 0 else 0,
         n_mtp_layers=0,
         compress_ratios=ratios,
-        n_routed_experts=b.at(experts, 8),
-        moe_inter_dim=b.at(base.moe_inter_dim, 128),
+        n_routed_experts=b.size(experts, 8),
+        moe_inter_dim=b.size(base.moe_inter_dim, 128),
     )
 
 
@@ -231,7 +231,7 @@ VERIFIED = 4  # tokens
 
 
 def by_graphs(b: Bench) -> CompileConfig:
-    return b.at(PRESETS["cudagraphs"], CompileConfig(backend="eager"))
+    return b.size(PRESETS["cudagraphs"], CompileConfig(backend="eager"))
 
 
 def step_inputs(b: Bench, model: Transformer, batch: int, context: int) -> list[tuple]:
@@ -252,9 +252,9 @@ def decode(b: Bench) -> None:
         if not b.wants(weights):
             continue
         model = build(b, slice_args(b, ALTERNATING), weights)
-        for batch, context in sizes[: b.at(4, 1)]:
+        for batch, context in sizes[: b.size(4, 1)]:
             label = f"{weights}, B={batch}, {context >> 10}k"
-            decode_row(b, model, label, b.at(batch, min(batch, 3)), b.at(context, 160))
+            decode_row(b, model, label, b.size(batch, min(batch, 3)), b.size(context, 160))
         del model
         b.free()
     if b.wants("fp8"):
@@ -337,7 +337,7 @@ def verify_row(
 
 def decode_million(b: Bench) -> None:
     """One CSA layer at a context of a million tokens."""
-    model, context = build(b, slice_args(b, (4,))), b.at(1 << 20, 320)
+    model, context = build(b, slice_args(b, (4,))), b.size(1 << 20, 320)
     caches(b, model, 1, context)
     sides = {"ours": Side(compile_decode(model, by_graphs(b)), True, False)}
     inputs, moved = step_inputs(b, model, 1, context), decode_bytes(model, 1, context)
@@ -371,15 +371,15 @@ def transformers_decode(b: Bench, model: Transformer, context: int) -> dict[str,
 
 
 def by_default(b: Bench, preset: str = "default") -> CompileConfig:
-    return b.at(PRESETS[preset], CompileConfig(backend="eager"))
+    return b.size(PRESETS[preset], CompileConfig(backend="eager"))
 
 
 @case("G3", "prefill, 4 layers of Flash [4, 128, 4, 128]", 45, 62)
 @torch.no_grad()
 def prefill(b: Bench) -> None:
     model = build(b, slice_args(b, ALTERNATING))
-    for S in (4096, 8192, 16384)[: b.at(3, 1)]:
-        prefill_row(b, model, f"{S} tokens", b.at(S, 160))
+    for S in (4096, 8192, 16384)[: b.size(3, 1)]:
+        prefill_row(b, model, f"{S} tokens", b.size(S, 160))
 
 
 def prefill_row(b: Bench, model: Transformer, label: str, S: int) -> None:
@@ -405,14 +405,14 @@ def prefill_row(b: Bench, model: Transformer, label: str, S: int) -> None:
             return hf(tokens, use_cache=True, logits_to_keep=1).logits
 
         sides["transformers grouped_mm"] = lazily(lambda: transformers_twin(b, model), theirs)
-    work = flops(model, S)
+    total_flops = flops(model, S)
     prompts = [(b.integers(model.args.vocab_size, 1, S),) for _ in range(2)]
-    row = b.compare(label, sides, prompts, flops=work)
+    row = b.compare(label, sides, prompts, flops=total_flops)
     if "ms" in row:
         prompt = b.integers(model.args.vocab_size, 1, S)
         row |= {
             "tokens_per_s": 1e3 * S / row["ms"],
-            "gflop_per_token": work / S / 1e9,
+            "gflop_per_token": total_flops / S / 1e9,
             "shares": shares(b.profile(lambda: ours(prompt))),
         }
 
@@ -454,7 +454,7 @@ TRAIN_GIGABYTES = dict(zip(TRAIN, (70, 90), strict=True))
 def train(b: Bench) -> None:
     for label, (ratios, S, preset) in TRAIN.items():
         if b.wants(label):
-            train_row(b, label, ratios, b.at(S, 160), by_default(b, preset))
+            train_row(b, label, ratios, b.size(S, 160), by_default(b, preset))
             b.free()
     if b.wants(next(iter(TRAIN))):
         short(b)
@@ -467,17 +467,17 @@ def train_row(b: Bench, label: str, ratios: tuple[int, ...], S: int, preset: Com
         tokens = b.integers(model.args.vocab_size, 1, S + 1)
         labels = tokens[:, 1:].contiguous()
         inputs.append((tokens[:, :-1].contiguous(), labels, torch.zeros_like(labels)))
-    work, side = 3 * flops(model, S), trained(b, model, preset)
+    total_flops, side = 3 * flops(model, S), trained(b, model, preset)
     sides = {"ours": side}
     if len(ratios) == 4:
         modes = {n: "reference" if n.startswith("hc_") else "opaque" for n in MODEL_OPS}
         sides["hyper-connections off"] = trained(b, twin(model, modes), preset)
-    row = b.compare(label, sides, inputs, flops=work)
+    row = b.compare(label, sides, inputs, flops=total_flops)
     if "ms" in row:
         found = b.profile(lambda: side.call(*inputs[0]))
         row |= {
             "tokens_per_s": 1e3 * S / row["ms"],
-            "gflop_per_token": work / S / 1e9,
+            "gflop_per_token": total_flops / S / 1e9,
             "kernels": found and found["kernels"],
             "shares": shares(found),
             "peak_gb": None if b.toy else torch.cuda.max_memory_allocated() / 1e9,
@@ -497,7 +497,7 @@ class NoOptimizer:
 
 def short(b: Bench) -> None:
     """Forward and backward of 4 layers beside Transformers and the ops' references."""
-    S = b.at(4096, 160)
+    S = b.size(4096, 160)
     model = build(b, slice_args(b, (0, 0, 4, 128), 32))
     inputs = [(b.integers(model.args.vocab_size, 1, S + 1),) for _ in range(2)]
 
@@ -549,12 +549,12 @@ def counted(count: CompileCount) -> dict[str, int]:
 
 def layouts(b: Bench, model: Transformer) -> dict[str, int]:
     """Training where valid tokens, documents and their lengths differ from call to call."""
-    S = b.at(256, 24)
+    S = b.size(256, 24)
     count = CompileCount()
     vocab_size = model.args.vocab_size
     side = trained(b, model, by_default(b))
     t = torch.arange(S, device=b.device)
-    for i in range(b.at(32, 3)):
+    for i in range(b.size(32, 3)):
         docs = (t // (3 + 7 * i)).clamp(max=i)[None].masked_fill(t >= S - i, -1)
         side.call(b.integers(vocab_size, 1, S), b.integers(vocab_size, 1, S), docs)
         if i == 0:
@@ -563,11 +563,11 @@ def layouts(b: Bench, model: Transformer) -> dict[str, int]:
 
 
 def positions(b: Bench, model: Transformer) -> dict[str, int]:
-    model.eval().setup_caches(1, b.at(2048, 64))
+    model.eval().setup_caches(1, b.size(2048, 64))
     feed = compile_prefill(model, by_default(b))
     count = CompileCount()
-    chunk = b.at(64, 8)
-    for i in range(b.at(32, 3)):
+    chunk = b.size(64, 8)
+    for i in range(b.size(32, 3)):
         tokens = b.integers(model.args.vocab_size, 1, chunk)
         position, length = (torch.full((1,), n, device=b.device) for n in (i, 1 + i % chunk))
         feed(tokens, position, length)
@@ -582,7 +582,7 @@ def offload(b: Bench) -> None:
 
     Also with .item(), as in the published code, which read a length back behind the copies.
     """
-    model, S = build(b, slice_args(b, (4,), 8)), b.at(8192, 96)
+    model, S = build(b, slice_args(b, (4,), 8)), b.size(8192, 96)
     attn = model.layers[0].attn
     _, plan = model.prepare(b.integers(model.args.vocab_size, 1, S), {4}, None, None, None)
     x, qr = b.normal(1, S, model.args.dim), b.normal(1, S, model.args.q_lora_rank)
@@ -594,7 +594,7 @@ def offload(b: Bench) -> None:
     call(x, qr)
     if b.prepare:
         return
-    size = b.at(100_000_000, 1000)
+    size = b.size(100_000_000, 1000)
     copies = [
         (b.normal(size), torch.empty(size, dtype=torch.bfloat16, pin_memory=not b.toy))
         for _ in range(2)
@@ -604,7 +604,7 @@ def offload(b: Bench) -> None:
     def median_us(function: Callable) -> float:
         """Of the host's time in function() while the copies are under way."""
         times = []
-        for _ in range(b.at(20, 2)):
+        for _ in range(b.size(20, 2)):
             b.sync()
             with torch.cuda.stream(stream) if stream else torch.no_grad():
                 for source, target in copies:

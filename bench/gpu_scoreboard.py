@@ -1,5 +1,5 @@
-"""The scoreboard of the GPU suite: published results, the least to reach and the aim, beside what
-was measured.
+"""The scoreboard of the GPU suite: published results, the least to reach and the target, beside
+what was measured.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ Value = Callable[[dict], float | None]  # of {case: {"rows": {row: ...}}}
 
 
 class Headline(NamedTuple):
-    """A published result, the least to reach (match) and the aim (beat)."""
+    """A published result, the least to reach (match) and the target (beat)."""
 
     title: str
     published: str
@@ -228,11 +228,11 @@ EXPERTS = (
             f"experts B={batch}, fp4 times {form}",
             "-",
             1.0,
-            aim,
+            target,
             times("G1.9", f"fp4, {batch} tokens", f"{form}, {batch} tokens"),
         )
         for batch in (1, 8)
-        for form, aim in (("fp8", 1.5), ("bf16", 3))
+        for form, target in (("fp8", 1.5), ("bf16", 3))
     ),
 )
 ELEMENTWISE = (

@@ -30,11 +30,10 @@ class Engine:
     config is a CompileConfig or a preset's name. ValueError if max_seq_len exceeds the model's.
 
     Prompt i runs in cache row i. Rows remember the tokens that they were fed, so a prompt that
-    continues its row's last conversation feeds only what is new. A row's memory is recorded after
-    it was fed, and the range that a call may write before it: whenever a stream is left, the next
-    one gives what a fresh engine would give. Caches that were reset, replaced, moved or used by
-    another engine are noticed (model.cache_generation); new weights are not: after loading or
-    training weights call model.reset_caches().
+    continues its row's last conversation feeds only its new tokens. `cached_tokens` is updated
+    after a call and `high_water` before it, so a stream may be abandoned at any point. Caches that
+    were reset, replaced, moved or used by another engine are noticed (model.cache_generation); new
+    weights are not: after loading or training weights call model.reset_caches().
 
     model            the Transformer
     stats            figures of the last stream (see the property)

@@ -52,8 +52,12 @@ class StreamSession:
         stop: Sequence[str] = (),
         echo: str = "",
     ):
-        self.engine, self.tokenizer, self.settings = engine, tokenizer, settings
-        self.out, self.stop, self.echo = out, stop, echo
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.out = out
+        self.stop = stop
+        self.echo = echo
         self.first_token_at: float | None = None
         eos = settings["eos_id"]
         self.eos_ids = (eos,) if isinstance(eos, int) else eos or ()

@@ -10,7 +10,8 @@ from .registry import require
 def hadamard(x: torch.Tensor) -> torch.Tensor:
     """Transform of the last dim (a power of two, else ValueError) of x in natural order, its dtype.
 
-    y = x H with H[i, j] = (-1)^popcount(i & j) / sqrt(n), in fp32.
+    y = x H with H[i, j] = (-1)^popcount(i & j) / sqrt(n), in fp32. Formula: DeepSeek's code
+    (`rotate_activation` in inference/model.py).
     """
     n = x.shape[-1]
     power_of_two = n & (n - 1) == 0

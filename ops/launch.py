@@ -95,7 +95,7 @@ class Launch(NamedTuple):
         return self.kernel.fn.__name__
 
     def specialization(self) -> tuple[dict, dict, tuple, dict]:
-        """What Triton compiles for these arguments, and the key in its cache.
+        """The specialisation that Triton compiles for these arguments: the key in its cache.
 
         -> types by argument, constants by argument, arguments divisible by 16, compiler options
         """

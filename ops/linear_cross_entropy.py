@@ -7,7 +7,8 @@
     loss [N] fp32   lse [N] fp32
 
 Logits are held in chunks, forward and backward; the backward recomputes them and takes the softmax
-from lse. Errors: shapes that do not fit together.
+from lse. Formula: cross-entropy of the next token and of MTP, equation 24 of DeepSeek-V3 (arXiv
+2412.19437), which arXiv 2606.19348 keeps. Errors: shapes that do not fit together.
 """
 
 from __future__ import annotations

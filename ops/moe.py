@@ -13,8 +13,7 @@
                      nothing (see parallel.py), and the gradient of its weight is not defined
     y [M, d] fp32, of M tokens
 
-Source: `Expert` and `MoE` in inference/model.py of DeepSeek's code; packed weights: `fp8_gemm` and
-`fp4_gemm` in inference/kernel.py.
+Formula: DeepSeek's code (`Expert` and `MoE` in inference/model.py).
 
 The traced reference has static shapes: few tokens gather their experts' weights, many go through
 all experts with zero weights. The opaque form groups tokens by expert instead, which needs the

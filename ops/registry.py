@@ -7,9 +7,8 @@ modes:
     opaque      one node `torch.ops.dsv4.<name>` in the graph, with a fake, a backward op and a FLOP
                 formula; on CPU it runs the reference or C++ (cpp.py), on a GPU (or in Triton's
                 interpreter) the kernel
-    cpu         the faster one on CPU: either of both or a variant of the op, by sizes, by whether
-                gradients are enabled and by whether it is compiled; the reference, if the op knows
-                nothing faster
+    cpu         the fastest form on CPU (reference, opaque or a variant), selected by sizes, grad
+                mode and whether it is being compiled
 
 Without a choice, an op runs in mode "cpu" on CPU and in mode "opaque" elsewhere. A model holds a
 `Table`: its own immutable choice per op. `use({...})` sets the choices of tables made inside it.

@@ -11,7 +11,8 @@ def router_balance(
     """chosen [B, T, K], score [B, T, E], valid [B, T] or None -> load [E], loss (), over all rows.
 
     The loss of a row is sum_e f_e P_e: f_e = E / (K T) times the tokens that chose expert e, P_e
-    the mean over tokens of score_e / sum_e' score_e'. T counts the valid tokens.
+    the mean over tokens of score_e / sum_e' score_e'. T counts the valid tokens. Formula: equations
+    17 to 20 of DeepSeek-V3 (arXiv 2412.19437), whose loss arXiv 2606.19348 keeps.
     """
     E, K = score.shape[-1], chosen.shape[-1]
     if valid is None:

@@ -4,8 +4,9 @@
 
 The traced references differentiate `swiglu`; the opaque form of moe calls `swiglu_backward`. The
 kernels of moe (ops/triton/moe*.py, ops/cpu/moe*.cpp) have the formula built in: another activation
-needs HAS_KERNELS = False, and then runs from these two functions on every device. Its name belongs
-in `hidden_act` of config.py.
+needs HAS_KERNELS = False, and then runs from these two functions on every device. A GPU then runs
+the grouped Python form, which syncs with the host once a layer. Its name belongs in `hidden_act` of
+config.py. Formula: DeepSeek's code (`Expert` in inference/model.py).
 """
 
 from __future__ import annotations

@@ -173,7 +173,8 @@ def problems(folder: Folder, tensors: dict[str, CheckpointTensor]) -> list[str]:
 
     `tensors` are those of an unquantised model. Reads no data.
     """
-    found, expected, lines = folder.tensors, set(), []
+    found = folder.tensors
+    expected, lines = set(), []
     for name, (kind, view) in tensors.items():
         dtype = found[name].dtype if name in found else view.dtype
         fmt = PACKED.get(dtype, "bf16") if dtype in WEIGHT_DTYPES[kind] else "bf16"

@@ -506,7 +506,7 @@ def read(path: str) -> dict:
 
 
 class Changes:
-    """What moved between two reports, and the regressions among it, one line each."""
+    """Differences between two reports, and the regressions among them, one line each."""
 
     def __init__(self):
         self.moved: list[str] = []

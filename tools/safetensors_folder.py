@@ -39,7 +39,7 @@ class CheckpointError(ValueError):
 
 
 class TensorInfo(NamedTuple):
-    """What a safetensors header says about a tensor."""
+    """A tensor's entry in a safetensors header."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]

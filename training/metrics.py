@@ -1,4 +1,4 @@
-"""What a training run measures and tells: FLOPs, progress lines, the metrics file and its plot."""
+"""Metrics of a training run: FLOPs, progress lines, the metrics file and its plot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints from which training goes on to the bit.
+"""Resumable checkpoints; a resumed run is bit-identical to an uninterrupted one.
 
     folder/step-000123/  config.json, model*.safetensors, tokenizer: the released layout
                          state.safetensors: parameters, optimizer and run_config of one process

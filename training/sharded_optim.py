@@ -64,9 +64,8 @@ class ShardedOptimizer(Optimizer):
         }
 
     def compile(self, compiler: Callable[[Callable, str], Callable]) -> None:
-        """As Optimizer.compile. Eager where parts differ in size, as then graphs would, too.
-
-        Graphs of two processes that differ might communicate in another order.
+        """Like Optimizer.compile, but stays eager if shards differ in size: ranks would compile
+        different graphs, whose collectives could run in different orders.
         """
         sharded = [p for p in self.parameters.values() if isinstance(p, DTensor)]
         if all(len(p) % p.device_mesh.size() == 0 for p in sharded):

@@ -1,6 +1,6 @@
 """The Triton kernels of moe (see ops/moe.py): route, up, down, sum. The backward: moe_backward.py.
 
-A pair is a token with one of its K experts, n = N K of them. All kernels leave pairs in their own
+A pair is one of N tokens with one of its K experts, n = N K. All kernels leave pairs in their own
 order: h and h W2^T have one row per pair, so that nothing is added atomically and every sum has a
 fixed order. Pairs of expert E have none: they are in no block, `sum` leaves them out, and the
 gradient of their weight is not defined.

@@ -92,8 +92,8 @@ def sparse_attn_backward_q(
     BR: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Gradient of q, and the inputs of sparse_attn_backward_kv of a token; with SCATTER the gradient
-    of chosen entries, by atomics.
+    """Gradient of q, and per-token inputs of sparse_attn_backward_kv; with SCATTER the gradient of
+    chosen entries, by atomics.
     """
     head_blocks = tl.cdiv(H, BH)
     t = (tl.program_id(0) // head_blocks).to(tl.int64)  # token, counted over all rows

@@ -82,8 +82,8 @@ def test_sides_take_turns_and_one_that_fails_stops_nothing():
         "absent": absent,
         "skipped": skipped,
     }
-    judge = against(lambda: x)
-    row = bench.compare("row", sides, [(x,)], moved=32, flops=8, judge=judge, note="kept")
+    error_of = against(lambda: x)
+    row = bench.compare("row", sides, [(x,)], moved=32, flops=8, error_of=error_of, note="kept")
     found = row["sides"]
     turns = [name for name in called[-8:-4]]  # then come the calls by the host's clock
     assert turns == ["a", "b", "a", "b"] and row["note"] == "kept"

@@ -844,11 +844,11 @@ def test_convert_changes_the_format_and_keeps_the_rest(source, flags, same_as, f
             ("bf16", "bf16"): ("bf16", "bf16"),
         }[tuple(flags[1::2])]
         assert infos(tmp_path / "out/model.safetensors") == layout(DEBUG, *formats)
-    config, quantised = json.loads((tmp_path / "out/config.json").read_text()), "bf16" not in flags
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    expert_dtype = "fp4" if "fp4" in flags or not flags else "fp8"
+    quantised = "bf16" not in flags
     assert ("quantization_config" in config) == quantised
-    assert config.get("expert_dtype") == (
-        None if not quantised else "fp4" if "fp4" in flags or not flags else "fp8"
-    )
+    assert config.get("expert_dtype") == (expert_dtype if quantised else None)
 
 
 def test_fp4_to_fp8_is_exact_while_scales_of_a_block_are_near(tmp_path):
