@@ -104,12 +104,12 @@ def updated(text: str) -> str:
 
 def cpu_suite(cpu: dict) -> str:
     env, threads = cpu["environment"], cpu["threads"]
+    dates = {date for key, date in cpu["dates"].items() if not key.startswith("start")}
     slow = cpu["transformers compiled decode, CPU seconds of the first tokens"]
     how = paragraph(
         f"Least CPU time of 5 alternating rounds on {threads} thread (wall time where a row names",
         f"more), {env['cpu']}, torch {env['torch']}, transformers {env['transformers']},",
-        f"{' and '.join(sorted(set(cpu['dates'].values())))}; load average at the end",
-        f"{env['load_average'][0]:.1f}.",
+        f"{' and '.join(sorted(dates))}.",
         "Small is a model of 56 M parameters with random weights; all else is measured with the",
         "embedded one. Transformers runs with the fastest of its expert implementations and",
         f"compiles anew for every decoded token: {', '.join(f'{s:.0f}' for s in slow)} CPU",
@@ -184,7 +184,7 @@ def start(cpu: dict) -> str:
         for state, case in (("cold", cpu["start cold"]), ("warm", cpu["start warm"]))
     ]
     head = ["compile cache", "first token after", "compilers at work", "graphs", "breaks"]
-    return f"""## Start of `python generate.py`
+    return f"""## Start of `python generate.py`, {cpu["dates"]["start warm"]}
 
 {markdown_table([*head, "recompiles", "load average before"], rows)}"""
 
