@@ -29,11 +29,12 @@ FULL = {
     r"test_checkpoint\.py::test_quantised_round_trip.*\[dtype1.*debug": "the other dtype is run",
     r"test_generate\.py::test_an_error_anywhere.*Failure": "interrupts are run",
     r"test_generate\.py::test_turns_append.*\[(0-True|1-)": "one case is run",
-    r"test_cli\.py::test_closed.*train": "generate is run",
+    r"test_cli\.py::test_(closed.*train|training.*both)": "generate, one stream are run",
     r"test_checkpoint\.py::test_memory_peaks": "a process of its own",
     r"test_generate\.py::test_(compiled_generation|top_k_joins)": "one compiled row is run",
     r"test_train_step\.py::test_200_steps": "half a minute a seed",
     r"test_train_step\.py::test_a_resumed_run.*\[more[12]\]": "one combination is run",
+    r"test_parallel\.py::test_a_resumed_run.*\[four": "two processes are run",
     r"test_parallel\.py::test_(four_proc|torchrun|processes_hold)": "two are run",
     r"test_model_training\.py.*changes_memory.*\[(layer|model)-": "compiled; eager cases are run",
 }
@@ -45,5 +46,6 @@ FULL_INTERPRETED = {
     r"test_contract\.py::test_bf16_is_exact_up_to_rounding": "the kernels' own bf16 tests are run",
     r"test_sparse_attn\.py::test_bf16_gradients_of_popular_entries": "one case, half a minute",
     r"test_kernel_model\.py::(?!test_inference|test_one_graph.*decode)": "inference is run",
+    r"test_kernel_(hc|moe)\.py.*(dtype1|bf16)": "fp32 is run",
     r"test_kernel_sums\.py": "long sums; short ones are in every case",
 }
