@@ -383,7 +383,20 @@ def rope(b: Bench) -> None:
 # Compressor
 
 
-def pooled_hf(rows, end, index, weight, cos, sin, ratio, eps, dtype):
+def pooled_hf(
+    # the rows and their windows
+    rows,
+    end,
+    index,
+    # norm and RoPE of the entries
+    weight,
+    cos,
+    sin,
+    # constants
+    ratio,
+    eps,
+    dtype,
+):
     """Transformers' pooling of one document (bf16), from projections on."""
     lanes, D = (2 if ratio == 4 else 1), weight.shape[0]
     windows = rows[:, lanes * ratio - 1 :].unflatten(1, (-1, ratio)).to(dtype)
@@ -402,7 +415,21 @@ def pooled_hf(rows, end, index, weight, cos, sin, ratio, eps, dtype):
     return rotated(e, cos, sin, False)
 
 
-def compress_gradient(rows, end, index, weight, cos, sin, ratio, eps, dtype, g):
+def compress_gradient(
+    # the rows and their windows
+    rows,
+    end,
+    index,
+    # norm and RoPE of the entries
+    weight,
+    cos,
+    sin,
+    # constants
+    ratio,
+    eps,
+    dtype,
+    g,
+):
     """The gradient of the rows, from rows, weights and results in fp64."""
     rows, weight, g = double((rows, weight, g))
 

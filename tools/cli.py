@@ -74,7 +74,7 @@ def open_standard_streams() -> None:
 
 
 def lacking_resource(error: BaseException) -> str | None:
-    """What the machine ran out of, and the remedy; None if the error is another one.
+    """The resource that the machine ran out of, and the remedy; None if the error is another one.
 
     Memory of Python, of torch on a GPU (torch.OutOfMemoryError) or on CPU; room on the disk, as
     compilers say it, at the end of a chain of errors.

@@ -87,7 +87,7 @@ def combine_losses(
     targets: Targets,
     weights: LossWeights,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The streams after the last block and after the MTP block -> what training_loss returns."""
+    """The streams after the last block and after the MTP block -> as training_loss."""
 
     def cross_entropy(x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         x, labels = x.flatten(0, 1), labels.flatten()

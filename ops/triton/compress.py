@@ -9,7 +9,7 @@ no window reads no rows.
 
 Windows of a document share no (row, lane), and entries that no token sees have no gradient: the
 backward adds to zeros, in parallel, and the result does not depend on the order. It would if three
-windows with gradients shared rows.
+windows with gradients shared rows. In the kernels N counts rows and E entries.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ programs, and a second kernel merges the candidates of all splits. Deterministic
 equal entries are chosen, and listed in ascending order.
 
 A score is kept as an int32 "key" that orders as the fp32 does; HIDDEN, the least, stands for an
-entry that is not seen.
+entry that is not seen. In the kernels E counts entries and K chosen ones.
 """
 
 from __future__ import annotations

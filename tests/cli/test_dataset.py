@@ -149,7 +149,9 @@ def test_an_epoch_takes_every_row_once(count, length):
 
 def test_a_row_depends_on_its_number_and_the_seed_alone():
     ids = stream(2000)
-    one, other, seeded = D.Rows(ids, 40, 0, 1), D.Rows(ids, 40, 0, 1), D.Rows(ids, 40, 0, 2)
+    one = D.Rows(ids, 40, 0, 1)
+    other = D.Rows(ids, 40, 0, 1)
+    seeded = D.Rows(ids, 40, 0, 2)
     whole = one(range(120))[0]
     for row in (119, 3, 60):
         assert torch.equal(other(range(row, row + 1))[0][0], whole[row])

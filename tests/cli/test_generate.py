@@ -198,7 +198,9 @@ def test_rewinding_again_and_again_stays_within_what_the_caches_hold(model, monk
     """Each step back is small, all together are deep: the furthest position that was fed counts."""
     logits, sample = [], S.sample
     monkeypatch.setattr(S, "sample", lambda x, *rest: logits.append(x) or sample(x, *rest))
-    engine, ids, fed = eager(model), ids_of(400), []
+    engine = eager(model)
+    ids = ids_of(400)
+    fed = []
     for length in (400, 393, 386, 379, 372, 371):
         collect(engine, [ids[:length]], 1)
         reused = logits[-1]
@@ -650,7 +652,9 @@ def test_reasoning_of_earlier_turns_is_left_out():
 
 def test_an_interrupt_keeps_what_was_written(capsys, monkeypatch, tmp_path):
     """Every row's text so far is printed, and the exit code is 130."""
-    file, decode, calls = tmp_path / "prompts.txt", engine_module.compile_decode, []
+    file = tmp_path / "prompts.txt"
+    decode = engine_module.compile_decode
+    calls = []
     file.write_text("HAMLET.\nO\n\nKING.\nWho\n")
 
     def interrupted(*args):

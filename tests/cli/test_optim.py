@@ -73,7 +73,8 @@ def test_muon_moves_matrices_and_adam_the_rest():
     ):
         assert torch.allclose(move[name], grad[name].sign(), atol=1e-3), name
     w13, wo_a = move["layers.0.ffn.experts.w13"], move["layers.0.attn.wo_a.weight"]
-    E, I, d, g = 8, 32, 64, 2
+    E, I = 8, 32
+    d, g = 64, 2
     for blocks, size in (
         (w13.view(E, 2, I, d), d),
         (wo_a.view(g, -1, wo_a.shape[1]), max(wo_a.shape[0] // g, wo_a.shape[1])),
@@ -181,7 +182,9 @@ def test_frozen_and_unreached_parameters_stay():
     optimizer = Optimizer(model)
     grads(model)
     p = model.layers[1].attn.indexer.wq_b.weight
-    p.grad, before, embed = None, p.detach().clone(), model.embed.weight.clone()
+    p.grad = None
+    before = p.detach().clone()
+    embed = model.embed.weight.clone()
     optimizer.step(torch.tensor(0.1))
     assert (
         torch.equal(p, before)

@@ -29,7 +29,8 @@ from training.flags import ROOT
 from training.losses import LossWeights
 from training.resume import Checkpoints
 
-STEPS, BATCH, LENGTH = 5, 4, 64
+STEPS, BATCH = 5, 4
+LENGTH = 64
 
 
 @dataclasses.dataclass

@@ -352,7 +352,9 @@ def stream(pieces, stop=()):
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 def test_stream_never_splits_a_character_and_never_waits(tok, text):
-    ids, decoder, emitted = tok.encode(text), T.StreamDecoder(tok), ""
+    ids = tok.encode(text)
+    decoder = T.StreamDecoder(tok)
+    emitted = ""
     for n, token in enumerate(ids, 1):
         emitted += decoder.push(token)
         assert emitted == b"".join(map(tok.token_bytes, ids[:n])).decode("utf-8", "ignore")
@@ -441,7 +443,9 @@ def test_empty_stop_string_is_refused():
 # --------------------------------------------------------------------------------------------------
 # Prompt format. The official encoding folder's four golden conversations, the long ones shortened.
 
-U, A, E = P.USER, P.ASSISTANT, P.EOS
+U = P.USER
+A = P.ASSISTANT
+E = P.EOS
 WEATHER = {
     "type": "function",
     "function": {

@@ -59,7 +59,9 @@ def bytes_of(text: str) -> np.ndarray:
 @pytest.mark.parametrize("seed", (0, 1, 2))
 def test_200_steps_learn_more_than_a_dense_transformer(seed):
     """The debug model on bytes, against a plain dense transformer of its active size."""
-    dim, layers, active = 64, 4, active_parameters(Transformer(ModelArgs.debug()))
+    dim = 64
+    layers = 4
+    active = active_parameters(Transformer(ModelArgs.debug()))
     inter = -(-(active - 256 * dim - dim * (1 + layers * (2 + 4 * dim))) // (3 * dim * layers))
     rows, losses = D.Rows(bytes_of(TEXT[:1_000_000]), 96, 0, seed), {}
     for name, build, loss in (
@@ -288,7 +290,9 @@ def test_a_save_that_is_killed_anywhere_leaves_what_was_saved(tmp_path, monkeypa
     for name in ("rename", "replace"):
         monkeypatch.setattr(os, name, dying(getattr(os, name), lambda *args: None))
     for calls in range(1, 100):
-        newest, left, dead = saved.steps()[-1], calls, False
+        newest = saved.steps()[-1]
+        left = calls
+        dead = False
         with contextlib.suppress(Killed):
             saved.save(model, optimizer, newest + 1, run_config)
         found = saved.steps()
@@ -512,7 +516,9 @@ def test_a_gpu_that_is_too_small_is_told_the_remedy(folder, monkeypatch, capsys)
 
 def test_flags_reach_what_they_are_about(folder, monkeypatch):
     """What the command line gives to the optimizer and the step, in both stages of a run."""
-    optimizers, steps, make = [], [], S.compile_train_step
+    optimizers = []
+    steps = []
+    make = S.compile_train_step
 
     def optimizer(ranks, model, *args, **kw):
         optimizers.append((*args, kw))

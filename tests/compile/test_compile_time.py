@@ -45,7 +45,9 @@ class Machine:
     """
 
     def __init__(self, folder: Path):
-        self.folder, self.log, tools = folder, folder / "compiled.log", folder / "bin"
+        self.folder = folder
+        self.log = folder / "compiled.log"
+        tools = folder / "bin"
         tools.mkdir(parents=True)
         for name in ("g++", "clang++", "c++"):
             if real := shutil.which(name):

@@ -170,7 +170,11 @@ def test_flops_are_counted_by_hand_for_one_layer():
         }
     )
     captured, _ = capture.capture_fake(args, "decode", capture.Shape(1, 1, 64))
-    H, D, d, g, I = args.n_heads, args.head_dim, args.dim, args.o_groups, args.moe_inter_dim
+    H = args.n_heads
+    D = args.head_dim
+    d = args.dim
+    g = args.o_groups
+    I = args.moe_inter_dim
     attention = (
         d * args.q_lora_rank
         + args.q_lora_rank * H * D

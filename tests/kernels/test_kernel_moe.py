@@ -173,7 +173,8 @@ def test_scales_far_from_one_are_exact(fmt, exponent):
 
 def test_weights_may_have_more_values_than_an_int32_counts():
     """Only the last expert's memory is ever touched."""
-    E, d, I = 32769, 500, 66
+    E, d = 32769, 500
+    I = 66
     x, w13, w2, idx, weight, s13, s2, *rest = low(Case("moe", moe, (2, 1, 1, d, I, "fp8", False)))
     many = [torch.empty(E, *t.shape[1:], dtype=t.dtype) for t in (w13, w2, s13, s2)]
     for t, last in zip(many, (w13, w2, s13, s2), strict=True):

@@ -96,7 +96,8 @@ def test_every_gradient_equals_that_of_an_fp64_run(aux):
 
 def test_balance_is_one_where_all_is_even_and_counts_valid_tokens():
     """K E-fold at worst; of each row alone; padding has no part in it."""
-    T, E, K = 12, 4, 2
+    T, E = 12, 4
+    K = 2
     even = torch.stack([torch.arange(T) % E, (torch.arange(T) + 1) % E], -1)[None]
     flat = torch.ones(1, T, E)
     load, loss = router_balance(even, flat, None)

@@ -99,9 +99,13 @@ def compress(B, T, ratio, D, r):
 
 
 def sparse_attn(B, T, W, kind, H=3, D=6, E=9, K=7):
-    q, kv, sink = 2 * normal(B, T, H, D), normal(B, W - 1 + T, D), 2 * normal(H)
+    q = 2 * normal(B, T, H, D)
+    kv = normal(B, W - 1 + T, D)
+    sink = 2 * normal(H)
     entries = normal(B, E, D)
-    window_len, (lo, hi), idx = integers(1, W + 1, (B, T)), ranges(B, T, E), choices(B, T, E, K)
+    window_len = integers(1, W + 1, (B, T))
+    lo, hi = ranges(B, T, E)
+    idx = choices(B, T, E, K)
     given = {
         "window": (None,) * 4,
         "dense": (entries, lo, hi, None),
@@ -115,7 +119,9 @@ def indexer_topk(B, T, E, topk, H=17, D=4):
 
 
 def indexer_loss(B, T, E, kind, H=3, D=6, Hi=5, Di=4, K=7):
-    q, entries, lse = 2 * normal(B, T, H, D), normal(B, E, D), 2 * normal(B, T, H)
+    q = 2 * normal(B, T, H, D)
+    entries = normal(B, E, D)
+    lse = 2 * normal(B, T, H)
     index = normal(B, T, Hi, Di), normal(B, E, Di), normal(B, T, Hi)
     (lo, hi), idx = ranges(B, T, E), choices(B, T, E, K)
     main = q, *angles(B, T, max(2, D // 4 * 2)), entries, lse

@@ -84,7 +84,20 @@ def pooled(rows, end, index, ratio, D):
     return torch.stack(out).view(*end.shape, D)
 
 
-def spec_compress(rows, end, index, weight, cos, sin, ratio, eps, dtype):
+def spec_compress(
+    # the rows and their windows
+    rows,
+    end,
+    index,
+    # norm and RoPE of the entries
+    weight,
+    cos,
+    sin,
+    # constants
+    ratio,
+    eps,
+    dtype,
+):
     e = pooled(rows, end, index, ratio, len(weight))
     return spec_rope(e / (e.square().mean(-1, keepdim=True) + eps).sqrt() * weight, cos, sin, False)
 
@@ -138,7 +151,22 @@ def spec_indexer_topk(q, k, u, lo, hi, topk):
     return out
 
 
-def spec_indexer_loss(q, cos, sin, entries, lse, qi, ki, u, lo, hi, idx, eps):
+def spec_indexer_loss(
+    # as of sparse_attn
+    q,
+    cos,
+    sin,
+    entries,
+    lse,
+    # as of indexer_topk
+    qi,
+    ki,
+    u,
+    lo,
+    hi,
+    idx,
+    eps,
+):
     q = unit_queries(q, cos, sin, eps)
     loss = []
     for b, t in itertools.product(range(q.shape[0]), range(q.shape[1])):
@@ -173,7 +201,21 @@ def spec_quant_linear(x, weight, scale, groups, act_quant):
     return torch.stack([x[..., g, :] @ rows.T for g, rows in enumerate(W.chunk(groups))], -2)
 
 
-def spec_moe(x, w13, w2, idx, weight, s13, s2, limit, act_quant):
+def spec_moe(
+    x,
+    # experts
+    w13,
+    w2,
+    # routing
+    idx,
+    weight,
+    # scales of packed experts
+    s13,
+    s2,
+    # constants
+    limit,
+    act_quant,
+):
     def quant(v):
         return spec_act_quant(v, 128, "fp8") if act_quant else v
 

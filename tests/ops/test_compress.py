@@ -30,7 +30,9 @@ def test_a_window_that_ends_outside_is_finite_and_disturbs_nothing(form, ratio):
     case = case_of(compress, 2, 9, ratio, 6, 4)
     args = case.args()
     end = args[1].clone()
-    end[0, 1], end[1, 0], end[1, 2] = -5, args[0].shape[1], 10**9
+    end[0, 1] = -5
+    end[1, 0] = args[0].shape[1]
+    end[1, 2] = 10**9
     outside = (end < 0) | (end >= args[0].shape[1])
     inside, weights = ~outside[..., None], torch.randn(2, 3, 6)
 

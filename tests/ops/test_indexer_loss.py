@@ -34,7 +34,8 @@ def losses(kind, *options) -> tuple[Case, list]:
 def test_an_index_that_tells_the_attention_s_choice_costs_nothing(form, kind):
     """The target is the share of entries in the softmax of sparse_attn, averaged over heads."""
     torch.manual_seed(0)
-    B, T, E = 2, 7, 9
+    B, T = 2, 7
+    E = 9
     args = sparse_attn(B, T, 5, kind)
     q, kv, sink, window_len, cos, sin, entries, lo, hi, idx, eps = args
     hi[:, 3] = lo[:, 3]  # these see no entry
@@ -130,7 +131,10 @@ def test_heads_that_all_but_ignore_the_entries_still_teach(form):
 @by_kind
 def test_the_loss_at_production_size_reads_nothing_back_and_holds_a_chunk(kind):
     """Flash, 1024 tokens of 8192, on fake tensors: a host read raises; scores are bounded."""
-    T, H, D, E, Hi, Di, K = 1024, 64, 512, 2048, 64, 128, 512
+    T, H = 1024, 64
+    D, E = 512, 2048
+    Hi, Di = 64, 128
+    K = 512
     with FakeTensorMode(), Recorder() as recorder:
 
         def empty(*shape, dtype=torch.bfloat16):
@@ -188,7 +192,10 @@ def test_an_indexer_learns_what_the_attention_looks_at(kind):
     "idx" is the recipe: half of the steps dense, then only the 16 entries that the indexer chooses.
     """
     torch.manual_seed(0)
-    B, T, E, H, D, Hi, Di, d = 2, 32, 64, 2, 16, 16, 8, 8
+    B, T = 2, 32
+    E, H = 64, 2
+    D, Hi = 16, 16
+    Di, d = 8, 8
     normal = torch.randn
     w_q, w_k = normal(d, H * D), normal(d, D) * 2 * d**-0.5
     maps = [(0.3 * normal(d, width)).requires_grad_() for width in (Hi * Di, Di, Hi)]
@@ -202,7 +209,9 @@ def test_an_indexer_learns_what_the_attention_looks_at(kind):
         window = normal(B, 3 + T, D), torch.zeros(H), nothing + 4
         given = entries, nothing, everything, None
         _, lse = ops.sparse_attn(q, *window, *straight, *given, 1e-6, True)
-        qi, ki, u = x @ maps[0], c @ maps[1], x @ maps[2]
+        qi = x @ maps[0]
+        ki = c @ maps[1]
+        u = x @ maps[2]
         return q, *straight, entries, lse, qi.unflatten(-1, (Hi, Di)), ki, u, nothing, everything
 
     costs, recalls = [], []
