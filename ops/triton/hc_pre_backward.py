@@ -264,21 +264,9 @@ def hc_pre_backward_reduce(
             tl.store(g_scale + part, g_scale_part.to(g_scale.dtype.element_ty))
 
 
-def launch_tokens(
-    partial,
-    # of hc_pre
-    base,
-    scale,
-    # gradients of its outputs
-    g_post,
-    g_comb,
-    # constants
-    d,
-    norm_eps,
-    hc_eps,
-    iters,
-):
-    """-> g_u, factors and sums, as hc_pre_backward_tokens says."""
+def launch_tokens(partial, base, scale, g_post, g_comb, d, constants):
+    """-> g_u, factors and sums: see hc_pre_backward_tokens. constants: norm_eps, hc_eps, iters."""
+    norm_eps, hc_eps, iters = constants
     tokens, splits = partial.shape[1:]
     n = g_post.shape[-1]
     cols = padded_rows(n)
@@ -290,7 +278,7 @@ def launch_tokens(
     sums = partial.new_empty(programs, 2, cols)
     tensors = (partial, base, scale, g_post, g_comb, saved, g_u, factors, sums)
     sizes = (tokens, d, splits)
-    constants = {
+    meta = {
         "n": n,
         "MIX": n * (2 + n),
         "COLS": cols,
@@ -299,7 +287,7 @@ def launch_tokens(
         **cfg,
     }
     grid = (programs,)
-    launch(hc_pre_backward_tokens, grid, *tensors, *sizes, norm_eps, hc_eps, iters, **constants)
+    launch(hc_pre_backward_tokens, grid, *tensors, *sizes, norm_eps, hc_eps, iters, **meta)
     return g_u, factors, sums
 
 
@@ -345,7 +333,7 @@ def backward(
 
     partial = launch_mix(x, fn, g_y)
     constants = (norm_eps, hc_eps, iters)
-    g_u, factors, sums = launch_tokens(partial, base, scale, g_post, g_comb, d, *constants)
+    g_u, factors, sums = launch_tokens(partial, base, scale, g_post, g_comb, d, constants)
     parts = launch_streams(x, fn, g_y, g_in, g_u, factors, g_x)
     tensors = (parts, sums, g_fn, g_base, g_scale)
     sizes = (fn.numel(), len(parts), len(sums))
