@@ -16,8 +16,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 INTERPRETER = {"TRITON_INTERPRET": "1"}
-FIRST = ("tests/model", "tests/compile")
-SECOND = ("tests/ops", "tests/kernels", "tests/cli")  # after the interpreter
+SOAK = "tests/cli/test_soak.py"  # in the first lane, which has less to do in the full tier
+FIRST = ("tests/model", "tests/compile", SOAK)
+SECOND = ("tests/ops", "tests/kernels", "tests/cli", f"--ignore={SOAK}")  # after the interpreter
 NO_TESTS = 5  # pytest's exit status
 
 
