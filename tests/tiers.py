@@ -1,6 +1,6 @@
 """The tests that a default run leaves out, by patterns of their names: `python -m pytest -m full`.
 
-A default run takes about ten minutes on two cores with nothing compiled before. It keeps a case of
+A default run takes nine minutes on two cores with nothing compiled before. It keeps a case of
 most contracts; other cases, and tests that compile for long, are named here with the reason.
 See docs/compile.md#not-covered-by-a-default-run.
 """

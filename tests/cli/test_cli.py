@@ -94,6 +94,16 @@ def test_a_full_disk_is_one_line_whatever_wraps_the_error(capsys, nested):
     assert line.startswith("x.py: the disk is full: ") and "TORCHINDUCTOR_CACHE_DIR" in line
 
 
+def test_where_nothing_can_be_compiled_text_comes_eagerly(tmp_path):
+    """By default; a preset that was asked for is refused in one line."""
+    name = "TORCH_COMPILE_DISABLE"
+    done = shell("python generate.py --max-new-tokens 3", tmp_path, **{name: "1"})
+    lines = [line for line in done.stderr.splitlines() if line.startswith("running without")]
+    assert done.returncode == 0 and len(lines) == 1 and name in lines[0]
+    done = shell("python generate.py --max-new-tokens 3 --compile default", tmp_path, **{name: "1"})
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and name in done.stderr
+
+
 @pytest.mark.parametrize(
     "command", ("generate.py", "train_step.py", "checkpoint.py", "compile_config.py")
 )

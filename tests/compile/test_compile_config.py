@@ -99,6 +99,20 @@ def test_new_caches_are_noticed():
         assert rms(run(tokens_of(batch, 1), at), eager(tokens_of(batch, 1), at)) <= 1e-5
 
 
+@pytest.mark.parametrize("region", ("model", "layer"))
+def test_hooks_set_after_compiling_are_honoured_and_removed_ones_forgotten(region):
+    torch._dynamo.reset()
+    model = fresh(build())
+    run = C.compile_decode(model, C.CompileConfig(backend="eager", region=region))
+    args = tokens_of(2, 1), torch.tensor([0, 0])
+    plain = run(*args)
+    hook = model.layers[1].attn.register_forward_hook(lambda m, args, out: (2 * out[0], out[1]))
+    changed = run(*args)
+    assert rms(changed, plain) > 1e-3 and rms(changed, model(*args)) <= 1e-5
+    hook.remove()
+    assert rms(run(*args), plain) <= 1e-5
+
+
 def test_arguments_that_were_one_tensor_stay_independent():
     """A phase compiled by a call whose positions and lengths are one tensor keeps them apart."""
     torch._dynamo.reset()
