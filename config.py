@@ -91,7 +91,9 @@ METADATA = {  # keys that say nothing about the architecture, or are read by han
     *("_name_or_path", "max_batch_size", "scale_fmt"),
 }
 # Keys of trainers and of Transformers that change nothing here: a warning; other keys are errors
-IGNORED = re.compile(r"unsloth_\w+|router_\w+|partial_rotary_factor|\w*dropout|use_flash_attn")
+IGNORED = re.compile(
+    r"unsloth_\w+|router_(aux_loss_coef|jitter_noise)|partial_rotary_factor|\w*dropout|use_flash_attn"
+)
 IGNORED_IF = dict(mlp_bias=False, output_router_logits=False)
 SILENT = ("partial_rotary_factor", *IGNORED_IF)  # written by Transformers each time
 MAY_BE_ZERO = ("n_hash_layers", "n_mtp_layers", "original_seq_len", "bos_id", "eos_id")

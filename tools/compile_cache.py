@@ -172,37 +172,41 @@ MARKERS = "unfinished"  # a folder in the cache's
 def discard_unfinished() -> None:
     """Delete the unfinished files of processes that died while they compiled, or lost power.
 
-    They would count as compiled: Inductor looks for a file's name only.
+    They would count as compiled: Inductor looks for a file's name only. Files that are younger
+    than the marker of a process that still compiles stay: it may be writing them.
     """
     folder = Path(cache_dir())
-    since, all_dead = _interrupted_since(folder / MARKERS)
+    dead_since, live_since = _compiling_since(folder / MARKERS)
     for file in folder.rglob("*"):
         with contextlib.suppress(OSError):  # others may delete it, too
             status = file.lstat()
             if not stat.S_ISREG(status.st_mode) or not _is_cached_code(file):
                 continue
+            if status.st_mtime >= live_since:
+                continue
             in_place = file.suffix in WRITTEN_IN_PLACE
-            suspect = in_place and all_dead and status.st_mtime >= since
+            suspect = in_place and status.st_mtime >= dead_since
             if suspect or status.st_size == 0 or in_place and not _is_whole(file, status.st_size):
                 file.unlink()
 
 
-def _interrupted_since(folder: Path) -> tuple[float, bool]:
-    """When the first of the processes began to compile that died in it (infinity if none did), and
-    whether no other one compiles now; if so, the markers of the dead are taken away.
+def _compiling_since(folder: Path) -> tuple[float, float]:
+    """When the first process began that died while it compiled, and the first that still compiles;
+    infinity if there is none. Without a live one the markers of the dead are taken away.
     """
-    since, all_dead = math.inf, True
+    dead_since = live_since = math.inf
     markers = list(folder.glob("*.lock"))
     for marker in markers:
         with contextlib.suppress(FileNotFoundError), open(marker, "a") as file:
+            begun = os.fstat(file.fileno()).st_mtime
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                since = min(since, os.fstat(file.fileno()).st_mtime)
+                dead_since = min(dead_since, begun)
             except BlockingIOError:
-                all_dead = False
-    for marker in markers if all_dead else ():
+                live_since = min(live_since, begun)
+    for marker in markers if live_since == math.inf else ():
         marker.unlink(missing_ok=True)
-    return since, all_dead
+    return dead_since, live_since
 
 
 def _is_whole(file: Path, size: int) -> bool:

@@ -171,12 +171,14 @@ def test_unfinished_files_are_discarded_by_what_they_hold(folder, library):
 
 def test_files_of_a_killed_compiler_are_discarded_and_those_of_a_live_one_stay(folder, library):
     kept = names(folder)
+    (folder / "cut.so").write_bytes(b"\x7fELF")
+    os.utime(folder / "cut.so", (1, 1))
     with compiler(library, "ab/live.so"):
         with compiler(library, "ab/dead.so", "dead.gch", "dead.py"):
-            (folder / "cut.so").write_bytes(b"\x7fELF")
-        cache.discard_unfinished()  # no whole file is suspect while another process may write it
+            (folder / "linking.so").touch()
+        cache.discard_unfinished()  # nothing is suspect that a live process may be writing
         added = {name for name in names(folder) - kept if not name.startswith(cache.MARKERS)}
-        assert added == {"ab/dead.so", "dead.gch", "dead.py", "ab/live.so"}
+        assert added == {"ab/dead.so", "dead.gch", "dead.py", "ab/live.so", "linking.so"}
     cache.discard_unfinished()
     assert names(folder) == kept | {"dead.py"}  # which Inductor renames when it is whole
 

@@ -263,6 +263,7 @@ def test_older_and_later_flash_configs_are_read(tmp_path):
         (RELEASED_FLASH | {"eos_token_id": [1, "2"]}, "eos_token_id must"),
         (RELEASED_FLASH | {"eos_token_id": [-1]}, "eos_token_id must"),
         (RELEASED_FLASH | {"mlp_bias": True}, "mlp_bias"),
+        (RELEASED_FLASH | {"router_scale": 2.0}, "unknown key 'router_scale'"),
         (RELEASED_FLASH | {"rms_norm_eps": "x"}, "rms_norm_eps must"),
         (RELEASED_FLASH | {"routed_scaling_factor": float("inf")}, "routed_scaling_factor must"),
         (RELEASED_FLASH | {"compress_ratios": [0] * 42 + [4.5, 0]}, "compress_ratios"),
