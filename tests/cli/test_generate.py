@@ -761,6 +761,9 @@ def test_eos_ends_a_row_unless_ignored(model):
     engine._decode_phase = watched
     assert collect(engine, [prompt], 8, eos_id=eos_id) == [tokens[: before + 1]]
     assert lengths == [1] * (before - 1) + [0]
+    lengths.clear()
+    assert collect(engine, [prompt], 8, eos_id=(1 << 40, eos_id)) == [tokens[: before + 1]]
+    assert lengths == [1] * (before - 1) + [0]
     for end, reason, expected in ((eos_id, "eos", tokens[: before + 1]), (None, "length", tokens)):
         settings = dict(max_new_tokens=8, eos_id=end)
         session = StreamSession(eager(model), None, settings, io.StringIO())
