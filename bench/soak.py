@@ -174,10 +174,10 @@ def cache_kills(count: int, seed: int) -> dict:
     with tempfile.TemporaryDirectory() as name:
         source, target, packed = (Path(name) / part for part in ("source", "target", "packed.gz"))
         for i in range(40):
-            file = source / f"{i:02d}" / f"{i}.so"
+            file = source / f"{i:02d}" / f"{i}.json"  # not a .so: random bytes are no library
             file.parent.mkdir(parents=True)
             file.write_bytes(rng.randbytes(rng.randrange(1, 400_000)))
-        contents = {file.relative_to(source): file.read_bytes() for file in source.rglob("*.so")}
+        contents = {file.relative_to(source): file.read_bytes() for file in source.rglob("*.json")}
 
         def in_cache(folder: Path, work: Callable) -> Callable[[], None]:
             def run():
@@ -191,15 +191,15 @@ def cache_kills(count: int, seed: int) -> dict:
         usual = seconds_of(in_cache(Path(name) / "first", compile_cache.load_cache))
         alive = unfinished = 0
         for _ in range(count):
-            for file in target.rglob("*.so"):  # otherwise nothing is left to unpack
+            for file in target.rglob("*.json"):  # otherwise nothing is left to unpack
                 if rng.random() < 0.7:
                     file.unlink()
             alive += kill(unpack, rng.uniform(0.2, 1) * usual)
-            found = {file.relative_to(target) for file in target.rglob("*.so")}
+            found = {file.relative_to(target) for file in target.rglob("*.json")}
             assert all((target / file).read_bytes() == contents[file] for file in found)
             unfinished += found != set(contents)
         seconds_of(unpack)
-        assert {file.relative_to(target) for file in target.rglob("*.so")} == set(contents)
+        assert {file.relative_to(target) for file in target.rglob("*.json")} == set(contents)
     return {"kills": alive, "unfinished": unfinished}
 
 
