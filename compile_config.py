@@ -11,6 +11,9 @@ Two facts are kept apart:
 
 Either way there is no graph break, and nothing recompiles as positions, lengths or rates change.
 
+Preset "auto" waits for no compiler: its phases run eagerly until another process has compiled them
+ahead of time, layer by layer; later processes load what it made (tools/ahead.py).
+
 Elsewhere: which layers share a graph (tools/layer_graphs.py), CUDA graphs (tools/cuda_graph.py),
 private parts of PyTorch (tools/torch_private.py); of a training step, the work around its graphs
 (training/step.py), its losses (training/losses.py) and recomputation (training/recompute.py).
@@ -24,16 +27,18 @@ if __name__ == "__main__":  # Ctrl-C while modules load: an end without a traceb
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import dataclasses
+import itertools
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
 import ops
 from model import Aux, Transformer
-from tools import cli, compile_cache, torch_private
+from tools import ahead, cli, compile_cache, torch_private
+from tools.ahead_compiler import WITHOUT, AheadCompiler, AheadRun, Job
 from tools.cuda_graph import clone_tensors, record_cuda_graph
 from tools.layer_graphs import compile_layers
 from training.losses import LossWeights, combine_losses, make_targets, training_loss
@@ -52,20 +57,25 @@ class CompileConfig:
                 it costs no speed, and for models of more than MAX_WHOLE_GRAPH_LAYERS, else "model"
     cudagraphs  record decode and verify into a CUDA graph
     options     Inductor options, as pairs
+    ahead       generation on CPU: compiled ahead of time by another process, layer by layer
     """
 
     backend: str | None = "inductor"
     region: str | None = None
     cudagraphs: bool = False
     options: tuple[tuple[str, object], ...] = ()
+    ahead: bool = False
 
     def __post_init__(self):
         if self.region not in (None, "model", "layer"):
             raise ValueError(f"region {self.region!r}: choose 'model', 'layer' or None")
+        if self.ahead and (self.backend != "inductor" or self.region == "model" or self.cudagraphs):
+            raise ValueError("ahead: Inductor compiles layer by layer, without CUDA graphs")
 
 
 AUTOTUNE = (("max_autotune", True), ("coordinate_descent_tuning", True))
 PRESETS = {
+    "auto": CompileConfig(ahead=True),
     "eager": CompileConfig(backend=None),
     "default": CompileConfig(),
     "cudagraphs": CompileConfig(cudagraphs=True),
@@ -78,16 +88,19 @@ def usable_preset(asked: str | None, default: str, device: str) -> str:
     """The preset asked for, or the default.
 
     Where code for CPU cannot be compiled: "eager" in place of the default; a ValueError if asked.
+    "auto" finds that out as it runs; on other devices it is "default".
     """
     name = asked or default
+    if PRESETS[name].ahead:
+        return name if device == "cpu" else "default"
     if device != "cpu" or PRESETS[name].backend is None:
         return name
     lacks = torch_private.missing_cpu_toolchain()
     if lacks is None:
         return name
     if asked:
-        raise ValueError(f"--compile {name} needs {lacks}: install it, or use --compile eager")
-    print(f"running without torch.compile, which needs {lacks}", file=sys.stderr)
+        raise ValueError(f"--compile {name} needs {lacks}: see to that, or use --compile eager")
+    print(f"{WITHOUT} {lacks}", file=sys.stderr)
     return "eager"
 
 
@@ -135,6 +148,16 @@ def call_forward(block: nn.Module, *args):
 # Generation
 
 
+def embed(model: Transformer, *args):
+    """The part of a phase before its layers -> tokens, plan, X."""
+    return model.embed_inputs(*args)
+
+
+def layer(block: nn.Module, *args) -> torch.Tensor:
+    """A layer of a phase -> X. Compiled in a Phase only: entries without guards match any call."""
+    return block(*args)[0]
+
+
 class Phase:
     """A compiled phase of generation: `phase(tokens [B, T], input_pos [B], lengths=None, *rest)`.
 
@@ -142,6 +165,11 @@ class Phase:
     and makes the result; without it the logits are the result. Each combination of shapes is
     compiled once, when it is first called (`build`). Dynamo's guards are off: the shapes and the
     caches, all that may change between calls, are checked here instead.
+
+    ran_compiled   whether the last call ran compiled code
+
+    compiler   of a preset that compiles ahead of time: calls run eagerly until it is ready. None:
+               the first call waits for one
     """
 
     def __init__(
@@ -151,11 +179,14 @@ class Phase:
         name: str,
         logits: str,
         epilogue: Callable | None = None,
+        compiler: AheadCompiler | None = None,
     ):
         self.model, self.cfg = model, cfg
         self.name, self.logits = name, logits
         self.epilogue = epilogue or only_logits
+        self.compiler = compiler
         self.built: dict[tuple, Callable] = {}
+        self.ran_compiled = cfg.backend is not None
         self.hooks = [  # of nn.Module: torch/nn/modules/module.py line 469
             hooks
             for module in model.modules()
@@ -175,7 +206,14 @@ class Phase:
     ):
         args = tokens, input_pos, lengths, *rest
         args = [a.contiguous() if isinstance(a, torch.Tensor) else a for a in args]
+        if self.cfg.backend is None and not self.cfg.cudagraphs:
+            return self.whole(*args)
         key = self._key(args)
+        if self.compiles_ahead:
+            run = self.prepare(*args)
+            result = run(*args)
+            self.ran_compiled = run.compiled
+            return result
         if key not in self.built:
             run = self.build()
             args = clone_tensors(args)  # or the graph would take one tensor given twice as one
@@ -186,7 +224,7 @@ class Phase:
                 return run(*args)
         return self.built[key](*args)
 
-    def _key(self, args: list) -> tuple:
+    def _key(self, args: Sequence) -> tuple:
         """All that a graph without guards depends on and that may change between calls."""
         model, weight = self.model, self.model.embed.weight
         addresses = ()
@@ -199,39 +237,74 @@ class Phase:
 
     def build(self) -> Callable:
         """-> run(tokens, input_pos, lengths, *rest), compiled when it is first called."""
-        model = self.model
-        epilogue, logits = self.epilogue, self.logits
-        build_cpu_kernels(model, self.cfg, "prefill" if self.name == "prefill" else "decode")
+        build_cpu_kernels(self.model, self.cfg, self._kernels)
         options = {"guard_filter_fn": torch_private.skip_all_guards}
-        if model.embed.weight.device.type == "cpu" and self.name != "prefill":
+        if self.model.embed.weight.device.type == "cpu" and self.name != "prefill":
             # Small kernels: calling them from Python would cost as much as running them.
             options["cpp_wrapper"] = True
 
         def compiled(function: Callable, part: str = "") -> Callable:
             return compile_function(function, self.name + part, self.cfg, **options)
 
-        def whole(tokens, input_pos, lengths, *rest):
-            y = model(tokens, input_pos, lengths, logits=logits)
-            return epilogue(y, input_pos, lengths, *rest)
-
-        def embed(tokens, input_pos, lengths):
-            return model.embed_inputs(tokens, input_pos, lengths)
-
-        def head(X, plan, *rest):
-            return epilogue(model.lm_logits(X, plan, logits), *rest)
-
-        if not compiles_by_layer(model, self.cfg, self.name):
-            return compiled(whole)
-        embed, head = compiled(embed, "_embed"), compiled(head, "_head")
-        layers = compile_layers(model.layers, lambda: compiled(call_block, "_layer"))
+        if not compiles_by_layer(self.model, self.cfg, self.name):
+            return compiled(self.whole)
+        first, last = compiled(embed, "_embed"), compiled(self.head, "_head")
+        layers = compile_layers(self.model.layers, lambda: compiled(layer, "_layer"))
 
         def by_layer(tokens, input_pos, lengths, *rest):
-            tokens, plan, X = embed(tokens, input_pos, lengths)
-            for block, layer in layers.items():
-                X, _ = layer(block, X, tokens, plan)
-            return head(X, plan, input_pos, lengths, *rest)
+            tokens, plan, X = first(self.model, tokens, input_pos, lengths)
+            for block, run in layers.items():
+                X = run(block, X, tokens, plan)
+            return last(self.model, X, plan, input_pos, lengths, *rest)
 
         return by_layer
+
+    @property
+    def _kernels(self) -> str:
+        """The phase as ops.build_cpu_kernels names it."""
+        return "prefill" if self.name == "prefill" else "decode"
+
+    def whole(self, tokens, input_pos, lengths, *rest):
+        """The phase, not compiled."""
+        y = self.model(tokens, input_pos, lengths, logits=self.logits)
+        return self.epilogue(y, input_pos, lengths, *rest)
+
+    def head(self, model: Transformer, X, plan, *rest):
+        """The part of the phase after the layers."""
+        return self.epilogue(model.lm_logits(X, plan, self.logits), *rest)
+
+    @property
+    def compiles_ahead(self) -> bool:
+        """Another process compiles for CPU, and knows no hooks of this one."""
+        on_cpu = self.model.embed.weight.device.type == "cpu"
+        return self.cfg.ahead and on_cpu and not any(self.hooks)
+
+    def prepare(self, *args) -> AheadRun:
+        """Load what was compiled ahead of time for calls with such arguments, or ask for it."""
+        key = self._key(args)
+        if key not in self.built:
+            self.built[key] = self._build_ahead(args)
+        return self.built[key]
+
+    def _build_ahead(self, args: list) -> Callable:
+        """-> run(...) of code that was compiled ahead of time, or will be: see AheadCompiler."""
+        model = self.model
+        libraries: dict[str, None] = {}
+        if model.embed.weight.dtype == torch.float32:
+            kernels = ops.cpu_kernels(model.ops, self._kernels)
+            libraries = dict.fromkeys(kernel.library for kernel in kernels)
+        settings = self.cfg, self.name, self.logits, self.epilogue
+        job = Job.of(model, settings, args, list(libraries))
+        return AheadRun(job, self.parts(), self.whole, self.compiler)
+
+    def parts(self) -> list[ahead.Part]:
+        """What is compiled ahead of time, in the order of calls; see AheadRun."""
+        layers = compile_layers(self.model.layers, itertools.count(1).__next__)
+        return [
+            ahead.Part("embed", self.model, embed),
+            *(ahead.Part(f"layer kind {i}", block, layer) for block, i in layers.items()),
+            ahead.Part("head", self.model, self.head),
+        ]
 
 
 def only_logits(logits: torch.Tensor, *rest) -> torch.Tensor:
@@ -239,34 +312,38 @@ def only_logits(logits: torch.Tensor, *rest) -> torch.Tensor:
     return logits
 
 
-def call_block(block: nn.Module, *args):
-    """A layer of a phase. Compiled in a Phase only: entries without guards match any call."""
-    return block(*args)
-
-
 def compile_prefill(
-    model: Transformer, cfg: CompileConfig, epilogue: Callable | None = None
+    model: Transformer,
+    cfg: CompileConfig,
+    epilogue: Callable | None = None,
+    compiler: AheadCompiler | None = None,
 ) -> Phase:
     """-> prefill(tokens [B, T], input_pos [B], lengths=None) -> logits [B, 1, V].
 
     They are those of each row's last valid token. Feed prompts in chunks of one size T; lengths
-    pads the last one. epilogue: see Phase.
+    pads the last one. epilogue, compiler: see Phase.
     """
-    return Phase(model, cfg, "prefill", "last", epilogue)
+    return Phase(model, cfg, "prefill", "last", epilogue, compiler)
 
 
 def compile_decode(
-    model: Transformer, cfg: CompileConfig, epilogue: Callable | None = None
+    model: Transformer,
+    cfg: CompileConfig,
+    epilogue: Callable | None = None,
+    compiler: AheadCompiler | None = None,
 ) -> Phase:
     """-> decode(tokens [B, 1], input_pos [B], lengths=None) -> logits [B, 1, V]."""
-    return Phase(model, cfg, "decode", "all", epilogue)
+    return Phase(model, cfg, "decode", "all", epilogue, compiler)
 
 
 def compile_verify(
-    model: Transformer, cfg: CompileConfig, epilogue: Callable | None = None
+    model: Transformer,
+    cfg: CompileConfig,
+    epilogue: Callable | None = None,
+    compiler: AheadCompiler | None = None,
 ) -> Phase:
     """-> verify(tokens [B, 1 + k], input_pos [B], lengths=None) -> logits [B, 1 + k, V]."""
-    return Phase(model, cfg, "verify", "all", epilogue)
+    return Phase(model, cfg, "verify", "all", epilogue, compiler)
 
 
 # --------------------------------------------------------------------------------------------------

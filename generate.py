@@ -31,6 +31,7 @@ from generation.session import StreamSession
 from model import ModelArgs, Transformer
 from tokenizer import Tokenizer, encode_messages, load_tokenizer, parse_response
 from tools import cli
+from tools.ahead_compiler import AheadCompiler
 from tools.stats import choose_threads, peak_memory, process_start, read_bandwidth, versions
 
 ROOT = Path(__file__).parent
@@ -80,6 +81,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--act-quant", choices=("on", "off"), help=act_quant)
     add("--compile", choices=PRESETS, metavar="PRESET", help=", ".join(PRESETS))
     add("--no-compile", **on)
+    no_wait = "auto: leave when the text has ended, although the compiler has not finished"
+    add("--no-wait", **on, help=no_wait)
     add("--profile", **on, help="print where the time of decoding goes")
     add("--json", **on, help="end standard output with a JSON object; progress on standard error")
     flags = parser.parse_args(argv)
@@ -95,7 +98,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if flags.no_compile:
         flags.preset = "eager"
     else:
-        flags.preset = usable_preset(flags.compile, "default", flags.device)
+        flags.preset = usable_preset(flags.compile, "auto", flags.device)
     if PRESETS[flags.preset].cudagraphs and flags.device != "cuda":
         raise ValueError(f"--compile {flags.preset} needs a CUDA device")
     return flags
@@ -312,9 +315,11 @@ def make_report(
     if decode_s:
         tok_per_s = decoded / decode_s
         bandwidth_share = steps * nbytes / decode_s / read_bandwidth(nbytes, engine.device)
+    switched_at = stats.pop("switched_at")
     return {
         **results,
         **stats,
+        "switched_at": switched_at and switched_at - started,
         "tok_per_s": tok_per_s,
         "decoded": decoded,
         "ttft_s": session.first_token_at - started,
@@ -358,6 +363,12 @@ def print_stats(report: dict, out: TextIO) -> None:
         f"{report['threads']} CPU threads, act_quant {act_quant}, seed {report['seed']}, "
         f"load {number('load', '', 2)}",
     }
+    if PRESETS[report["preset"]].ahead:
+        took_over = f"after {number('switched_at', ' s')}" if report["switched_at"] else ""
+        rows["compile"] = (
+            f"{report['eager_tokens']} tokens eagerly, then {report['compiled_tokens']} by "
+            f"compiled code {took_over}".rstrip()
+        )
     for name, value in rows.items():
         print(f"{name:>12}  {value}", file=out)
 
@@ -374,6 +385,31 @@ def profile_decode(session: StreamSession, steps: int = 32) -> None:
         max_name_column_width=70,
     )
     print(table, file=sys.stderr)
+
+
+def wait_for_compiler(compiler: AheadCompiler, no_wait: bool) -> None:
+    """Until it has compiled everything for the next time; not with --no-wait, and until Ctrl-C."""
+    show = cli.Progress()
+    try:
+        if no_wait or not compiler.busy:
+            return
+        compiler.use_all_cores()
+        print(
+            f"compiled code will be ready in about {compiler.seconds_left():.0f} s for the next "
+            "time (Ctrl-C leaves)",
+            file=sys.stderr,
+        )
+        if sys.stderr.isatty():
+            compiler.wait(lambda: show(f" {compiler.progress()}"))
+        else:
+            compiler.wait()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        show("")
+        compiler.stop()
+        if compiler.error:
+            print(compiler.error, file=sys.stderr)
 
 
 def run(argv: list[str] | None) -> None:
@@ -415,6 +451,8 @@ def run(argv: list[str] | None) -> None:
     if flags.profile:
         profile_decode(session)
     print_stats(report, sys.stderr)
+    out.flush()
+    wait_for_compiler(engine.compiler, flags.no_wait)
     if flags.json:
         print(json.dumps(report), flush=True)
 

@@ -18,10 +18,20 @@ import torch
 from compile_config import PRESETS, CompileConfig, compile_decode, compile_prefill
 from generation.sampling import Sampling, check_settings, sample_decode, sample_prefill
 from model import Transformer
+from tools.ahead_compiler import AheadCompiler
 from tools.compile_count import CompileCount
 from tools.stats import device_sync
 
-FIGURES = ("batch", "fed_tokens", "ttft_warm_s", "decoded", "decode_s", "steps")  # of a stream
+FIGURES = (  # of a stream
+    "batch",
+    "fed_tokens",
+    "ttft_warm_s",
+    "decoded",
+    "decode_s",
+    "steps",
+    "eager_tokens",
+    "compiled_tokens",
+)
 
 
 class Engine:
@@ -38,6 +48,7 @@ class Engine:
     model            the Transformer
     stats            figures of the last stream (see the property)
     log              called with short messages while phases compile; replace it to see them
+    compiler         of a preset that compiles ahead of time ("auto"); text comes meanwhile
     chunk            tokens of a prompt fed per call
     steps_per_sync   decode steps between two reads by the host
     cached_tokens    per cache row: the tokens that it holds (beyond the context, where no prompt
@@ -69,12 +80,13 @@ class Engine:
         self.log: Callable[[str], None] = lambda message: None
         self._generation = -1
         self._claim_caches()
-        self._prefill_phase = compile_prefill(model, self.config, sample_prefill)
-        self._decode_phase = compile_decode(model, self.config, sample_decode)
+        self.compiler = AheadCompiler()
+        self._prefill_phase = compile_prefill(model, self.config, sample_prefill, self.compiler)
+        self._decode_phase = compile_decode(model, self.config, sample_decode, self.compiler)
         self._compiled: set[tuple] = set()
         self._compile_s = 0.0
         self._count = CompileCount()
-        self._figures = dict.fromkeys(FIGURES, 0)
+        self._figures = dict.fromkeys(FIGURES, 0) | {"switched_at": None}
 
     @property
     def device(self) -> torch.device:
@@ -88,6 +100,8 @@ class Engine:
         ttft_warm_s              seconds from the start of the stream to its first token
         prefill_tok_per_s, tok_per_s   fed_tokens over ttft_warm_s, decoded over decode_s; or None
         decoded, decode_s, steps       tokens after each row's first, seconds, steps of decoding
+        eager_tokens, compiled_tokens  all tokens given, by what made them
+        switched_at              time.time() when a compiled phase took over from an eager one
         compile_s, graphs, breaks, recompiles   of the engine since it was made
         """
         figures, count = self._figures, self._count
@@ -154,6 +168,7 @@ class Engine:
     ) -> Generator[tuple[int, int], None, None]:
         generation = self._claim_caches()
         figures = self._figures = dict.fromkeys(FIGURES, 0) | {"batch": len(prompts)}
+        figures["switched_at"] = None
         prompts = prompts + [[]] * (self.max_batch_size - len(prompts))  # unused rows are frozen
         remaining = [
             min(max_new_tokens, self.max_seq_len - len(prompt)) if prompt else 0
@@ -164,9 +179,13 @@ class Engine:
         prefill_args = (filtered, prompt_index, *sampling)
         decode_args = (filtered, eos, prompt_index, *sampling)
 
+        if self.config.ahead:  # both are compiled meanwhile, first what is needed for longest
+            self._decode_phase.prepare(*self._no_tokens(1), *decode_args)
+            self._prefill_phase.prepare(*self._no_tokens(self.chunk), *prefill_args)
         self._compile(self._prefill_phase, self.chunk, prefill_args)
         start = time.perf_counter()
         token = self._prefill(prompts, prefill_args)
+        ran_compiled = self._prefill_phase.ran_compiled
         sampled = token.tolist()  # [B][steps]
         figures["ttft_warm_s"] = time.perf_counter() - start
         state = (
@@ -181,6 +200,7 @@ class Engine:
                     if remaining[row]:
                         remaining[row] = 0 if new in eos_ids else remaining[row] - 1
                         figures["decoded"] += figures["steps"] > 0
+                        figures["compiled_tokens" if ran_compiled else "eager_tokens"] += 1
                         yield row, new
             live = [row for row, count in enumerate(remaining) if count]
             if not live:
@@ -194,6 +214,9 @@ class Engine:
             start = time.perf_counter()
             state, sampled = self._decode(state, live, decode_args)
             figures["decode_s"] += time.perf_counter() - start
+            if self._decode_phase.ran_compiled and not ran_compiled:
+                figures["switched_at"] = time.time()
+            ran_compiled = self._decode_phase.ran_compiled
             figures["steps"] += self.steps_per_sync
             for row in live:
                 fed = [last[row], *sampled[row][:-1]]
@@ -280,18 +303,23 @@ class Engine:
         """Compile a phase by a call that feeds nothing, once for each kind of arguments."""
         weight = self.model.embed.weight
         key = (phase, phase_args[0], weight.dtype, weight.device)  # phase_args[0]: filtered
-        if self.config.backend is None or key in self._compiled:
+        waits = self.config.backend is not None and not phase.compiles_ahead
+        if not waits or key in self._compiled:
             return
         self.log(f" compiling {phase.name} ...")
         start = time.perf_counter()
-        zeros = torch.zeros(self.max_batch_size, dtype=torch.int64, device=self.device)
-        phase(zeros[:, None].repeat(1, width), zeros, zeros, *phase_args)
+        phase(*self._no_tokens(width), *phase_args)
         device_sync(self.device)
         self._compile_s += time.perf_counter() - start
         self._compiled.add(key)
         self.log("")
         if phase is self._decode_phase:
             self._count.warm()
+
+    def _no_tokens(self, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Arguments of a phase that feed nothing: tokens [B, width], input_pos, lengths [B]."""
+        zeros = torch.zeros(self.max_batch_size, dtype=torch.int64, device=self.device)
+        return zeros[:, None].repeat(1, width), zeros, zeros
 
     def _tensor(self, values) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)

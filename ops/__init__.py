@@ -10,7 +10,17 @@ from .indexer_topk import indexer_topk
 from .linear_cross_entropy import linear_cross_entropy
 from .moe import moe
 from .quant_linear import quant_linear
-from .registry import INTERNAL, NAMESPACE, OPS, Op, Table, build_cpu_kernels, register, use
+from .registry import (
+    INTERNAL,
+    NAMESPACE,
+    OPS,
+    Op,
+    Table,
+    build_cpu_kernels,
+    cpu_kernels,
+    register,
+    use,
+)
 from .rope import rope
 from .sinkhorn import sinkhorn
 from .sparse_attn import sparse_attn
@@ -24,6 +34,7 @@ __all__ = [
     "act_quant",
     "build_cpu_kernels",
     "compress",
+    "cpu_kernels",
     "hc_post",
     "hc_post_pre",
     "hc_pre",

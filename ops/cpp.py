@@ -31,6 +31,11 @@ def enabled(op: str) -> bool:
     return not _disabled.get(op.removesuffix("_backward"), False)
 
 
+def disabled_ops() -> list[str]:
+    """The ops whose C++ is switched off."""
+    return sorted(op for op, off in _disabled.items() if off)
+
+
 @contextlib.contextmanager
 def disabled(*ops: str):
     """Within the block these ops run, and are traced, as if they had no C++ kernels.
@@ -49,12 +54,20 @@ def disabled(*ops: str):
 
 
 def source(library: str) -> str:
-    """The C++ of a library, its header in place: the text is the key of Inductor's code cache."""
+    """The C++ of a library: header, functions and their registration, in one text.
+
+    It is the key of Inductor's code cache.
+    """
     text = (FOLDER / f"{library}.cpp").read_text()
     header = (FOLDER / "common.h").read_text().replace("#pragma once\n", "", 1)
     assert text.startswith(INCLUDE), f"{library}.cpp does not begin with {INCLUDE.strip()}"
     body = text.removeprefix(INCLUDE)
-    return f'#line 2 "ops/cpu/common.h"\n{header}#line 2 "ops/cpu/{library}.cpp"\n{body}'
+    kernels = kernels_of(library)
+    names = [kernel.name for kernel in kernels]
+    lines = "\n".join(f'  m.impl("{name}", TORCH_BOX(&{name}));' for name in names)
+    registration = f"STABLE_TORCH_LIBRARY_IMPL({kernels[0].namespace}, CPU, m) {{\n{lines}\n}}\n"
+    included = f'#line 2 "ops/cpu/common.h"\n{header}#line 2 "ops/cpu/{library}.cpp"\n{body}'
+    return included + registration
 
 
 class CppKernel:
@@ -79,26 +92,34 @@ class CppKernel:
     def build(self) -> bool:
         """Compile, once a machine, and register the C++ in place of the Python. -> success."""
         if self.built is None:
-            together = [k for k in KERNELS.values() if k.library == self.library]
-            for kernel in together:
-                del kernel.registration  # two registrations at a time would be a warning
-            built = _load(self.library, self.namespace, [kernel.name for kernel in together])
-            for kernel in together:
-                kernel.built = built
-                if not built:
-                    kernel._register_python()
+            register_library(self.library, lambda: compile_library(self.library))
         return self.built
 
 
-def _load(library: str, namespace: str, names: list[str]) -> bool:
-    """Compile and load a library that registers these functions for CPU. -> success."""
-    lines = "\n".join(f'  m.impl("{name}", TORCH_BOX(&{name}));' for name in names)
-    registration = f"STABLE_TORCH_LIBRARY_IMPL({namespace}, CPU, m) {{\n{lines}\n}}\n"
-    try:
-        from torch._inductor.codecache import CppCodeCache  # Inductor takes seconds to import
+def kernels_of(library: str) -> list[CppKernel]:
+    """The kernels of a library."""
+    return [kernel for kernel in KERNELS.values() if kernel.library == library]
 
-        # torch/_inductor/codecache.py line 3648
-        CppCodeCache.load(source(library) + registration, extra_flags=FLAGS)
+
+def compile_library(library: str) -> Path:
+    """-> the compiled file, in Inductor's cache; loaded, which registers its functions for CPU."""
+    from torch._inductor.codecache import CppCodeCache  # Inductor takes seconds to import
+
+    # torch/_inductor/codecache.py line 3648
+    return Path(CppCodeCache.load(source(library), extra_flags=FLAGS)._name)
+
+
+def register_library(library: str, load: Callable[[], object]) -> None:
+    """Let load() register a library's functions; after any exception of it Python stays."""
+    kernels = kernels_of(library)
+    for kernel in kernels:
+        del kernel.registration  # two registrations at a time would be a warning
+    try:
+        load()
+        built = True
     except Exception:  # no compiler, other headers: many classes, all of them mean the same
-        return False
-    return True
+        built = False
+    for kernel in kernels:
+        kernel.built = built
+        if not built:
+            kernel._register_python()

@@ -203,10 +203,15 @@ def build_cpu_kernels(table: Table, phase: str) -> None:
     Tracing builds nothing: call this before compiling what shall use it, as compile_config.py does.
     Ops whose C++ cannot be compiled here keep their Python.
     """
-    for name, mode in table.modes_on("cpu").items():
-        for op in OPS[name].cpp_kernels(mode, phase):
-            if op in KERNELS and enabled(op):
-                KERNELS[op].build()
+    for kernel in cpu_kernels(table, phase):
+        kernel.build()
+
+
+def cpu_kernels(table: Table, phase: str) -> list[CppKernel]:
+    """The C++ kernels that `build_cpu_kernels` builds."""
+    modes = table.modes_on("cpu").items()
+    names = [op for name, mode in modes for op in OPS[name].cpp_kernels(mode, phase)]
+    return [KERNELS[op] for op in names if op in KERNELS and enabled(op)]
 
 
 def validate(modes: dict[str, str]) -> dict[str, str]:

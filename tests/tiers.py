@@ -18,6 +18,7 @@ FULL = {
     r"test_compile_config\.py::test_phases_equal_eager.*\[(prefill-model|verify)": "decode is run",
     r"test_compile_config\.py::test_a_compiled_training_step.*\[model\]": "by layer is run",
     r"test_compile_shapes\.py::test_flops_of_opaque": "the roofline's FLOPs are checked",
+    r"test_ahead\.py::test_(tokens_do_not|a_precompiled|a_damaged_library|inputs_are)": "compiles",
     r"test_torch_private\.py::test_models.*names1": "the other order is run",
     r"test_report\.py::test_recompiles_are_counted": "sessions raise on a recompile",
     r"test_compile_faults\.py.*\[(an op that|a whole cache|expand)": "most faults are here",

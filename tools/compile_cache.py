@@ -26,11 +26,13 @@ from pathlib import Path
 
 import torch
 
-from tools.torch_private import cache_dir
+from tools.torch_private import cache_dir, default_cache_dir
 
 ROOT = Path(__file__).parent.parent
 SOURCE_FOLDERS = ("ops", "training", "generation", "tools")  # beside the modules at the top
 SOURCE_SUFFIXES = {".py", ".cpp", ".h"}
+AHEAD = "ahead"  # the cache's folder of parts that were compiled ahead of time, whole or not there
+WORK_PREFIX = "making-"  # of folders in it where they are being made
 
 
 def _digest(data: bytes) -> str:
@@ -70,14 +72,15 @@ def cache_key() -> dict[str, str]:
 
 def _is_cached_code(file: Path) -> bool:
     temporary = "locks" in file.parts or file.name.endswith((".lock", ".tmp"))
-    return file.is_file() and not temporary
+    in_work = f"/{AHEAD}/{WORK_PREFIX}" in file.as_posix()
+    return file.is_file() and not temporary and not in_work
 
 
 def save_cache(path: str) -> int:
     """Pack Inductor's cache folder into a .tar.gz -> number of files; not empty, or ValueError."""
     if not Path(path).absolute().parent.is_dir() or Path(path).is_dir():
         raise ValueError(f"{path}: cannot be written; name a file in a folder that exists")
-    folder = Path(cache_dir())
+    folder = cache_dir()
     discard_unfinished()
     files = [file for file in sorted(folder.rglob("*")) if _is_cached_code(file)]
     if not files:
@@ -109,7 +112,7 @@ def load_cache(path: str) -> int:
         discard_unfinished()
         with tarfile.open(path, "r:gz") as tar:
             _check_key(path, tar)
-            return sum(_unpack(tar, entry, Path(cache_dir())) for entry in tar)
+            return sum(_unpack(tar, entry, cache_dir()) for entry in tar)
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(
             f"{path}: is damaged, or is not a cache that `compile_config.py cache save` wrote "
@@ -166,7 +169,14 @@ def _unpack(tar: tarfile.TarFile, entry: tarfile.TarInfo, folder: Path) -> bool:
 
 # Files that compilers write in place; Inductor renames the others when they are whole
 WRITTEN_IN_PLACE = {".so", ".o", ".a", ".gch", ".pch"}
-MARKERS = "unfinished"  # a folder in the cache's
+MARKERS = "unfinished"  # a folder in each of these:
+
+
+def _folders() -> list[Path]:
+    """Where compilers write: the cache, and precompiled headers if they lie elsewhere."""
+    cache = cache_dir()
+    headers = default_cache_dir() / "precompiled_headers"  # torch/_inductor/codecache.py line 3542
+    return [cache] if headers.is_relative_to(cache) else [cache, headers]
 
 
 def discard_unfinished() -> None:
@@ -175,12 +185,18 @@ def discard_unfinished() -> None:
     They would count as compiled: Inductor looks for a file's name only. Files that are younger
     than the marker of a process that still compiles stay: it may be writing them.
     """
-    folder = Path(cache_dir())
+    for folder in _folders():
+        _discard_unfinished(folder)
+
+
+def _discard_unfinished(folder: Path) -> None:
     dead_since, live_since = _compiling_since(folder / MARKERS)
     for file in folder.rglob("*"):
         with contextlib.suppress(OSError):  # others may delete it, too
             status = file.lstat()
             if not stat.S_ISREG(status.st_mode) or not _is_cached_code(file):
+                continue
+            if file.is_relative_to(folder / AHEAD):  # renamed when whole
                 continue
             if status.st_mtime >= live_since:
                 continue
@@ -234,31 +250,33 @@ class CompileJournal:
 
     def __init__(self):
         self._depth = 0
-        self._marker: tuple[Path, int] | None = None  # and its file descriptor
-        self._cleaned: set[str] = set()  # cache folders
+        self._markers: list[tuple[Path, int]] = []  # and their file descriptors
+        self._cleaned: set[Path] = set()  # cache folders
 
     def begin(self, *args) -> None:
         """Compiling begins. In a folder that cannot be written the compiler itself complains."""
         self._depth += 1
         if self._depth > 1:
             return
-        folder = cache_dir()
-        if folder not in self._cleaned:
-            self._cleaned.add(folder)
-            discard_unfinished()
         with contextlib.suppress(OSError):
-            self._marker = _locked_marker(Path(folder, MARKERS))
+            folder = cache_dir()
+            if folder not in self._cleaned:
+                self._cleaned.add(folder)
+                discard_unfinished()
+            for folder in _folders():
+                self._markers.append(_locked_marker(folder / MARKERS))
 
     def end(self, *args) -> None:
         """Compiling ends, well or with the exception that is being handled."""
         self._depth -= 1
-        if self._depth or self._marker is None:
+        if self._depth or not self._markers:
             return
-        (path, descriptor), self._marker = self._marker, None
         failed = sys.exc_info()[0] is not None
-        if not failed:
-            path.unlink(missing_ok=True)
-        os.close(descriptor)  # unlocks it
+        for path, descriptor in self._markers:
+            if not failed:
+                path.unlink(missing_ok=True)
+            os.close(descriptor)  # unlocks it
+        self._markers.clear()
         if failed:
             discard_unfinished()
 

@@ -11,23 +11,46 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import getpass
 import inspect
 import os
+import re
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import types
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from torch._inductor.runtime import cache_dir_utils
-
-# torch/_inductor/runtime/cache_dir_utils.py line 14: the folder of compiled code
-cache_dir = cache_dir_utils.cache_dir
 
 # Since torch 2.13: torch/__init__.py line 2620 (documented, but absent from 2.11)
 ISOLATES_RECOMPILES = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+
+
+def cache_path() -> Path:
+    """The folder of compiled code, which may not exist yet.
+
+    As torch/_inductor/runtime/cache_dir_utils.py line 14, whose import would take a second.
+    """
+    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir()).absolute()
+
+
+def cache_dir() -> Path:
+    """The folder of compiled code, made if it can be: OSError."""
+    folder = cache_path()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def default_cache_dir() -> Path:
+    """The folder of compiled code if the environment names none; of precompiled headers, always."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, ModuleNotFoundError, OSError):
+        user = f"uid_{os.getuid()}"
+    return Path(tempfile.gettempdir(), "torchinductor_" + re.sub(r'[\\/:*?"<>|]', "_", user))
 
 
 def compile_isolated(function: Callable, name: str, **options) -> Callable:
@@ -79,15 +102,29 @@ def on_compile(begin: Callable, end: Callable) -> None:
         handler.register_end_callback(end)
 
 
+def library_runner(path: str) -> Callable[[list[torch.Tensor]], list[torch.Tensor]]:
+    """Load a library of AOTInductor for CPU -> its function of tensors.
+
+    torch/_export/__init__.py line 150 (`aot_load`), whose import takes all of Inductor's.
+    """
+    return torch._C._aoti.AOTIModelContainerRunnerCpu(path, 1).run
+
+
 def compile_counts() -> tuple[int, int]:
     """Graphs and graph breaks of this process so far."""
     # torch/_dynamo/utils.py line 177, as torch._dynamo.testing.CompileCounter has no breaks
+    if sys.modules.get("torch._dynamo") is None:
+        return 0, 0
     counters = torch._dynamo.utils.counters
     return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
 def missing_cpu_toolchain() -> str | None:
     """The part that this machine lacks to compile for CPU, in words; None if it has all."""
+    try:
+        tempfile.TemporaryFile(dir=cache_dir()).close()
+    except OSError as error:  # importing torch._dynamo would fail, too
+        return unusable_folder(error)
     if torch._dynamo.config.disable:
         return "TORCH_COMPILE_DISABLE to be unset"
     # torch/_inductor/cpp_builder.py line 372; local, as it imports all of Inductor
@@ -101,6 +138,14 @@ def missing_cpu_toolchain() -> str | None:
     if not os.path.exists(header):
         return f"Python's headers ({header})"
     return _fails_to_compile(compiler)
+
+
+def unusable_folder(error: OSError) -> str:
+    """What a cache folder that cannot be used stands for, in words."""
+    return (
+        f"a folder for compiled code where files can be written and executed, not {cache_path()} "
+        f"({error.strerror or error}): set TORCHINDUCTOR_CACHE_DIR"
+    )
 
 
 def _fails_to_compile(compiler: str) -> str | None:
@@ -117,12 +162,7 @@ def _fails_to_compile(compiler: str) -> str | None:
             if works:
                 ctypes.CDLL(library)
     except OSError as error:
-        folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
-        reason = error.strerror or str(error)
-        return (
-            f"a folder for compiled code where files can be written and executed, not {folder} "
-            f"({reason}): set TORCHINDUCTOR_CACHE_DIR"
-        )
+        return unusable_folder(error)
     if not works:
         reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
         return f"a C++ compiler that works ({compiler}: {reason})"

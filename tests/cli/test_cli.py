@@ -104,6 +104,22 @@ def test_where_nothing_can_be_compiled_text_comes_eagerly(tmp_path):
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and name in done.stderr
 
 
+@pytest.mark.parametrize("folder", ("/proc/nowhere", "{}/text.txt/folder"))
+def test_a_cache_folder_that_cannot_be_made_is_one_line(tmp_path, folder):
+    """Text and training come eagerly; a preset that was asked for is refused."""
+    (tmp_path / "text.txt").touch()
+    folder = folder.format(tmp_path)
+    env = {"TORCHINDUCTOR_CACHE_DIR": folder}
+    done = shell("python generate.py --max-new-tokens 3", tmp_path, **env)
+    assert done.returncode == 0 and "KING RICHARD" in done.stdout
+    assert len([line for line in done.stderr.splitlines() if folder in line]) == 1
+    for command in ("generate.py --max-new-tokens 3 --compile default", "train_step.py --steps 1"):
+        done = shell(f"python {command}", tmp_path, **env)
+        lines = done.stderr.splitlines()
+        assert "Traceback" not in done.stderr
+        assert folder in done.stderr and (done.returncode == 0 or len(lines) == 1)
+
+
 @pytest.mark.parametrize(
     "command", ("generate.py", "train_step.py", "checkpoint.py", "compile_config.py")
 )

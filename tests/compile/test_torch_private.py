@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch._inductor.cpp_builder as builder
+from torch._inductor.runtime import cache_dir_utils
 
 import compile_config as C
 from model import Transformer
@@ -146,6 +147,17 @@ def test_a_cache_folder_that_cannot_be_used_is_named(monkeypatch, tmp_path, name
     assert path in lacks and "TORCHINDUCTOR_CACHE_DIR" in lacks and "\n" not in lacks
 
 
-def test_a_disabled_compiler_is_missing(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)
-    assert "TORCH_COMPILE_DISABLE" in torch_private.missing_cpu_toolchain()
+def test_a_disabled_compiler_is_missing():
+    with torch._dynamo.config.patch(disable=True):
+        assert "TORCH_COMPILE_DISABLE" in torch_private.missing_cpu_toolchain()
+
+
+@pytest.mark.parametrize("named", (True, False))
+def test_the_cache_folder_is_that_of_inductor(monkeypatch, tmp_path, named):
+    if named:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    else:
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    ours = torch_private.cache_dir()
+    assert str(ours) == cache_dir_utils.cache_dir() and ours.is_dir()
+    assert str(torch_private.default_cache_dir()) == cache_dir_utils.default_cache_dir()

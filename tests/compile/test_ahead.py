@@ -1,0 +1,298 @@
+"""Contracts of preset "auto": compiled ahead of time by another process, eager until then."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import compile_config as C
+from generation.engine import Engine
+from model import Transformer
+from ops import cpp
+from testing import random_tokens, randomize, small
+from tools import ahead, ahead_compiler
+from tools.ahead_compiler import AheadCompiler
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+LAYERS = dict(n_layers=2, n_hash_layers=1, n_mtp_layers=0, compress_ratios=(0, 4))
+ROWS = (1, 4)
+
+
+def build(**changes) -> Transformer:
+    return randomize(Transformer(small(**LAYERS, **changes)), seed=1).eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return build()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """A compile cache without anything in it."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+# --------------------------------------------------------------------------------------------------
+# Keys and the folder
+
+
+def key_of(model: Transformer, width: int = 1, *rest, rows: int = 1) -> str:
+    model.setup_caches(rows, 64)
+    return ahead.phase_key(model, ("decode",), [torch.zeros(rows, width), *rest])
+
+
+def test_the_key_changes_with_all_that_code_depends_on(model, monkeypatch):
+    keys = [key_of(model), key_of(model, rows=2), key_of(model, 2), key_of(model, 1, True)]
+    keys.append(key_of(copy.deepcopy(model).bfloat16()))
+    keys += [key_of(build(act_quant=True)), key_of(build(norm_eps=1e-5)), key_of(build(dim=96))]
+    keys.append(key_of(Transformer(small(**LAYERS), ops={"rope": "opaque"}).eval()))
+    with cpp.disabled("moe"):
+        keys.append(key_of(model))
+    monkeypatch.setattr(ahead, "cache_key", lambda: {"source": "edited"})
+    keys.append(key_of(model))
+    monkeypatch.undo()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    keys.append(key_of(model))
+    torch.set_num_threads(threads)
+    assert len(set(keys)) == len(keys)
+    assert key_of(build()) == keys[0], "the same model again"
+
+
+def make(folder: Path, **files: str) -> Path:
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name.replace("_", ".")).write_text(text)
+    return folder
+
+
+def test_a_part_is_kept_whole_or_not_at_all(cache, tmp_path):
+    ahead.keep(make(tmp_path / "a", code_so="first", code_json="{}"), "key", "part")
+    ahead.keep(make(tmp_path / "b", code_so="second"), "key", "part")  # the first one stays
+    folder = ahead.checked("key", "part")
+    assert (folder / "code.so").read_text() == "first" and ahead.is_kept("key", "part")
+    assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
+
+
+def cut(file: Path) -> None:
+    data = file.read_bytes()[:-1]
+    file.unlink()  # a process may have it loaded
+    file.write_bytes(data)
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ("code.so", "code.json", "checksums.json"))
+@pytest.mark.parametrize("damage", (Path.unlink, cut, flip, lambda file: file.write_bytes(b"")))
+def test_a_damaged_part_is_refused_and_removed(cache, tmp_path, name, damage):
+    ahead.keep(make(tmp_path / "a", code_so="library", code_json="{}"), "key", "part")
+    damage(ahead.store() / "key" / "part" / name)
+    with pytest.raises(ValueError, match="damaged"):
+        ahead.checked("key", "part")
+    assert not ahead.is_kept("key", "part")
+
+
+def test_only_the_phases_used_last_are_kept(cache, tmp_path):
+    for i in range(ahead.MOST_KEPT + 3):
+        ahead.keep(make(tmp_path / "made", code_so="x"), f"{i}", "part")
+        os.utime(ahead.store() / f"{i}", (i, i))
+    ahead.prune()
+    kept = {path.name for path in ahead.store().iterdir()}
+    assert kept == {f"{i}" for i in range(3, ahead.MOST_KEPT + 3)}
+
+
+# --------------------------------------------------------------------------------------------------
+# Without a compiler that works
+
+
+class Broken(AheadCompiler):
+    """Starts a program that is no compiler."""
+
+    def __init__(self, script: str):
+        super().__init__()
+        self.script = script
+
+    def _start(self):
+        popen = subprocess.Popen
+
+        def other(command, **options):
+            return popen([sys.executable, "-c", self.script], **options)
+
+        ahead_compiler.subprocess.Popen = other
+        try:
+            super()._start()
+        finally:
+            ahead_compiler.subprocess.Popen = popen
+
+
+def tokens_of(engine: Engine, rows: int, **changes) -> list[list[int]]:
+    """Continuations of prompts of different lengths."""
+    prompts = [random_tokens(5 + 3 * row, seed=row).tolist() for row in range(rows)]
+    found = [[] for _ in prompts]
+    for row, token in engine.stream(prompts, **{"max_new_tokens": 12, **changes}):
+        found[row].append(token)
+    return found
+
+
+def engine_of(model: Transformer, config="auto", rows: int = 1) -> Engine:
+    return Engine(copy.deepcopy(model), config, max_batch_size=rows, max_seq_len=64)
+
+
+@pytest.mark.parametrize(
+    "script, says",
+    (
+        ("import os; os.kill(os.getpid(), 9)", "exit code -9"),
+        ("import sys; sys.stdin.read(1); sys.exit(3)", "exit code 3"),
+        ('print(\'{"error": "it lacks g++"}\'); exit(1)', "it lacks g++"),
+    ),
+)
+def test_text_comes_eagerly_when_the_compiler_fails(model, cache, script, says):
+    engine, eager = engine_of(model), engine_of(model, "eager")
+    compiler = engine._decode_phase.compiler = engine._prefill_phase.compiler = Broken(script)
+    assert tokens_of(engine, 1) == tokens_of(eager, 1)
+    compiler.wait()
+    assert says in compiler.error and not compiler.busy
+    assert engine.stats["eager_tokens"] == 12 and engine.stats["switched_at"] is None
+
+
+def test_a_model_that_is_not_that_of_model_py_runs_eagerly(model, cache):
+    class Other(torch.nn.Module):
+        def __init__(self, norm):
+            super().__init__()
+            self.weight = norm.weight
+
+        def forward(self, x):
+            return 2 * torch.nn.functional.rms_norm(x, (len(self.weight),), self.weight)
+
+    other = copy.deepcopy(model)
+    other.norm = Other(other.norm)
+    engine = engine_of(other)
+    assert tokens_of(engine, 1) == tokens_of(engine_of(other, "eager"), 1)
+    engine.compiler.wait()
+    assert "model.py" in engine.compiler.error
+
+
+def test_a_hooked_model_is_compiled_in_this_process(model):
+    hooked = copy.deepcopy(model)
+    phase = C.compile_decode(hooked, C.PRESETS["auto"])
+    assert phase.compiles_ahead
+    hooked.layers[0].register_forward_hook(lambda module, args, output: output)
+    assert not phase.compiles_ahead
+
+
+# --------------------------------------------------------------------------------------------------
+# Compiled code
+
+
+@pytest.fixture(scope="module")
+def compiled(model):
+    """Both phases for both batches, in the folder of the tests' compile cache."""
+    compiler = AheadCompiler()
+    for rows in ROWS:
+        engine = engine_of(model, rows=rows)
+        engine._decode_phase.compiler = engine._prefill_phase.compiler = compiler
+        tokens_of(engine, rows, max_new_tokens=1)
+    compiler.use_all_cores()
+    compiler.wait()
+    assert compiler.error is None
+
+
+class Late(AheadCompiler):
+    """Says after n questions that a phase is ready."""
+
+    def __init__(self, n: int):
+        super().__init__()
+        self.questions = n
+
+    def request(self, job):
+        pass
+
+    def is_ready(self, key):
+        self.questions -= 1
+        return self.questions < 0
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("temperature", (0.0, 0.9))
+def test_tokens_do_not_depend_on_when_compiled_code_takes_over(
+    model, compiled, monkeypatch, rows, temperature
+):
+    sampling = dict(temperature=temperature, seed=7)
+    expected = tokens_of(engine_of(model, "eager", rows), rows, **sampling)
+    all_compiled = engine_of(model, rows=rows)
+    assert tokens_of(all_compiled, rows, **sampling) == expected
+    assert all_compiled.stats["compiled_tokens"] == 12 * rows
+    monkeypatch.setattr(ahead, "missing", lambda *args: True)
+    rng = random.Random(rows)
+    for _ in range(20):
+        engine = engine_of(model, rows=rows)
+        late = Late(rng.randrange(13))
+        engine._decode_phase.compiler = engine._prefill_phase.compiler = late
+        assert tokens_of(engine, rows, **sampling) == expected
+        stats = engine.stats
+        assert stats["eager_tokens"] + stats["compiled_tokens"] == 12 * rows
+        assert (stats["switched_at"] is not None) == (0 < stats["eager_tokens"] < 12 * rows)
+
+
+SCRIPT = """
+import sys, json
+sys.path[:0] = [{root!r}, {root!r} + "/tests", {root!r} + "/tests/compile"]
+for name in ("torch._dynamo", "torch._inductor"):
+    sys.modules[name] = None  # importing it fails
+import torch
+torch.set_num_threads({threads})
+from test_ahead import build, engine_of, tokens_of
+engine = engine_of(build(), rows=4)
+tokens = tokens_of(engine, 4)
+print(json.dumps([tokens, engine.stats["compiled_tokens"], engine.stats["graphs"]]))
+"""
+
+
+def test_a_precompiled_process_compiles_nothing(model, compiled):
+    """Not even the import of the compiler is possible in it."""
+    script = SCRIPT.format(root=str(ROOT), threads=torch.get_num_threads())
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    tokens, count, graphs = json.loads(done.stdout.splitlines()[-1])
+    assert tokens == tokens_of(engine_of(model, "eager", 4), 4)
+    assert count == 48 and graphs == 0
+
+
+def test_a_damaged_library_is_said_in_one_line_and_made_anew(model, compiled, capsys, monkeypatch):
+    engine = engine_of(model)
+    tokens_of(engine, 1)
+    (run,) = engine._decode_phase.built.values()
+    assert run.compiled
+    folder = ahead.store() / run.job.key / "head"
+    before = (folder / ahead.CODE).read_bytes()
+    cut(folder / ahead.CODE)
+    engine = engine_of(model)
+    assert tokens_of(engine, 1) == tokens_of(engine_of(model, "eager"), 1)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "damaged" in line and "head" in line
+    engine.compiler.wait()
+    assert engine.compiler.error is None
+    assert len((folder / ahead.CODE).read_bytes()) == len(before)
+    assert tokens_of(engine, 1, seed=1) and engine.stats["compiled_tokens"] == 12
+
+
+def test_inputs_are_of_the_shapes_that_code_was_compiled_for(model, compiled):
+    """AOTInductor's own checks, in a process where they are on."""
+    script = SCRIPT.format(root=str(ROOT), threads=torch.get_num_threads())
+    env = os.environ | {"AOTI_RUNTIME_CHECK_INPUTS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

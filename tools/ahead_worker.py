@@ -1,0 +1,340 @@
+"""The process that compiles phases ahead of time: `AheadCompiler` starts and reads it.
+
+Standard input: the pickled jobs, then "all cores" when nothing else wants them; its end is the end
+of the work, whatever ended the other side. Standard output: a JSON object a line.
+
+Parts are compiled side by side, each in a forked process that has Inductor imported already.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import importlib
+import json
+import os
+import pickle
+import select
+import shutil
+import signal
+import struct
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from compile_config import Phase
+from model import Transformer
+from ops import cpp
+from tools import ahead
+from tools.ahead_compiler import WITHOUT, Job
+from tools.compile_cache import JOURNAL, WORK_PREFIX, cache_key
+from tools.torch_private import missing_cpu_toolchain
+
+# Of Inductor. The code around kernels runs once a call: optimising it takes 4 s of a part's 16.
+OPTIONS = {"aot_inductor.compile_wrapper_opt_level": "O0"}
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class Task(NamedTuple):
+    """One part to compile. build(folder) leaves code.so there, and code.json if it needs it."""
+
+    name: str
+    key: str
+    part: str
+    build: Callable[[Path], None]
+
+
+# --------------------------------------------------------------------------------------------------
+# A part
+
+
+class Bound(nn.Module):
+    """function(module, *args) as a module, whose tensors torch.func can exchange."""
+
+    def __init__(self, module: nn.Module, function: Callable):
+        super().__init__()
+        self.module, self.function = module, function
+
+    def forward(self, *args):
+        return self.function(self.module, *args)
+
+
+class Flat(nn.Module):
+    """A part as a function of tensors alone: those of its module, then those among its arguments.
+
+    They are inputs, not attributes: nothing of the module is compiled in.
+    """
+
+    def __init__(self, part: ahead.Part, args: tuple):
+        super().__init__()
+        self.leaves, self.spec = tree_flatten(args)
+        self.names = [f"module.{name}" for name, _, _ in ahead.slots(part.module)]
+        self.bound = (Bound(part.module, part.function),)  # in a tuple: no submodule
+
+    def forward(self, *tensors):
+        state = dict(zip(self.names, tensors, strict=False))
+        rest = iter(tensors[len(self.names) :])
+        leaves = [next(rest) if isinstance(x, torch.Tensor) else x for x in self.leaves]
+        args = tree_unflatten(leaves, self.spec)
+        result = torch.func.functional_call(self.bound[0], state, args)
+        return tuple(x for x in tree_leaves(result) if isinstance(x, torch.Tensor))
+
+
+def compile_part(part: ahead.Part, args: tuple, folder: Path) -> None:
+    """Export and compile a part for fake arguments into `folder`."""
+    flat = Flat(part, args)
+    inputs = [holder[key] for _, holder, key in ahead.slots(part.module)]
+    inputs += [x for x in flat.leaves if isinstance(x, torch.Tensor)]
+    with torch.no_grad():
+        exported = torch.export.export(flat, tuple(inputs), strict=False)
+        assert not exported.constants and not exported.state_dict, "a tensor was compiled in"
+        graph = exported.module(check_guards=False)
+        options = {**OPTIONS, "aot_inductor.output_path": str(folder / "work" / ahead.CODE)}
+        (folder / "work").mkdir()
+        made = torch._inductor.aot_compile(graph, tuple(inputs), options=options)
+    os.rename(made, folder / ahead.CODE)
+    for nodes in (folder / "work").glob("*.wrapper.json"):  # of calls of our ops, where there are
+        os.rename(nodes, folder / ahead.NODES)
+    shutil.rmtree(folder / "work")
+
+
+def compile_kernels(library: str, folder: Path) -> None:
+    """Compile a library of ops' C++ kernels into `folder`."""
+    found = {}
+    cpp.register_library(library, lambda: found.update(path=cpp.compile_library(library)))
+    assert found, f"ops/cpu/{library}.cpp does not compile"
+    shutil.copyfile(found["path"], folder / ahead.CODE)
+
+
+# --------------------------------------------------------------------------------------------------
+# Jobs
+
+
+def build_phase(job: Job, fake: FakeTensorMode) -> Phase:
+    """The phase of a job, on a model of fake tensors."""
+    args, modes, cache_size, types = job.model
+    with torch.device("meta"):
+        model = Transformer(args, modes).eval()
+    if ahead.module_types(model) != types:
+        raise ValueError("the model is not that of model.py")
+    for name, (is_parameter, shape, strides, dtype) in job.tensors.items():
+        prefix, _, key = name.rpartition(".")
+        owner = model.get_submodule(prefix)
+        with fake:
+            t = torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
+        if is_parameter:
+            owner.register_parameter(key, nn.Parameter(t, requires_grad=False))
+        else:
+            owner.register_buffer(key, t, persistent=False)
+    model.cache_size = cache_size
+    return Phase(model, *job.settings)
+
+
+def tasks_of(job: Job) -> Iterator[Task]:
+    """What a job needs, kernels of ops first."""
+    for library in job.libraries:
+
+        def build_kernels(folder: Path, library=library) -> None:
+            compile_kernels(library, folder)
+
+        yield Task(f"kernels {library}", ahead.library_key(library), "kernels", build_kernels)
+
+    fake = FakeTensorMode()
+    phase = build_phase(job, fake)
+    with fake, torch.no_grad():
+        call = [torch.empty(a[0], dtype=a[1]) if isinstance(a, tuple) else a for a in job.call]
+        tokens, input_pos, lengths, *rest = call
+        first, *layers, last = phase.parts()
+        streams = first.function(first.module, tokens, input_pos, lengths)
+    tokens, plan, X = streams
+    calls = {first.name: (first, (call[0], input_pos, lengths))}
+    calls |= {part.name: (part, (X, tokens, plan)) for part in layers}
+    calls[last.name] = last, (X, plan, input_pos, lengths, *rest)
+    for part, args in calls.values():
+
+        def build_part(folder: Path, part=part, args=args) -> None:
+            compile_part(part, args, folder)
+
+        yield Task(f"{job.name}, {part.name}", job.key, part.name, build_part)
+
+
+# --------------------------------------------------------------------------------------------------
+# The process
+
+
+def say(**event) -> None:
+    print(json.dumps(event), flush=True)
+
+
+class Worker:
+    """Runs tasks side by side until they are done or standard input ends."""
+
+    def __init__(self, work: Path):
+        self.work = work
+        self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        self.at_once = max(1, self.cores - 1)
+        self.running: dict[int, tuple[Task, Path, float]] = {}
+        self.seconds: dict[str, float] = {}
+
+    def run(self, tasks: list[Task]) -> None:
+        """A ChildProcessError for a task that failed; EOFError if the other side is gone."""
+        waiting = list(tasks)
+        while waiting or self.running:
+            while waiting and len(self.running) < self.at_once:
+                self._start(waiting.pop(0))
+            self._listen(0.05)
+            self._reap()
+
+    def _start(self, task: Task) -> None:
+        folder = Path(tempfile.mkdtemp(dir=self.work))
+        say(begun=task.name)
+        child = os.fork()
+        if child:
+            self.running[child] = task, folder, time.monotonic()
+            return
+        code = 1
+        try:
+            if sys.platform == "linux":
+                ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            (folder / "made").mkdir()
+            task.build(folder / "made")
+            ahead.keep(folder / "made", task.key, task.part)
+            code = 0
+        except BaseException as error:
+            line = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            (folder / "error").write_text(line)
+        finally:
+            os._exit(code)
+
+    def _reap(self) -> None:
+        while self.running:
+            child, status = os.waitpid(-1, os.WNOHANG)
+            if not child:
+                return
+            task, folder, begun = self.running.pop(child)
+            if status:
+                error = folder / "error"
+                reason = error.read_text() if error.exists() else f"ended with status {status}"
+                raise ChildProcessError(f"{task.name}: {reason}")
+            shutil.rmtree(folder, ignore_errors=True)
+            self.seconds[task.name] = round(time.monotonic() - begun, 1)
+            say(done=task.name)
+
+    def _listen(self, seconds: float) -> None:
+        if select.select([0], [], [], seconds)[0]:
+            data = os.read(0, 4096)
+            if not data:
+                raise EOFError
+            if b"all cores" in data:
+                self.at_once = self.cores
+
+    def kill(self) -> None:
+        """All tasks, with the compilers that they started: they are in this process's group."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        os.killpg(0, signal.SIGTERM)
+        for child in self.running:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+
+def read_jobs() -> list[Job]:
+    def read(size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            part = os.read(0, size - len(data))
+            if not part:
+                raise EOFError
+            data += part
+        return data
+
+    (size,) = struct.unpack("<q", read(8))
+    return pickle.loads(read(size))
+
+
+@contextlib.contextmanager
+def work_folder() -> Iterator[Path]:
+    """A folder for what is unfinished, locked while this process lives; others' leftovers go."""
+    ahead.store().mkdir(parents=True, exist_ok=True)
+    for left in ahead.store().glob(f"{WORK_PREFIX}*"):
+        with contextlib.suppress(OSError), open(left / "lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left)
+    folder = ahead.store() / f"{WORK_PREFIX}{os.getpid()}"
+    folder.mkdir()
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def expected_seconds() -> dict[str, float]:
+    """What tasks took the last time."""
+    try:
+        return json.loads((ahead.store() / "seconds.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def import_inductor() -> None:
+    """Once, before the tasks fork."""
+    importlib.import_module("torch._inductor.codegen.cpp_wrapper_cpu")
+    importlib.import_module("torch._inductor.compile_fx")
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    pick_vec_isa()  # compiles a probe
+
+
+def run(work: Path) -> None:
+    jobs = read_jobs()
+    torch.set_num_threads(jobs[0].threads)
+    lacks = missing_cpu_toolchain()
+    if lacks:
+        raise ValueError(f"{WITHOUT} {lacks}")
+    tasks: dict[str, Task] = {}
+    for job in jobs:
+        if job.source != cache_key()["source"]:
+            raise ValueError("the source has changed since the program started: start it again")
+        tasks |= {task.name: task for task in tasks_of(job)}
+    todo = [task for task in tasks.values() if not ahead.is_kept(task.key, task.part)]
+    say(tasks=[task.name for task in todo], expected=expected_seconds())
+    import_inductor()
+    worker = Worker(work)
+    # Compilers leave their temporary files where they are killed: in the work folder.
+    os.environ["TMPDIR"] = tempfile.tempdir = str(work)
+    try:
+        worker.run(todo)
+        for job in jobs:
+            say(ready=job.key)
+    finally:
+        worker.kill()
+        ahead.write_text("seconds.json", json.dumps(expected_seconds() | worker.seconds))
+    ahead.prune()
+
+
+def main() -> int:
+    os.nice(19)
+    try:
+        with work_folder() as work, JOURNAL.compiling():
+            run(work)
+    except EOFError:
+        return 0
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        say(error=lines[0] if lines else type(error).__name__)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
