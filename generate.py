@@ -18,6 +18,7 @@ import json
 import os
 import re
 import sys
+import time
 from pathlib import Path
 from typing import TextIO
 
@@ -307,6 +308,7 @@ def make_report(
 ) -> dict:
     """The JSON object; figures are of the last stream."""
     engine, stats = session.engine, session.engine.stats
+    text_s = time.time() - started
     # A row that met a --stop text ran on until all rows had ended: its later tokens do not count.
     decoded = sum(len(tokens) - 1 for tokens in session.tokens)
     decode_s, steps = stats.pop("decode_s"), stats.pop("steps")
@@ -323,6 +325,7 @@ def make_report(
         "tok_per_s": tok_per_s,
         "decoded": decoded,
         "ttft_s": session.first_token_at - started,
+        "text_s": text_s,
         "accepted_per_step": None,
         "seed": flags.seed,
         "dtype": flags.dtype,

@@ -27,6 +27,8 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -414,12 +416,12 @@ def cache(result: dict, length: int = 131072) -> None:
 
 STARTED = (
     "ttft_s",
+    "text_s",
+    "switched_at",
+    "eager_tokens",
+    "compiled_tokens",
     "ttft_warm_s",
-    "compile_s",
     "tok_per_s",
-    "graphs",
-    "breaks",
-    "recompiles",
     "threads",
     "memory_bytes",
     "act_quant",
@@ -428,15 +430,17 @@ STARTED = (
 
 def start(result: dict) -> None:
     """`python generate.py` in a fresh process: without a compile cache, then with the one that
-    left.
+    left; in a cold one wall_s is when everything was compiled. The same of training.
 
     The transcript of the second one goes into the README.
     """
+    result["imports"] = imports()
     with tempfile.TemporaryDirectory() as folder:
         env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": folder}
         env.pop("OMP_NUM_THREADS")
         for name in ("cold", "warm"):
             load_before, begun = os.getloadavg()[0], time.perf_counter()
+            cpu_before = cpu_seconds()
             command = [sys.executable, "generate.py", "--json"]
             done = subprocess.run(
                 command, capture_output=True, text=True, check=True, cwd=ROOT, env=env
@@ -444,10 +448,55 @@ def start(result: dict) -> None:
             report = json.loads(done.stdout.splitlines()[-1])
             result[f"start {name}"] = {
                 "wall_s": time.perf_counter() - begun,
+                "cpu_s": cpu_seconds() - cpu_before,
                 "load_average_before": load_before,
                 **{key: report[key] for key in STARTED},
             }
+        for name in ("cold", "warm"):
+            result[f"start training {name}"] = start_training(env)
     (RESULTS / "transcript.txt").write_text(done.stderr)
+
+
+def cpu_seconds() -> float:
+    """Of all processes that this one started and that have ended, with theirs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def start_training(env: dict) -> dict:
+    """`python train_step.py` in a fresh process -> seconds to its first step and to its end."""
+    load_before, begun = os.getloadavg()[0], time.perf_counter()
+    cpu_before, first = cpu_seconds(), None
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-u", "train_step.py", "--cache", folder]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=env
+        ) as process:
+            for line in process.stdout:
+                if first is None and re.search(r"\bstep\s+1\b", line):
+                    first = time.perf_counter() - begun
+    assert process.returncode == 0
+    return {
+        "first_step_s": first,
+        "wall_s": time.perf_counter() - begun,
+        "cpu_s": cpu_seconds() - cpu_before,
+        "load_average_before": load_before,
+    }
+
+
+def imports() -> dict[str, float]:
+    """Seconds to import torch, then generate.py, then to load the embedded model."""
+    script = """
+import time
+start = time.perf_counter(); import torch
+loaded = time.perf_counter(); import generate
+ours = time.perf_counter(); generate.load(generate.ROOT / "assets" / "tiny", dtype=torch.float32)
+print(loaded - start, ours - loaded, time.perf_counter() - ours)
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    names = ("torch_s", "ours_s", "load_s")
+    return dict(zip(names, map(float, done.stdout.split()), strict=True))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 
 from checkpoint import save
 from model import ModelArgs, Transformer
+from tools.compile_cache import AHEAD, WORK_PREFIX
 from training.dataset import BYTES
 
 ROOT = Path(__file__).parent.parent
@@ -66,6 +68,29 @@ class Command:
         assert "Traceback" not in out + err, f"{self.argv(i)} after {seconds:.2f} s: {err}"
         assert process.returncode in (0, 130, -number), f"{self.argv(i)}: {process.returncode}"
         return process.returncode != 0
+
+    def lose_compiler(self, i: int, env: dict, seconds: float) -> bool:
+        """Kill the process that compiles for it after some seconds -> whether there was one.
+
+        The command ends well all the same.
+        """
+        process = self.start(i, env)
+        time.sleep(seconds)
+        compilers = children(process.pid)
+        for compiler in compilers:
+            os.kill(compiler, signal.SIGKILL)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0 and "Traceback" not in err, f"{self.argv(i)}: {err}"
+        self.check(out, i)
+        return bool(compilers)
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a process has started."""
+    try:
+        return [int(x) for x in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:  # it has ended
+        return []
 
 
 def same(path: Path, other: Path) -> bool:
@@ -126,17 +151,26 @@ def command_kills(count: int, seed: int) -> dict:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         torch.manual_seed(seed)
-        save(Transformer(ModelArgs.debug()), folder / "model", tokenizer=BYTES)
+        layer = dict(n_layers=1, n_hash_layers=0, compress_ratios=(4,), n_mtp_layers=0)
+        args = dataclasses.replace(ModelArgs.debug(), **layer)  # compiles fast
+        save(Transformer(args), folder / "model", tokenizer=BYTES)
         (folder / "text.txt").write_text(TEXT.read_text()[:60_000])
-        env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
+        cache = folder / "inductor"
+        env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)}
         known = commands(folder)
         for command in known.values():
             command.run(0, env)
         stopped = dict.fromkeys(known, 0)
+        lost = 0
         for i in range(1, count + 1):
             name = rng.choice(list(known))
             command, number = known[name], rng.choice(SIGNALS)
-            stopped[name] += command.stop(i, env, rng.uniform(0, 1) * command.seconds, number)
+            seconds = rng.uniform(0, 1) * command.seconds
+            if name == "generate" and rng.random() < 0.3:
+                lost += command.lose_compiler(i, env, seconds)
+            else:
+                stopped[name] += command.stop(i, env, seconds, number)
             command.run(i, env)
-        assert not list((folder / "inductor" / "unfinished").glob("*")), "markers are left"
-    return {"stopped": stopped}
+        left = [*cache.glob("unfinished/*"), *cache.glob(f"{AHEAD}/{WORK_PREFIX}*")]
+        assert not left, f"left: {left}"
+    return {"stopped": stopped, "compilers_killed": lost}
