@@ -82,6 +82,8 @@ PRESETS = {
     "regional": CompileConfig(region="layer"),
     "max-autotune": CompileConfig(cudagraphs=True, options=AUTOTUNE),
 }
+# Of training and of the report: compiled by the process that asks
+IN_PROCESS = tuple(name for name, cfg in PRESETS.items() if not cfg.ahead)
 
 
 def usable_preset(asked: str | None, default: str, device: str) -> str:

@@ -90,6 +90,8 @@ class AheadRun:
             if compiler is None:
                 self.compiler.use_all_cores()
                 self.compiler.wait()
+                if self.compiler.error:
+                    print(self.compiler.error, file=sys.stderr)
 
     def __call__(self, *args):
         if self.loaded is None and self.compiler.is_ready(self.job.key):
@@ -103,15 +105,15 @@ class AheadRun:
         except (ValueError, OSError, RuntimeError) as error:
             print(f"compiled code is not used: {error}".splitlines()[0], file=sys.stderr)
 
-    def _run(self, *args):
-        tensors = [a for a in args if isinstance(a, torch.Tensor)]
-        rest = [a for a in args[3:] if isinstance(a, torch.Tensor)]
+    def _run(self, tokens, input_pos, lengths, *rest):
+        """The parts take tensors only: what else there is was compiled in."""
+        positions = [input_pos] if lengths is None else [input_pos, lengths]
+        rest = [a for a in rest if isinstance(a, torch.Tensor)]
         first, *layers, last = self.loaded
-        given = tensors[: len(tensors) - len(rest)]  # tokens, input_pos, lengths unless None
-        tokens, *plan, X = first(*given)
+        tokens, *plan, X = first(tokens, *positions)
         for layer in layers:
             (X,) = layer(X, tokens, *plan)
-        results = last(X, *plan, *given[1:], *rest)
+        results = last(X, *plan, *positions, *rest)
         return results[0] if len(results) == 1 else tuple(results)
 
 

@@ -29,6 +29,7 @@ from torch._dynamo.utils import counters
 import ops
 from checkpoint import load, open_folder
 from compile_config import (
+    IN_PROCESS,
     MAX_WHOLE_GRAPH_LAYERS,
     PRESETS,
     CompileConfig,
@@ -617,7 +618,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help=f"{', '.join(NAMED)}, or a checkpoint folder",
     )
     add("--phase", default=",".join(PHASES), metavar="A,B", help=",".join(PHASES))
-    add("--preset", default="default", choices=PRESETS)
+    add("--preset", default="default", choices=IN_PROCESS)
     add(
         "--full",
         action="store_true",

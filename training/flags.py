@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from compile_config import PRESETS, usable_preset
+from compile_config import IN_PROCESS, PRESETS, usable_preset
 from model import ModelArgs
 from tools import cli
 
@@ -65,8 +65,8 @@ def make_parser() -> cli.Parser:
 
     flag = group("execution")
     flag("--device", choices=("cpu", "cuda"))
-    about = f"{', '.join(PRESETS)} (default: regional)"
-    flag("--compile", choices=PRESETS, metavar="PRESET", help=about)
+    about = f"{', '.join(IN_PROCESS)} (default: regional)"
+    flag("--compile", choices=IN_PROCESS, metavar="PRESET", help=about)
     about = "processes that share the routed experts, with torchrun (default: those of a machine)"
     flag("--ep", type=int, metavar="SIZE", help=about)
     about = "activations computed again in the backward"
