@@ -18,9 +18,9 @@ Formula: DeepSeek's code (`Expert` and `MoE` in inference/model.py).
 The traced reference has static shapes: few tokens gather their experts' weights, many go through
 all experts with zero weights. The opaque form groups tokens by expert instead, which needs the
 counts on the host: cheap on CPU, where mode "cpu" takes it for many tokens. It has two variants
-there: moe_decode for few tokens, compiled without gradients, and moe_train for many in fp32 with
-gradients, whose backward reads W1 x and W3 x where moe's computes them again. Packed weights are
-frozen. Errors: shapes that do not fit together.
+there: moe_decode for several tokens, but few (for one it gains nothing), compiled without
+gradients, and moe_train for many in fp32 with gradients, whose backward reads W1 x and W3 x where
+moe's computes them again. Packed weights are frozen. Errors: shapes that do not fit together.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ def _cpu(
 ):
     """moe_decode, the reference, moe_train or the opaque op: see above."""
     training = torch.is_grad_enabled()
-    decoding = torch.compiler.is_compiling() and not training and idx.numel() <= 256
+    decoding = torch.compiler.is_compiling() and not training and len(x) > 1 and idx.numel() <= 256
     fp32 = s13 is None and x.dtype == w13.dtype == torch.float32
     if decoding and fp32 and cpp.enabled("moe_decode"):
         return moe_decode.opaque(x, w13, w2, idx, weight, limit, act_quant)

@@ -130,6 +130,7 @@ MANY = (65, 8, 4, 10, 6, "float", False)  # tokens: matrix products
     [
         ((5, 4, 2, 10, 6, "float", True), torch.float32, False, "moe_decode"),
         ((64, 8, 4, 10, 6, "float", False), torch.float32, False, "moe_decode"),
+        ((1, 4, 2, 10, 6, "float", True), torch.float32, False, None),  # one token: traced
         (MANY, torch.float32, False, "moe"),
         ((5, 4, 2, 10, 6, "float", True), torch.float32, True, None),
         ((5, 4, 2, 10, 6, "float", True), torch.bfloat16, False, None),
