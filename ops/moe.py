@@ -17,10 +17,9 @@ Formula: DeepSeek's code (`Expert` and `MoE` in inference/model.py).
 
 The traced reference has static shapes: few tokens gather their experts' weights, many go through
 all experts with zero weights. The opaque form groups tokens by expert instead, which needs the
-counts on the host: cheap on CPU, where mode "cpu" takes it for many tokens. It has two variants
-there: moe_decode for several tokens, but few (for one it gains nothing), compiled without
-gradients, and moe_train for many in fp32 with gradients, whose backward reads W1 x and W3 x where
-moe's computes them again. Packed weights are frozen. Errors: shapes that do not fit together.
+counts on the host: cheap on CPU, where mode "cpu" takes it for many tokens. For several tokens, but
+few (for one it gains nothing), it takes the variant moe_decode when compiled without gradients.
+Packed weights are frozen. Errors: shapes that do not fit together.
 """
 
 from __future__ import annotations
@@ -41,7 +40,6 @@ from .moe_grouped import (
     one_of,
     quantized,
 )
-from .moe_train import moe_train
 from .registry import Op, register, require
 from .swiglu import HAS_KERNELS
 from .triton.moe import forward
@@ -202,17 +200,14 @@ def _cpu(
     limit,
     act_quant,
 ):
-    """moe_decode, the reference, moe_train or the opaque op: see above."""
-    training = torch.is_grad_enabled()
-    decoding = torch.compiler.is_compiling() and not training and len(x) > 1 and idx.numel() <= 256
+    """moe_decode, the reference or the opaque op: see above."""
+    few = len(x) > 1 and idx.numel() <= 256
+    decoding = few and torch.compiler.is_compiling() and not torch.is_grad_enabled()
     fp32 = s13 is None and x.dtype == w13.dtype == torch.float32
     if decoding and fp32 and cpp.enabled("moe_decode"):
         return moe_decode.opaque(x, w13, w2, idx, weight, limit, act_quant)
     if not _many(x, w13, idx):
         return reference(x, w13, w2, idx, weight, s13, s2, limit, act_quant)
-    saves = training and not act_quant and cpp.supports_cpp(x, w13, w2, weight)
-    if saves and cpp.enabled("moe_train"):
-        return moe_train.opaque(x, w13, w2, idx, weight, limit)
     return _opaque(x, w13, w2, idx, weight, s13, s2, limit, act_quant)
 
 
@@ -222,9 +217,5 @@ moe = Op(
     _opaque,
     check,
     cpu=_cpu if HAS_KERNELS else None,
-    cpp={
-        "decode": ("moe_decode",),
-        "prefill": ("moe_decode", "moe"),
-        "train": ("moe_train", "moe"),
-    },
+    cpp={"decode": ("moe_decode",), "prefill": ("moe_decode", "moe"), "train": ("moe",)},
 )

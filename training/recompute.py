@@ -14,7 +14,7 @@ from torch.utils.checkpoint import (
 
 from model import Block, call
 
-SAVED_OPS = ("sparse_attn", "moe", "moe_train", "indexer_topk")  # not run again by "selective"
+SAVED_OPS = ("sparse_attn", "moe", "indexer_topk")  # not run again by "selective"
 
 
 def checkpointed(function: Callable, recompute: str) -> Callable:

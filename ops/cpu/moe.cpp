@@ -1,8 +1,8 @@
 #include "common.h"
 
-// moe and moe_train for fp32: the mathematics and shapes of ops/moe.py, weights not packed, no
-// act_quant. Expert by expert, as ops/moe_grouped.py: the tokens that chose one are gathered and
-// go through matrix products of its size.
+// moe for fp32: the mathematics and shapes of ops/moe.py, weights not packed, no act_quant. Expert
+// by expert, as ops/moe_grouped.py: the tokens that chose one are gathered and go through matrix
+// products of its size.
 
 using MaybeTensor = std::optional<Tensor>;
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
@@ -14,7 +14,6 @@ struct Experts {
   int64_t N, K, E, I, d;
   int64_t padded;                           // I, rounded up to whole vectors
   std::vector<std::vector<int64_t>> pairs;  // of each expert: n K + k
-  std::vector<int64_t> first;  // of each expert: where its pairs begin, in the order of experts
 
   Experts(const Tensor& x_, const Tensor& w13_, const Tensor& w2_, const Tensor& idx_,
           const Tensor& weight_, double limit)
@@ -30,14 +29,12 @@ struct Experts {
     d = w13_.size(2);
     padded = (I + 7) / 8 * 8;
     pairs.resize(E);
-    first.resize(E + 1);
     const Tensor idx = indices(idx_);
     for (int64_t pair = 0; pair < N * K; pair++) {
       const int64_t e = int_data(idx)[pair];
       STD_TORCH_CHECK(0 <= e && e <= E, "moe: there is no expert ", e);
       if (e < E) pairs[e].push_back(pair);
     }
-    for (int64_t e = 0; e < E; e++) first[e + 1] = first[e] + pairs[e].size();
   }
 
   Matrix w1_or_w3(int64_t e, int k) const { return {w13 + (2 * e + k) * I * d, I, d, d}; }
@@ -65,8 +62,7 @@ struct Experts {
 static Vec8 at_most(Vec8 x, Vec8 limit) { return x < limit ? x : limit; }
 static Vec8 clamp(Vec8 x, Vec8 limit) { return at_most(x > -limit ? x : -limit, limit); }
 
-// saved: memory for the pre-activations of all pairs, in the order of experts, or null
-static Tensor forward(const Experts& m, const Tensor& x, float* saved) {
+static Tensor forward(const Experts& m, const Tensor& x) {
   const int64_t d = m.d, padded = m.padded;
   const Vec8 limit = Vec8{} + m.limit;
   Tensor y = torch::stable::new_empty(x, {m.N, d});
@@ -77,7 +73,7 @@ static Tensor forward(const Experts& m, const Tensor& x, float* saved) {
     for (int64_t e = begin; e < end; e++) {
       const int64_t n = m.pairs[e].size();
       if (n == 0) continue;
-      float* h13 = saved ? saved + m.first[e] * 2 * padded : ensure_size(h13_rows, n * 2 * padded);
+      float* h13 = ensure_size(h13_rows, n * 2 * padded);
       float* h = ensure_size(h_rows, n * padded);
       float* y_e = ensure_size(y_rows, n * d);
       m.pre_activations(e, m.gather(m.x, e, x_rows), h13);
@@ -100,10 +96,10 @@ static Tensor forward(const Experts& m, const Tensor& x, float* saved) {
   return y;
 }
 
-// One token of backward: h13 and g_h [I] to the gradients g13 of h13 (maybe in place) and to h.
-// Returns the gradient of weight.
-static float act_backward(int64_t I, int64_t padded, float max, float weight, const float* h13,
-                          const float* g_h, float* g13, float* h) {
+// One token of backward: h13 and g_h [I] to the gradients of h13, in place, and to h. Returns the
+// gradient of weight.
+static float act_backward(int64_t I, int64_t padded, float max, float weight, float* h13,
+                          const float* g_h, float* h) {
   const Vec8 limit = Vec8{} + max, zero = {};
   for (int64_t i = 0; i < padded; i += 8) {
     const Vec8 gate = vec(h13 + i), up = vec(h13 + padded + i);
@@ -111,16 +107,15 @@ static float act_backward(int64_t I, int64_t padded, float max, float weight, co
     const Vec8 sig = sigmoid8(gate_c), silu = gate_c * sig;
     const Vec8 g = vec(g_h + i) * weight;
     vec(h + i) = silu * up_c;
-    vec(g13 + i) = gate <= limit ? g * up_c * sig * (1 + gate_c - silu) : zero;
-    vec(g13 + padded + i) = up_c == up ? g * silu : zero;
+    vec(h13 + i) = gate <= limit ? g * up_c * sig * (1 + gate_c - silu) : zero;
+    vec(h13 + padded + i) = up_c == up ? g * silu : zero;
   }
   const float g_weight = dot(g_h, h, I);
   vectorize(padded, [&](auto at) { at(h) *= weight; });
   return g_weight;
 }
 
-static Gradients backward(const Experts& m, const Tensor& g_, const Tensor& x,
-                          const float* saved) {
+static Gradients backward(const Experts& m, const Tensor& g_, const Tensor& x) {
   const Tensor g = floats(g_);
   const int64_t I = m.I, d = m.d, padded = m.padded;
   Tensor g_x = torch::stable::new_empty(x, {m.N, d});
@@ -142,23 +137,22 @@ static Gradients backward(const Experts& m, const Tensor& g_, const Tensor& x,
         continue;
       }
       const Matrix x_e = m.gather(m.x, e, x_rows), g_e = m.gather(data(g), e, g_rows);
-      float* g13 = ensure_size(h13_rows, n * 2 * padded);  // pre-activations, then their gradient
+      float* h13 = ensure_size(h13_rows, n * 2 * padded);  // pre-activations, then their gradient
       float* h = ensure_size(h_rows, n * padded);
       float* g_h = ensure_size(g_h_rows, n * padded);
       float* g_x_e = ensure_size(g_x_rows, n * d);
-      if (!saved) m.pre_activations(e, x_e, g13);
-      const float* h13 = saved ? saved + m.first[e] * 2 * padded : g13;
+      m.pre_activations(e, x_e, h13);
       // g_h [n, I] = g W2
       matmul(g_e, m.w2_of(e), g_h, padded);
       for (int64_t t = 0; t < n; t++) {
         const int64_t pair = m.pairs[e][t];
         data(g_weight)[pair] =
             act_backward(I, padded, m.limit, m.weight[pair], h13 + t * 2 * padded,
-                         g_h + t * padded, g13 + t * 2 * padded, h + t * padded);
+                         g_h + t * padded, h + t * padded);
       }
       // g_x = g_gate W1 + g_up W3; g_W1 = g_gate^T x, g_W3 = g_up^T x; g_W2 = g^T h
       for (int k = 0; k < 2; k++) {
-        const Matrix g_k{g13 + k * padded, n, I, 2 * padded};
+        const Matrix g_k{h13 + k * padded, n, I, 2 * padded};
         matmul(g_k, m.w1_or_w3(e, k), g_x_e, d, k > 0);
         matmul(g_k.T(), x_e, g_w13_e + k * I * d, d);
       }
@@ -172,28 +166,11 @@ static Gradients backward(const Experts& m, const Tensor& g_, const Tensor& x,
 
 Tensor moe(const Tensor& x, const Tensor& w13, const Tensor& w2, const Tensor& idx,
            const Tensor& weight, const MaybeTensor&, const MaybeTensor&, double limit, bool) {
-  return forward(Experts(x, w13, w2, idx, weight, limit), x, nullptr);
+  return forward(Experts(x, w13, w2, idx, weight, limit), x);
 }
 
 Gradients moe_backward(const Tensor& g, const Tensor& x, const Tensor& w13, const Tensor& w2,
                        const Tensor& idx, const Tensor& weight, const MaybeTensor&,
                        const MaybeTensor&, double limit, bool) {
-  return backward(Experts(x, w13, w2, idx, weight, limit), g, x, nullptr);
-}
-
-std::tuple<Tensor, Tensor> moe_train(const Tensor& x, const Tensor& w13, const Tensor& w2,
-                                     const Tensor& idx, const Tensor& weight, double limit) {
-  const Experts m(x, w13, w2, idx, weight, limit);
-  Tensor h13 = torch::stable::new_empty(x, {m.N * m.K, 2 * m.padded});
-  // Where no product writes: the padding of rows, and pairs without an expert
-  const bool gaps = m.padded > m.I || m.first[m.E] < m.N * m.K;
-  if (gaps) std::memset(data(h13), 0, h13.numel() * sizeof(float));
-  return {forward(m, x, data(h13)), h13};
-}
-
-Gradients moe_train_backward(const Tensor& g, const Tensor& h13, const Tensor& x,
-                             const Tensor& w13, const Tensor& w2, const Tensor& idx,
-                             const Tensor& weight, double limit) {
-  const Tensor saved = floats(h13);
-  return backward(Experts(x, w13, w2, idx, weight, limit), g, x, data(saved));
+  return backward(Experts(x, w13, w2, idx, weight, limit), g, x);
 }

@@ -13,6 +13,7 @@ from bench import numbers, turns
 from bench.cpu import cache, main, side_by_side, versus
 from bench.plot import bars
 from bench.record import RESULTS
+from ops.cpp import KERNELS
 
 
 def test_the_readme_and_the_numbers_page_show_the_recorded_numbers():
@@ -36,6 +37,12 @@ def test_every_record_names_machine_versions_and_load():
     for path in RESULTS.glob("*.json"):
         environment = json.loads(path.read_text())["environment"]
         assert all(environment[key] for key in needed), path
+
+
+def test_every_cpp_kernel_pays_for_itself_on_some_row():
+    kernels = numbers.recorded("cpu_kernels")["kernels"]
+    for op in {name.removesuffix("_backward") for name in KERNELS}:
+        assert max(case["times"] for case in kernels[op].values()) >= numbers.PAYS, op
 
 
 def test_sides_take_turns_and_the_fastest_transformers_counts():

@@ -247,7 +247,7 @@ def test_selective_recomputation_runs_the_heavy_ops_once(recompute, times, forms
     with Count():
         step(*batch(), torch.tensor(1e-2))
     if forms or HAS_KERNELS:  # else the reference of moe runs, which is many operators
-        assert counts["moe" if forms else "moe_train"] == times
+        assert counts["moe"] == times
     assert all(n in (0, times) for n in counts.values()), counts
 
 

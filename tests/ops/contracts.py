@@ -237,10 +237,6 @@ def spec_moe_decode(x, w13, w2, idx, weight, limit, act_quant):
     return spec_moe(x, w13, w2, idx, weight, None, None, limit, act_quant)
 
 
-def spec_moe_train(x, w13, w2, idx, weight, limit):
-    return spec_moe(x, w13, w2, idx, weight, None, None, limit, False)
-
-
 # --------------------------------------------------------------------------------------------------
 
 
@@ -269,5 +265,4 @@ CONTRACTS = {
     "quant_linear": Contract(spec_quant_linear, (0,), (0,), rounding=3),
     "moe": Contract(spec_moe, (0, 1, 2, 4), (0, 1, 2), (True,)),
     "moe_decode": Contract(spec_moe_decode, (), (), (True,)),
-    "moe_train": Contract(spec_moe_train, (0, 1, 2, 4), (), (True,)),
 }

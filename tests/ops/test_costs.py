@@ -54,10 +54,10 @@ def expected_flops(case: Case, args: tuple) -> tuple[int, int]:
     if case.op == "quant_linear":
         product = 2 * args[0].numel() * size[1][0] // args[3]
         return product, product
-    if case.op in ("moe", "moe_decode", "moe_train"):
+    if case.op in ("moe", "moe_decode"):
         product = 2 * args[3].numel() * size[0][1] * (size[1][1] // 2)
         # Two gradients of each, one with packed weights; moe computes W1 x and W3 x again
-        backward = {"moe": 5 if size[5] else 8, "moe_decode": 0, "moe_train": 6}
+        backward = {"moe": 5 if size[5] else 8, "moe_decode": 0}
         return 3 * product, backward[case.op] * product
     return 0, 0
 

@@ -119,7 +119,7 @@ def test_tracing_builds_no_cpp():
     [
         ({}, "decode", {"moe_decode"}),
         ({}, "prefill", {"sparse_attn", "moe_decode", "moe"}),
-        ({}, "train", {"sparse_attn", "moe_train", "moe"}),
+        ({}, "train", {"sparse_attn", "moe"}),
         ({"moe": "reference", "sparse_attn": "opaque"}, "decode", {"sparse_attn"}),
         ({name: "opaque" for name in ops.OPS}, "decode", set(KERNELS) & set(ops.OPS)),
         ({name: "reference" for name in ops.OPS}, "train", set()),
@@ -132,7 +132,7 @@ def test_the_cpp_that_a_table_runs_is_built(modes, phase, expected, monkeypatch)
     without_moe = {name for name in expected if not name.startswith("moe")}
     ops.build_cpu_kernels(ops.Table(modes), phase)
     assert set(built) == (expected if HAS_KERNELS else without_moe)
-    with cpp.disabled("moe", "moe_train", "moe_decode"):
+    with cpp.disabled("moe", "moe_decode"):
         built.clear()
         ops.build_cpu_kernels(ops.Table(modes), phase)
     assert set(built) == without_moe
@@ -142,7 +142,6 @@ def test_the_cpp_that_a_table_runs_is_built(modes, phase, expected, monkeypatch)
 # Switched off
 
 DECODED = (5, 4, 2, 10, 6, "float", False)
-TRAINED = (33, 5, 2, 10, 6, "float", False)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +149,6 @@ TRAINED = (33, 5, 2, 10, 6, "float", False)
     [
         ("sparse_attn", (2, 9, 8, "idx"), True, "sparse_attn"),
         pytest.param("moe", DECODED, False, "moe_decode", marks=with_kernels_of_moe),
-        pytest.param("moe", TRAINED, True, "moe_train", marks=with_kernels_of_moe),
     ],
     ids=str,
 )
@@ -159,4 +157,4 @@ def test_a_disabled_kernel_leaves_the_form_that_an_op_has_without_it(op, options
     assert node in compiled(ops.OPS[op].cpu, args, grad)[0]
     with cpp.disabled(node):
         without = compiled(ops.OPS[op].cpu, args, grad)[0]
-    assert without == (["moe"] if node == "moe_train" else [])
+    assert without == []
