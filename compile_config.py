@@ -189,6 +189,7 @@ class Phase:
         self.compiler = compiler
         self.built: dict[tuple, Callable] = {}
         self.ran_compiled = cfg.backend is not None
+        self._knows_epilogue = compile_cache.is_project_function(self.epilogue)
         self.hooks = [  # of nn.Module: torch/nn/modules/module.py line 469
             hooks
             for module in model.modules()
@@ -277,9 +278,9 @@ class Phase:
 
     @property
     def compiles_ahead(self) -> bool:
-        """Another process compiles for CPU, and knows no hooks of this one."""
+        """Another process compiles for CPU, and knows the project's functions, but no hooks."""
         on_cpu = self.model.embed.weight.device.type == "cpu"
-        return self.cfg.ahead and on_cpu and not any(self.hooks)
+        return self.cfg.ahead and on_cpu and self._knows_epilogue and not any(self.hooks)
 
     def prepare(self, *args) -> AheadRun:
         """Load what was compiled ahead of time for calls with such arguments, or ask for it."""
@@ -288,7 +289,7 @@ class Phase:
             self.built[key] = self._build_ahead(args)
         return self.built[key]
 
-    def _build_ahead(self, args: list) -> Callable:
+    def _build_ahead(self, args: Sequence) -> Callable:
         """-> run(...) of code that was compiled ahead of time, or will be: see AheadCompiler."""
         model = self.model
         libraries: dict[str, None] = {}
@@ -296,8 +297,9 @@ class Phase:
             kernels = ops.cpu_kernels(model.ops, self._kernels)
             libraries = dict.fromkeys(kernel.library for kernel in kernels)
         settings = self.cfg, self.name, self.logits, self.epilogue
-        job = Job.of(model, settings, args, list(libraries))
-        return AheadRun(job, self.parts(), self.whole, self.compiler)
+        parts = self.parts()
+        job = Job.of(model, settings, args, parts, list(libraries))
+        return AheadRun(job, parts, self.whole, self.compiler)
 
     def parts(self) -> list[ahead.Part]:
         """What is compiled ahead of time, in the order of calls; see AheadRun."""

@@ -135,6 +135,7 @@ def decode(result: dict, batch: int) -> None:
     prompt = tokens[:, :PREFILLED]
     ours.setup_caches(batch, CONTEXT)
     compiled = compile_decode(ours, PRESETS["default"])
+    by_parts = compile_decode(ours, PRESETS["auto"])
     prefill = compile_prefill(ours, PRESETS["eager"])
 
     def positions(p: int) -> torch.Tensor:
@@ -147,6 +148,9 @@ def decode(result: dict, batch: int) -> None:
     begun = time.perf_counter()
     decoded(compiled, PREFILLED)
     compile_s = time.perf_counter() - begun
+    begun = time.perf_counter()
+    decoded(by_parts, PREFILLED)
+    compile_ahead_s = time.perf_counter() - begun
     checked = range(PREFILLED, PREFILLED + 8)
     logits = torch.cat([decoded(compiled, p) for p in checked], 1)
     expected = hf(tokens[:, : checked.stop]).logits[:, checked.start :]
@@ -173,9 +177,11 @@ def decode(result: dict, batch: int) -> None:
         **transformers_sides(hf, theirs),
         "ours eager": mine(ours),
         "ours compiled": mine(compiled),
+        "ours compiled ahead": mine(by_parts),
     }
     case = versus(side_by_side(sides))
-    case |= {"context": PREFILLED, "compile_s": compile_s, "rms": rms(logits, expected)}
+    case |= {"context": PREFILLED, "rms": rms(logits, expected)}
+    case |= {"compile_s": compile_s, "compile_ahead_s": compile_ahead_s}
     result[f"decode B={batch}"] = case
     if batch == 1:
         seconds = transformers_compiled_decode(hf, tokens, cache)

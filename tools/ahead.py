@@ -21,7 +21,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,7 +72,7 @@ def tensor_specs(model: nn.Module) -> dict[str, tuple]:
     return specs
 
 
-def shapes(call: list) -> list:
+def shapes(call: Sequence) -> list:
     """(shape, dtype) of tensors, other values as they are."""
     return [(tuple(a.shape), a.dtype) if isinstance(a, torch.Tensor) else a for a in call]
 
@@ -87,7 +87,7 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
-def phase_key(model: nn.Module, settings: tuple, call: list) -> str:
+def phase_key(model: nn.Module, settings: tuple, call: Sequence) -> str:
     """Of all that the code of a phase depends on: machine, source, model, settings and shapes.
 
     settings    of the phase, static

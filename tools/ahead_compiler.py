@@ -16,7 +16,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,6 +38,7 @@ class Job(NamedTuple):
     model       ModelArgs, modes of its ops, cache_size, classes of its modules
     tensors     {name: (is a parameter, shape, strides, dtype)}
     call        the arguments: (shape, dtype) of tensors, other values as they are
+    parts       their names
     libraries   of C++ kernels
     """
 
@@ -47,11 +48,19 @@ class Job(NamedTuple):
     model: tuple
     tensors: dict[str, tuple]
     call: list
+    parts: list[str]
     libraries: list[str]
     threads: int
 
     @classmethod
-    def of(cls, model: nn.Module, settings: tuple, call: list, libraries: list[str]) -> Job:
+    def of(
+        cls,
+        model: nn.Module,
+        settings: tuple,
+        call: Sequence,
+        parts: list[ahead.Part],
+        libraries: list[str],
+    ) -> Job:
         cfg, name, logits, epilogue = settings
         described = cfg, name, logits, f"{epilogue.__module__}.{epilogue.__qualname__}"
         return cls(
@@ -61,6 +70,7 @@ class Job(NamedTuple):
             (model.args, dict(model.ops.modes), model.cache_size, ahead.module_types(model)),
             ahead.tensor_specs(model),
             ahead.shapes(call),
+            list(dict.fromkeys(part.name for part in parts)),
             libraries,
             torch.get_num_threads(),
         )
@@ -80,7 +90,8 @@ class AheadRun:
         self, job: Job, parts: list[ahead.Part], eager: Callable, compiler: AheadCompiler | None
     ):
         self.job, self.parts = job, parts
-        self.eager, self.compiled = eager, False
+        self.eager = eager
+        self.compiled = self.failed = False
         self.compiler = compiler or AheadCompiler()
         self.loaded: list[ahead.Library] | None = None
         if not ahead.missing(job.key, parts, job.libraries):
@@ -94,8 +105,9 @@ class AheadRun:
                     print(self.compiler.error, file=sys.stderr)
 
     def __call__(self, *args):
-        if self.loaded is None and self.compiler.is_ready(self.job.key):
+        if self.loaded is None and not self.failed and self.compiler.is_ready(self.job.key):
             self._load()
+            self.failed = self.loaded is None
         self.compiled = self.loaded is not None
         return self._run(*args) if self.compiled else self.eager(*args)
 
@@ -227,7 +239,7 @@ class AheadCompiler:
             self.error = f"nothing is compiled: {error}".splitlines()[0]
             return
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tools.ahead_worker"],
+            [sys.executable, "-P", "-m", "tools.ahead_worker"],
             stdin=pipe,
             stdout=pipe,
             stderr=null,

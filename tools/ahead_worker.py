@@ -139,8 +139,14 @@ def build_phase(job: Job, fake: FakeTensorMode) -> Phase:
     return Phase(model, *job.settings)
 
 
+def needs(job: Job) -> list[tuple[str, str]]:
+    """The keys and names of the parts of a job."""
+    libraries = [(ahead.library_key(library), "kernels") for library in job.libraries]
+    return libraries + [(job.key, part) for part in job.parts]
+
+
 def tasks_of(job: Job) -> Iterator[Task]:
-    """What a job needs, kernels of ops first."""
+    """What makes the parts of a job, kernels of ops first."""
     for library in job.libraries:
 
         def build_kernels(folder: Path, library=library) -> None:
@@ -178,21 +184,30 @@ def say(**event) -> None:
 class Worker:
     """Runs tasks side by side until they are done or standard input ends."""
 
-    def __init__(self, work: Path):
+    def __init__(self, work: Path, jobs: list[Job], tasks: list[Task]):
         self.work = work
+        self.waiting = tasks
+        self.lacking = {job.key: needs(job) for job in jobs}  # parts that are not there yet
         self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
         self.at_once = max(1, self.cores - 1)
         self.running: dict[int, tuple[Task, Path, float]] = {}
         self.seconds: dict[str, float] = {}
 
-    def run(self, tasks: list[Task]) -> None:
+    def run(self) -> None:
         """A ChildProcessError for a task that failed; EOFError if the other side is gone."""
-        waiting = list(tasks)
-        while waiting or self.running:
-            while waiting and len(self.running) < self.at_once:
-                self._start(waiting.pop(0))
+        self._report()
+        while self.waiting or self.running:
+            while self.waiting and len(self.running) < self.at_once:
+                self._start(self.waiting.pop(0))
             self._listen(0.05)
             self._reap()
+
+    def _report(self) -> None:
+        """Say which jobs have all that they need."""
+        for job, parts in list(self.lacking.items()):
+            if all(ahead.is_kept(*part) for part in parts):
+                say(ready=job)
+                del self.lacking[job]
 
     def _start(self, task: Task) -> None:
         folder = Path(tempfile.mkdtemp(dir=self.work))
@@ -228,6 +243,7 @@ class Worker:
             shutil.rmtree(folder, ignore_errors=True)
             self.seconds[task.name] = round(time.monotonic() - begun, 1)
             say(done=task.name)
+            self._report()
 
     def _listen(self, seconds: float) -> None:
         if select.select([0], [], [], seconds)[0]:
@@ -301,21 +317,17 @@ def run(work: Path) -> None:
     lacks = missing_cpu_toolchain()
     if lacks:
         raise ValueError(f"{WITHOUT} {lacks}")
-    tasks: dict[str, Task] = {}
-    for job in jobs:
-        if job.source != cache_key()["source"]:
-            raise ValueError("the source has changed since the program started: start it again")
-        tasks |= {task.name: task for task in tasks_of(job)}
-    todo = [task for task in tasks.values() if not ahead.is_kept(task.key, task.part)]
+    if any(job.source != cache_key()["source"] for job in jobs):
+        raise ValueError("the source has changed since the program started: start it again")
+    tasks = {(task.key, task.part): task for job in jobs for task in tasks_of(job)}
+    todo = [task for part, task in tasks.items() if not ahead.is_kept(*part)]
     say(tasks=[task.name for task in todo], expected=expected_seconds())
     import_inductor()
-    worker = Worker(work)
+    worker = Worker(work, jobs, todo)
     # Compilers leave their temporary files where they are killed: in the work folder.
     os.environ["TMPDIR"] = tempfile.tempdir = str(work)
     try:
-        worker.run(todo)
-        for job in jobs:
-            say(ready=job.key)
+        worker.run()
     finally:
         worker.kill()
         ahead.write_text("seconds.json", json.dumps(expected_seconds() | worker.seconds))
@@ -324,6 +336,8 @@ def run(work: Path) -> None:
 
 def main() -> int:
     os.nice(19)
+    with contextlib.suppress(OSError):  # Linux shares cores between sessions first
+        Path("/proc/self/autogroup").write_text("19")
     try:
         with work_folder() as work, JOURNAL.compiling():
             run(work)

@@ -21,7 +21,7 @@ import sys
 import tarfile
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -37,6 +37,15 @@ WORK_PREFIX = "making-"  # of folders in it where they are being made
 
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
+
+
+def is_project_function(function: Callable) -> bool:
+    """Whether another process can import a function, from the files that the key covers."""
+    code = getattr(function, "__code__", None)
+    if code is None or "<" in function.__qualname__:  # <lambda>, <locals>
+        return False
+    file, root = Path(code.co_filename).resolve(), ROOT.resolve()
+    return file.parent == root or any(root / name in file.parents for name in SOURCE_FOLDERS)
 
 
 def _source_digest() -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,11 +17,13 @@ import torch
 
 import compile_config as C
 from generation.engine import Engine
+from generation.sampling import sample_decode
 from model import Transformer
 from ops import cpp
 from testing import random_tokens, randomize, small
 from tools import ahead, ahead_compiler
 from tools.ahead_compiler import AheadCompiler
+from tools.compile_cache import WORK_PREFIX
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LAYERS = dict(n_layers=2, n_hash_layers=1, n_mtp_layers=0, compress_ratios=(0, 4))
@@ -186,12 +190,99 @@ def test_a_model_that_is_not_that_of_model_py_runs_eagerly(model, cache):
     assert "model.py" in engine.compiler.error
 
 
-def test_a_hooked_model_is_compiled_in_this_process(model):
-    hooked = copy.deepcopy(model)
-    phase = C.compile_decode(hooked, C.PRESETS["auto"])
+def foreign(logits, *rest):
+    """An epilogue whose source the key does not cover."""
+    return logits
+
+
+def test_what_another_process_cannot_know_is_compiled_in_this_one(model):
+    hooked, auto = copy.deepcopy(model), C.PRESETS["auto"]
+    phase = C.compile_decode(hooked, auto)
     assert phase.compiles_ahead
+    for epilogue in (foreign, lambda logits, *rest: logits, torch.argmax):
+        assert not C.compile_decode(hooked, auto, epilogue).compiles_ahead
+    assert C.compile_decode(hooked, auto, sample_decode).compiles_ahead
     hooked.layers[0].register_forward_hook(lambda module, args, output: output)
     assert not phase.compiles_ahead
+
+
+# --------------------------------------------------------------------------------------------------
+# The compiling process, with tasks that compile nothing
+
+TASKS = """
+import sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from tools import ahead_worker as w
+
+def make(folder: Path) -> None:
+    (folder / "code.so").write_text("x")
+
+def sleep(folder: Path) -> None:
+    time.sleep(600)
+
+def fail(folder: Path) -> None:
+    raise ValueError("no such thing")
+
+build = dict(make=make, sleep=sleep, fail=fail)[sys.argv[1]]
+jobs = [SimpleNamespace(key=key, libraries=[], parts=["1", "2"]) for key in "ab"]
+tasks = [w.Task(job.key + part, job.key, part, build) for job in jobs for part in job.parts]
+w.missing_cpu_toolchain, w.import_inductor = lambda: None, lambda: None
+w.read_jobs = lambda: jobs
+for job in jobs:
+    job.source, job.threads = w.cache_key()["source"], 1
+w.tasks_of = lambda job: [task for task in tasks if task.key == job.key]
+sys.exit(w.main())
+"""
+
+
+def worker(name: str, **options) -> subprocess.Popen:
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", TASKS, name]
+    options = dict(cwd=ROOT, stdin=pipe, stdout=pipe, text=True, start_new_session=True) | options
+    return subprocess.Popen(command, **options)
+
+
+def left() -> list[Path]:
+    return list(ahead.store().glob(f"{WORK_PREFIX}*"))
+
+
+def test_a_phase_is_ready_when_its_parts_are_not_when_all_are(cache):
+    with worker("make") as process:
+        events = [json.loads(line) for line in process.stdout]
+    said = [f"{key} {value}" for event in events for key, value in event.items()]
+    assert said.index("ready a") < said.index("done b2") < said.index("ready b")
+    assert said.index("done a1") < said.index("ready a") and process.returncode == 0
+    assert ahead.is_kept("b", "2") and not left()
+
+
+def test_a_part_that_does_not_compile_is_said_in_one_line(cache):
+    with worker("fail") as process:
+        events = [json.loads(line) for line in process.stdout]
+    assert events[-1] == {"error": "a1: ValueError: no such thing"} and process.returncode == 1
+    assert not ahead.is_kept("a", "1") and not left()
+
+
+@pytest.mark.parametrize("end", ("its input ends", "it is killed"))
+def test_the_compiling_process_leaves_no_process_and_no_file(cache, end):
+    """Killed, it leaves a folder to the next one."""
+    with worker("sleep") as process:
+        while "begun" not in process.stdout.readline():
+            pass
+        process.stdin.close() if end == "its input ends" else process.kill()
+        process.wait(20)
+    for _ in range(100):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, 0)
+            time.sleep(0.05)
+            continue
+        break
+    else:
+        raise AssertionError("a process of its group still lives")
+    if end == "it is killed":
+        with worker("make") as process:
+            process.stdout.read()
+    assert not left()
 
 
 # --------------------------------------------------------------------------------------------------
