@@ -192,23 +192,17 @@ def start(cpu: dict) -> str:
         "tokens eager / compiled",
     ]
     train_head = ["compile cache", "first step", "end", "CPU", "load average before"]
-    took, decode = cpu["imports"], cpu["decode B=1"]
-    ahead, whole = decode["ours compiled ahead"], decode["ours compiled"]
+    took = cpu["imports"]
     text = paragraph(
         f"`import torch` takes {took['torch_s']:.1f} s of it, the project's own imports",
-        f"{took['ours_s']:.1f} s, loading the embedded model {took['load_s']:.1f} s. Decoding a",
-        f"token, one row, takes {ahead['ms']:.2f} ms by the parts of preset `auto`, compiled in",
-        f"{decode['compile_ahead_s']:.0f} s, and {whole['ms']:.2f} ms as the one graph of",
-        f"`default`, compiled in {decode['compile_s']:.0f} s.",
+        f"{took['ours_s']:.1f} s, loading the embedded model {took['load_s']:.1f} s.",
     )
     return f"""## Start, {cpu["dates"]["start warm"]}
 
 `python generate.py`, seconds from its start; a cold run ends when everything is compiled:
 
 {markdown_table([*head, "load average before"], generating)}
-
 {text}
-
 `python train_step.py`:
 
 {markdown_table(train_head, training)}"""
