@@ -40,8 +40,9 @@ def disabled_ops() -> list[str]:
 def disabled(*ops: str):
     """Within the block these ops run, and are traced, as if they had no C++ kernels.
 
-    Compiled code keeps what it was traced with. A kernel that takes all arguments (`moe_decode`) is
-    registered in the op itself: an explicitly opaque call keeps running it once it is built.
+    Compiled code keeps what it was traced with. A kernel that takes all arguments (`sinkhorn`,
+    `moe_decode`) is registered in the op itself: an explicitly opaque call keeps running it once it
+    is built.
     """
     before = dict(_disabled)
     _disabled.update(dict.fromkeys(ops, True))

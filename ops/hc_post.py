@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import torch
 
+from .cpp import enabled, supports_cpp
 from .registry import Op, register, require
 from .triton import hc_post as kernels
 from .triton.sinkhorn import MAX_STREAMS
@@ -75,6 +76,8 @@ _backward_op = register(
     fake=lambda g, *inputs: tuple(t.new_empty(t.shape) for t in inputs),
     flops=_flops,
     kernel=backward,
+    cpp="hc",
+    supports_cpp=supports_cpp,
 )
 
 
@@ -94,7 +97,17 @@ _opaque = register(
     setup_context=_setup_context,
     backward=_backward,
     kernel=forward,
+    cpp="hc",
+    supports_cpp=supports_cpp,
 )
 
 
-hc_post = Op("hc_post", reference, _opaque, check)
+def on_cpu(*args):
+    """Compiled with gradients, a node in C++."""
+    training = torch.compiler.is_compiling() and torch.is_grad_enabled()
+    if training and enabled("hc_post"):
+        return _opaque(*args)
+    return reference(*args)
+
+
+hc_post = Op("hc_post", reference, _opaque, check, cpu=on_cpu, cpp={"train": ("hc_post",)})

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import torch
 
+from .cpp import enabled, supports_cpp
 from .hc_post import backward as post_backward
 from .hc_post import backward_reference as post_backward_reference
 from .hc_post import reference as post_reference
@@ -21,6 +22,7 @@ from .hc_pre import backward as pre_backward
 from .hc_pre import backward_reference as pre_backward_reference
 from .hc_pre import fake as pre_fake
 from .hc_pre import flops as pre_flops
+from .hc_pre import on_cpu as pre_on_cpu
 from .hc_pre import reference as pre_reference
 from .registry import Op, register, require
 from .triton import hc_post_pre as kernels
@@ -167,6 +169,8 @@ _backward_op = register(
     fake=_backward_fake,
     flops=_backward_flops,
     kernel=backward,
+    cpp="hc",
+    supports_cpp=supports_cpp,
 )
 
 
@@ -188,7 +192,25 @@ _opaque = register(
     setup_context=_setup_context,
     backward=_backward,
     kernel=forward,
+    cpp="hc",
+    supports_cpp=supports_cpp,
 )
 
 
-hc_post_pre = Op("hc_post_pre", reference, _opaque, check)
+def on_cpu(y, x, post, comb, *rest):
+    """Compiled with gradients, a node in C++; else hc_post, then hc_pre as it runs on CPU."""
+    training = torch.compiler.is_compiling() and torch.is_grad_enabled()
+    if training and enabled("hc_post_pre"):
+        return _opaque(y, x, post, comb, *rest)
+    x = post_reference(y, x, post, comb)
+    return x, *pre_on_cpu(x, *rest)
+
+
+hc_post_pre = Op(
+    "hc_post_pre",
+    reference,
+    _opaque,
+    check,
+    cpu=on_cpu,
+    cpp={"decode": ("sinkhorn",), "prefill": ("sinkhorn",), "train": ("hc_post_pre",)},
+)

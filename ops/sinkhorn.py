@@ -8,11 +8,12 @@
 
 Formula: eq. 8 of arXiv 2606.19348, in the order of DeepSeek's code (`hc_split_sinkhorn` in
 inference/kernel.py), which ends with columns: docs/v4.md#hyper-connections,
-docs/v4.md#disagreements. Errors: the last two dims differ; iters < 1.
+docs/v4.md#disagreements. Errors: the last two dims differ or exceed 16; iters < 1.
 
-In a model it is part of hc_pre: of its reference, where these are 2 iters small loops, and of its
-kernel, which keeps a matrix in registers. The opaque op runs that part alone, for benchmarks, and
-has no gradient; hc_pre's backward walks the steps in reverse by `backward_reference`.
+Traced, these are 2 iters small loops, half of all nodes of a whole model. So hc_pre makes it one
+node when compiled for CPU without gradients, with a C++ kernel (see cpp.py) that keeps a matrix in
+registers. The node has no gradient (looking for one would cost more than the kernel); hc_pre's
+backward walks the steps in reverse by `backward_reference`.
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ import torch
 from .registry import LAUNCHERS, Op, register, require
 from .triton import sinkhorn as kernels
 
+MAX_STREAMS = 16
+
 
 def check(logits, eps, iters):
     require(
-        logits.dim() >= 2 and 0 < logits.shape[-1] == logits.shape[-2],
-        f"sinkhorn: logits {tuple(logits.shape)} are not [..., n, n] with n > 0",
+        logits.dim() >= 2 and 0 < logits.shape[-1] == logits.shape[-2] <= MAX_STREAMS,
+        f"sinkhorn: logits {tuple(logits.shape)} are not [..., n, n] with n from 1 to "
+        f"{MAX_STREAMS}",
     )
     require(iters > 0, f"sinkhorn: iters must be positive, not {iters}")
 
@@ -78,6 +82,7 @@ _opaque = register(
     impl=lambda *args: reference(*args).contiguous(),
     fake=lambda logits, *args: logits.new_empty(logits.shape),
     flops=lambda *shapes, out_shape=None, **kw: 0,
+    cpp="sinkhorn",
     kernel=forward,
 )
 

@@ -261,6 +261,12 @@ OPERATORS = {
         "x_rows[t] = xq.data() + pair[t] % N * d;",
         CPP + "[moe_decode-5-4-2-150-131-True]",
     ),
+    "a Sinkhorn step too many": Fault(
+        "ops/cpu/sinkhorn.cpp",
+        "step < 2 * iters - 1",
+        "step < 2 * iters",
+        CPP + "[sinkhorn-1-7-3-3-1]",
+    ),
 }
 COMPILE = {
     "a prefill that keeps the padding's logits": Fault(

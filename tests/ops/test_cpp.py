@@ -74,9 +74,13 @@ def test_cpp_kernels_use_every_thread_they_are_given(threads):
 @with_kernels_of_moe
 def test_cpp_kernels_refuse_other_dtypes_in_one_line():
     x, *rest = case_of(moe_decode, 5, 4, 2, 10, 6, False).args()
-    build_cpp("moe_decode")
-    with pytest.raises(RuntimeError, match="takes float32 values and int64 indices"):
-        torch.ops.dsv4.moe_decode(x.double(), *rest)
+    build_cpp("moe_decode", "sinkhorn")
+    for call in (
+        lambda: torch.ops.dsv4.moe_decode(x.double(), *rest),
+        lambda: torch.ops.dsv4.sinkhorn(x[:4, :4].double(), 1e-6, 2),
+    ):
+        with pytest.raises(RuntimeError, match="takes float32 values and int64 indices"):
+            call()
 
 
 @with_kernels_of_moe
@@ -107,7 +111,7 @@ def test_an_op_whose_cpp_does_not_compile_keeps_its_python(tmp_path, monkeypatch
 
 def test_tracing_builds_no_cpp():
     double = ops.register(
-        "test_pure(Tensor x) -> Tensor", impl=lambda x: 2 * x, fake=torch.empty_like, cpp="moe"
+        "test_pure(Tensor x) -> Tensor", impl=lambda x: 2 * x, fake=torch.empty_like, cpp="sinkhorn"
     )
     with FakeTensorMode() as mode:
         assert double(mode.from_tensor(torch.ones(3))).shape == (3,)
@@ -117,10 +121,10 @@ def test_tracing_builds_no_cpp():
 @pytest.mark.parametrize(
     "modes, phase, expected",
     [
-        ({}, "decode", {"moe_decode"}),
-        ({}, "prefill", {"sparse_attn", "moe_decode", "moe"}),
-        ({}, "train", {"sparse_attn", "moe"}),
-        ({"moe": "reference", "sparse_attn": "opaque"}, "decode", {"sparse_attn"}),
+        ({}, "decode", {"sinkhorn", "moe_decode"}),
+        ({}, "prefill", {"sinkhorn", "sparse_attn", "moe_decode", "moe"}),
+        ({}, "train", {"hc_pre", "hc_post", "hc_post_pre", "sparse_attn", "moe"}),
+        ({"moe": "reference", "hc_pre": "opaque"}, "decode", {"hc_pre", "sinkhorn"}),
         ({name: "opaque" for name in ops.OPS}, "decode", set(KERNELS) & set(ops.OPS)),
         ({name: "reference" for name in ops.OPS}, "train", set()),
     ],
@@ -147,6 +151,10 @@ DECODED = (5, 4, 2, 10, 6, "float", False)
 @pytest.mark.parametrize(
     "op, options, grad, node",
     [
+        ("hc_pre", (2, 3, 4, 5, 20), True, "hc_pre"),
+        ("hc_pre", (2, 3, 4, 5, 20), False, "sinkhorn"),
+        ("hc_post", (2, 3, 4, 5), True, "hc_post"),
+        ("hc_post_pre", (2, 3, 4, 5, 20), True, "hc_post_pre"),
         ("sparse_attn", (2, 9, 8, "idx"), True, "sparse_attn"),
         pytest.param("moe", DECODED, False, "moe_decode", marks=with_kernels_of_moe),
     ],
@@ -157,4 +165,4 @@ def test_a_disabled_kernel_leaves_the_form_that_an_op_has_without_it(op, options
     assert node in compiled(ops.OPS[op].cpu, args, grad)[0]
     with cpp.disabled(node):
         without = compiled(ops.OPS[op].cpu, args, grad)[0]
-    assert without == []
+    assert without == {"hc_post_pre": ["hc_pre"]}.get(node, [])

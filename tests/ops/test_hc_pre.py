@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import ops
+from cases import case_of, hc_pre
+from harness import called, compiled
 
 # post and comb of streams of ones, by docs/v4.md#hyper-connections
 POST = [0.5866811, 0.5976520, 0.7261301, 0.9031999]
@@ -34,3 +36,18 @@ def test_hc_pre_gives_the_vector_of_the_spec(form):
     near(comb[0, 0], torch.tensor(COMB), 1e-7)
     for axis in (-1, -2):
         near(comb.sum(axis), torch.full((1, 1, 4), 0.9999990), 2e-7)
+
+
+def test_sinkhorn_is_one_node_of_hc_pre_when_compiled_for_cpu():
+    """By default, without gradients; with them hc_pre is one node. Eager calls build no C++."""
+    args = case_of(hc_pre, 2, 3, 4, 5, 20).args()
+    for form, grad, expected in (
+        (ops.hc_pre, False, ["sinkhorn"]),
+        (ops.hc_pre, True, ["hc_pre"]),
+        (ops.hc_pre.reference, False, []),
+    ):
+        names, got = compiled(form, args, grad)
+        assert names == expected
+        for a, b in zip(got, ops.hc_pre.reference(*args), strict=True):
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert called(ops.hc_pre, *args) == []
