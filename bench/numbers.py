@@ -156,13 +156,16 @@ def kernels(record: dict) -> str:
     for kernel, cases in record["kernels"].items():
         for row, case in cases.items():
             times = [f"{case[side]['ms']:.2f} ms" for side in ("off", "on")]
-            rows.append([f"`{kernel}`", row, *times, f"{case['times']:.2f}"])
+            compiling = f"{case['compile_times']:.2f}" if "compile_times" in case else ""
+            rows.append([f"`{kernel}`", row, *times, f"{case['times']:.2f}", compiling])
     head = ["C++ kernel", "row, end to end", "without it", "with all", "times as long without"]
+    head.append("times as long to compile")
     sources = "".join(path.read_text() for path in (ROOT / "ops" / "cpu").glob("*.cpp"))
     removed = [f"`{kernel}`" for kernel in record["kernels"] if f" {kernel}(" not in sources]
     how = paragraph(
         f"Each switched off in turn, {record['rounds']} alternating rounds. A kernel stays only if",
-        f"some row takes {PAYS:.1f} times as long without it; removed since, for that:",
+        f"some row takes {PAYS:.1f} times as long without it, to run or to compile into an empty",
+        "cache; removed since, for that:",
         f"{', '.join(removed) or 'none'}.",
     )
     return f"""## C++ kernels on CPU (`python -m bench.cpu kernels`)

@@ -12,6 +12,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -20,14 +21,21 @@ TOLERANCE = 0.05  # what a row may lose beyond the spread of its rounds
 
 
 class Worker:
-    """One side of one row. first: {"first_round_s", "kernels"}; rounds: {"ms", "wall_ms"} each."""
+    """One side of one row. first: {"first_round_s", "kernels"}; rounds: {"ms", "wall_ms"} each.
 
-    def __init__(self, row: str, root: Path = ROOT, without: tuple[str, ...] = ()):
+    cache   a folder for compiled code; None: the usual one
+    """
+
+    def __init__(
+        self, row: str, root: Path = ROOT, without: tuple[str, ...] = (), cache: str | None = None
+    ):
         command = [sys.executable, "-P", str(WORKER), row]
         if without:
             command += ["--without", ",".join(without)]
         env = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
         env["PYTHONDONTWRITEBYTECODE"] = "1"  # the other checkout may be read-only
+        if cache is not None:
+            env["TORCHINDUCTOR_CACHE_DIR"] = cache
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
             command, cwd=root, env=env, stdin=pipe, stdout=pipe, text=True
@@ -121,23 +129,32 @@ KERNEL_ROWS = ("decode B=1", "decode B=8", "prefill 512", "train step 1 x 256")
 def kernels(rounds: int, rows: tuple[str, ...] = KERNEL_ROWS) -> dict[str, dict]:
     """Ops' C++ kernels (with the backward's) switched off in turn, on the rows that call them.
 
-    -> {op: {row: case}}; "times" is how many times longer the row takes without the kernels.
+    -> {op: {row: case}}; "times" is how many times longer the row takes without the kernels,
+    "compile_times" the same of its first round, which compiles into an empty folder.
     """
     found: dict[str, dict] = {}
     for row in rows:
-        with Worker(row) as on:
+        with tempfile.TemporaryDirectory() as folder, Worker(row, cache=folder) as on:
             for op in on.first["kernels"]:
-                on.rounds = []
-                with Worker(row, without=(op,)) as off:
-                    times = take_turns({"on": on, "off": off}, rounds)
-                case = ratio(times["on"], times["off"])
-                case = {"times": case.pop("ratio"), **case}
-                for name, measured in times.items():
-                    case[name] = summary(measured)
-                found.setdefault(op, {})[row] = case
-                print(
-                    f"{op:24} {row:20} {case['times']:.3f} times as long without "
-                    f"({case['least_ratio']:.3f} to {case['most_ratio']:.3f})",
-                    flush=True,
-                )
+                found.setdefault(op, {})[row] = without_kernel(row, op, on, rounds)
     return found
+
+
+def without_kernel(row: str, op: str, on: Worker, rounds: int) -> dict:
+    """The case of one kernel on one row, printed; on: the worker with all kernels."""
+    on.rounds = []
+    with tempfile.TemporaryDirectory() as folder, Worker(row, without=(op,), cache=folder) as off:
+        sides = {"on": on, "off": off}
+        times = take_turns(sides, rounds)
+    case = ratio(times["on"], times["off"])
+    case = {"times": case.pop("ratio"), **case}
+    for name, worker in sides.items():
+        case[name] = summary(times[name]) | {"first_round_s": worker.first["first_round_s"]}
+    case["compile_times"] = case["off"]["first_round_s"] / case["on"]["first_round_s"]
+    print(
+        f"{op:24} {row:20} {case['times']:.3f} times as long without "
+        f"({case['least_ratio']:.3f} to {case['most_ratio']:.3f}), "
+        f"compiling {case['compile_times']:.2f} times",
+        flush=True,
+    )
+    return case

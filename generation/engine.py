@@ -179,13 +179,14 @@ class Engine:
         prefill_args = (filtered, prompt_index, *sampling)
         decode_args = (filtered, eos, prompt_index, *sampling)
 
-        if self.config.ahead:  # both are compiled meanwhile, first what is needed for longest
+        if self.config.ahead and self._decode_phase.compiles_ahead:
+            # Both are compiled meanwhile, first what is needed for longest.
             self._decode_phase.prepare(*self._no_tokens(1), *decode_args)
             self._prefill_phase.prepare(*self._no_tokens(self.chunk), *prefill_args)
         self._compile(self._prefill_phase, self.chunk, prefill_args)
         start = time.perf_counter()
         token = self._prefill(prompts, prefill_args)
-        ran_compiled = self._prefill_phase.ran_compiled
+        ran_compiled = self._ran_compiled(self._prefill_phase)
         sampled = token.tolist()  # [B][steps]
         figures["ttft_warm_s"] = time.perf_counter() - start
         state = (
@@ -214,9 +215,9 @@ class Engine:
             start = time.perf_counter()
             state, sampled = self._decode(state, live, decode_args)
             figures["decode_s"] += time.perf_counter() - start
-            if self._decode_phase.ran_compiled and not ran_compiled:
+            if self._ran_compiled(self._decode_phase) and not ran_compiled:
                 figures["switched_at"] = time.time()
-            ran_compiled = self._decode_phase.ran_compiled
+            ran_compiled = self._ran_compiled(self._decode_phase)
             figures["steps"] += self.steps_per_sync
             for row in live:
                 fed = [last[row], *sampled[row][:-1]]
@@ -303,8 +304,9 @@ class Engine:
         """Compile a phase by a call that feeds nothing, once for each kind of arguments."""
         weight = self.model.embed.weight
         key = (phase, phase_args[0], weight.dtype, weight.device)  # phase_args[0]: filtered
-        waits = self.config.backend is not None and not phase.compiles_ahead
-        if not waits or key in self._compiled:
+        if self.config.ahead and phase.compiles_ahead:
+            return
+        if self.config.backend is None or key in self._compiled:
             return
         self.log(f" compiling {phase.name} ...")
         start = time.perf_counter()
@@ -315,6 +317,10 @@ class Engine:
         self.log("")
         if phase is self._decode_phase:
             self._count.warm()
+
+    def _ran_compiled(self, phase: Callable) -> bool:
+        """Whether the phase's last call ran compiled code: of preset auto, that may change."""
+        return phase.ran_compiled if self.config.ahead else self.config.backend is not None
 
     def _no_tokens(self, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Arguments of a phase that feed nothing: tokens [B, width], input_pos, lengths [B]."""

@@ -21,7 +21,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,18 +49,21 @@ class Part(NamedTuple):
     function: Callable
 
 
-def slots(module: nn.Module, skip: tuple[str, ...] = ("layers.", "mtp.")) -> Iterator[tuple]:
-    """(name, holder, key) of a module's tensors, holder[key]; a whole model's leave out its layers.
+def slots(module: nn.Module, skip: tuple[str, ...] = ("layers.", "mtp.")) -> list[tuple]:
+    """(name, holder, key) of a module's tensors, holder[key], by name; of a whole model's without
+    its layers.
 
     Tensors are looked up at each call: caches are replaced, weights may be.
     """
+    found = []
     for prefix, child in module.named_modules():
         if prefix.startswith(skip):
             continue
         for holder in (child._parameters, child._buffers):
             for key, tensor in holder.items():
                 if tensor is not None:
-                    yield f"{prefix}.{key}" if prefix else key, holder, key
+                    found.append((f"{prefix}.{key}" if prefix else key, holder, key))
+    return sorted(found, key=lambda slot: slot[0])
 
 
 def tensor_specs(model: nn.Module) -> dict[str, tuple]:

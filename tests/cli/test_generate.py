@@ -413,7 +413,7 @@ def test_the_context_ends_a_stream(model, build):
 def test_impossible_streams_are_refused_before_anything_runs(model):
     with pytest.raises(ValueError, match="context is 2048"):
         Engine(model, "eager", max_batch_size=1, max_seq_len=2049)
-    with pytest.raises(ValueError, match="fastest.*choose from eager"):
+    with pytest.raises(ValueError, match="fastest.*choose from auto, eager"):
         Engine(model, "fastest", max_batch_size=1, max_seq_len=64)
     engine = eager(model, rows=2, max_seq_len=64)
     kept = collect(engine, [ids_of(9)], 2)
