@@ -15,6 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from ops.cpp import KERNELS
+
 ROOT = Path(__file__).parent.parent
 WORKER = Path(__file__).parent / "cpu_worker.py"
 TOLERANCE = 0.05  # what a row may lose beyond the spread of its rounds
@@ -127,32 +129,43 @@ KERNEL_ROWS = ("decode B=1", "decode B=8", "prefill 512", "train step 1 x 256")
 
 
 def kernels(rounds: int, rows: tuple[str, ...] = KERNEL_ROWS) -> dict[str, dict]:
-    """Ops' C++ kernels (with the backward's) switched off in turn, on the rows that call them.
+    """Ops' C++ kernels (with the backward's) switched off in turn, on the rows that call them, and
+    all of a library together if it has several.
 
-    -> {op: {row: case}}; "times" is how many times longer the row takes without the kernels,
-    "compile_times" the same of its first round, which compiles into an empty folder.
+    -> {op or library: {row: case}}; "times" is how many times longer the row takes without the
+    kernels, "compile_times" the same of its first round, which compiles into an empty folder.
     """
     found: dict[str, dict] = {}
     for row in rows:
         with tempfile.TemporaryDirectory() as folder, Worker(row, cache=folder) as on:
-            for op in on.first["kernels"]:
-                found.setdefault(op, {})[row] = without_kernel(row, op, on, rounds)
+            for name, off in groups(on.first["kernels"]).items():
+                found.setdefault(name, {})[row] = without_kernels(row, name, off, on, rounds)
     return found
 
 
-def without_kernel(row: str, op: str, on: Worker, rounds: int) -> dict:
-    """The case of one kernel on one row, printed; on: the worker with all kernels."""
+def groups(called: list[str]) -> dict[str, tuple[str, ...]]:
+    """{name: ops to switch off}: each op alone, then libraries of several."""
+    alone = {op: (op,) for op in called}
+    libraries: dict[str, tuple[str, ...]] = {}
+    for op in called:
+        library = KERNELS[op].library
+        libraries[library] = (*libraries.get(library, ()), op)
+    return alone | {name: together for name, together in libraries.items() if len(together) > 1}
+
+
+def without_kernels(row: str, name: str, ops: tuple[str, ...], on: Worker, rounds: int) -> dict:
+    """The case of some kernels on one row, printed; on: the worker with all kernels."""
     on.rounds = []
-    with tempfile.TemporaryDirectory() as folder, Worker(row, without=(op,), cache=folder) as off:
+    with tempfile.TemporaryDirectory() as folder, Worker(row, without=ops, cache=folder) as off:
         sides = {"on": on, "off": off}
         times = take_turns(sides, rounds)
     case = ratio(times["on"], times["off"])
     case = {"times": case.pop("ratio"), **case}
-    for name, worker in sides.items():
-        case[name] = summary(times[name]) | {"first_round_s": worker.first["first_round_s"]}
+    for side, worker in sides.items():
+        case[side] = summary(times[side]) | {"first_round_s": worker.first["first_round_s"]}
     case["compile_times"] = case["off"]["first_round_s"] / case["on"]["first_round_s"]
     print(
-        f"{op:24} {row:20} {case['times']:.3f} times as long without "
+        f"{name:24} {row:20} {case['times']:.3f} times as long without "
         f"({case['least_ratio']:.3f} to {case['most_ratio']:.3f}), "
         f"compiling {case['compile_times']:.2f} times",
         flush=True,

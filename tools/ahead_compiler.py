@@ -173,7 +173,12 @@ class AheadCompiler:
         self._send(b"all cores\n")
 
     def seconds_left(self) -> float:
-        """About how long it will take, by the last time, or by what is usual."""
+        """About how long it will take, by the last time, or by what is usual.
+
+        Waits, some seconds, until the process has said what there is to do.
+        """
+        while not self._count and self.busy:
+            self._advance(1.0)
         now = time.monotonic()
         expected = {name: self._expected.get(name, USUAL_SECONDS) for name in self._tasks}
         spent = sum(min(now - begun, expected[name]) for name, begun in self._running.items())
@@ -185,7 +190,7 @@ class AheadCompiler:
         running = [f"{name}: {now - begun:.0f} s" for name, begun in self._running.items()]
         done = self._count - len(self._tasks)
         still = f"{done} of {self._count} done, about {self.seconds_left():.0f} s to go"
-        return f"{', '.join(running)}; {still}"
+        return f"{', '.join(running)}; {still}" if running else still
 
     def wait(self, tick: Callable[[], None] = lambda: None) -> None:
         """Until nothing is left to compile; tick() is called about once a second."""
@@ -287,3 +292,4 @@ class AheadCompiler:
         if code and not self.error:
             self.error = f"the compiling process ended with exit code {code}"
         self._tasks, self._running = [], {}
+        self._count = 0
