@@ -92,7 +92,8 @@ METADATA = {  # keys that say nothing about the architecture, or are read by han
 }
 # Keys of trainers and of Transformers that change nothing here: a warning; other keys are errors
 IGNORED = re.compile(
-    r"unsloth_\w+|router_(aux_loss_coef|jitter_noise)|partial_rotary_factor|\w*dropout|use_flash_attn"
+    r"unsloth_\w+|router_(aux_loss_coef|jitter_noise)|partial_rotary_factor|\w*dropout|"
+    r"use_flash_attn"
 )
 IGNORED_IF = dict(mlp_bias=False, output_router_logits=False)
 SILENT = ("partial_rotary_factor", *IGNORED_IF)  # written by Transformers each time

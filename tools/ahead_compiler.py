@@ -12,9 +12,9 @@ import pickle
 import select
 import shutil
 import signal
-import struct
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -202,7 +202,7 @@ class AheadCompiler:
         """Drop what is unfinished; the process is gone when this returns."""
         self._waiting.clear()
         if self._process is not None:
-            self._process.stdin.close()
+            self._process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(5)
             self._end()
@@ -233,26 +233,26 @@ class AheadCompiler:
             "OMP_NUM_THREADS": str(jobs[0].threads),
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
         }
-        pipe, null = subprocess.PIPE, subprocess.DEVNULL
         try:
             env["TORCHINDUCTOR_CACHE_DIR"] = str(cache_dir())
-            data = pickle.dumps(jobs)
+            with tempfile.TemporaryFile(dir=cache_dir()) as file:
+                # Not by a pipe: it would be full until the other side has imported torch.
+                pickle.dump(jobs, file)
+                file.seek(0)
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", "tools.ahead_worker", str(file.fileno())],
+                    bufsize=0,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    pass_fds=[file.fileno()],
+                    env=env,
+                    start_new_session=True,  # Ctrl-C is this process's
+                )
         except OSError as error:
             self.error = f"{WITHOUT} {unusable_folder(error)}"
             return
-        except (pickle.PicklingError, AttributeError) as error:  # of a local function
-            self.error = f"nothing is compiled: {error}".splitlines()[0]
-            return
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "tools.ahead_worker"],
-            stdin=pipe,
-            stdout=pipe,
-            stderr=null,
-            env=env,
-            start_new_session=True,  # Ctrl-C is this process's
-        )
         self._output = b""
-        self._send(struct.pack("<q", len(data)) + data)
         if self._all_cores:
             self.use_all_cores()
 
@@ -260,7 +260,6 @@ class AheadCompiler:
         if self._process is not None:
             with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.write(data)
-                self._process.stdin.flush()
 
     def _take(self, event: dict) -> None:
         """What the process says: one of these."""
@@ -284,8 +283,7 @@ class AheadCompiler:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
         code = process.wait()
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.close()
+        process.stdin.close()
         process.stdout.close()
         with contextlib.suppress(OSError):
             shutil.rmtree(ahead.store() / f"{WORK_PREFIX}{process.pid}", ignore_errors=True)

@@ -1,7 +1,8 @@
 """The process that compiles phases ahead of time: `AheadCompiler` starts and reads it.
 
-Standard input: the pickled jobs, then "all cores" when nothing else wants them; its end is the end
-of the work, whatever ended the other side. Standard output: a JSON object a line.
+Its argument: the descriptor of a file of pickled jobs. Standard input: "all cores" when nothing
+else wants them; its end is the end of the work, whatever ended the other side. Standard output: a
+JSON object a line.
 
 Parts are compiled side by side, each in a forked process that has Inductor imported already.
 """
@@ -18,7 +19,6 @@ import pickle
 import select
 import shutil
 import signal
-import struct
 import sys
 import tempfile
 import time
@@ -267,20 +267,6 @@ class Worker:
             os.waitpid(child, 0)
 
 
-def read_jobs() -> list[Job]:
-    def read(size: int) -> bytes:
-        data = b""
-        while len(data) < size:
-            part = os.read(0, size - len(data))
-            if not part:
-                raise EOFError
-            data += part
-        return data
-
-    (size,) = struct.unpack("<q", read(8))
-    return pickle.loads(read(size))
-
-
 @contextlib.contextmanager
 def work_folder() -> Iterator[Path]:
     """A folder for what is unfinished, locked while this process lives; others' leftovers go."""
@@ -316,8 +302,7 @@ def import_inductor() -> None:
     pick_vec_isa()  # compiles a probe
 
 
-def run(work: Path) -> None:
-    jobs = read_jobs()
+def run(work: Path, jobs: list[Job]) -> None:
     torch.set_num_threads(jobs[0].threads)
     lacks = missing_cpu_toolchain()
     if lacks:
@@ -339,13 +324,21 @@ def run(work: Path) -> None:
     ahead.prune()
 
 
-def main() -> int:
+def main(descriptor: int) -> int:
+    """Compile the jobs of an open file. SIGTERM ends it as the end of standard input does."""
+
+    def end(*args):
+        raise EOFError
+
+    signal.signal(signal.SIGTERM, end)
     os.nice(19)
     with contextlib.suppress(OSError):  # Linux shares cores between sessions first
         Path("/proc/self/autogroup").write_text("19")
     try:
+        with open(descriptor, "rb") as file:
+            jobs = pickle.load(file)
         with work_folder() as work, JOURNAL.compiling():
-            run(work)
+            run(work, jobs)
     except EOFError:
         return 0
     except Exception as error:
@@ -356,4 +349,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(int(sys.argv[1])))

@@ -5,6 +5,7 @@ terminals that lack characters, memory that runs out.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -102,6 +103,14 @@ def test_where_nothing_can_be_compiled_text_comes_eagerly(tmp_path):
     assert done.returncode == 0 and len(lines) == 1 and name in lines[0]
     done = shell("python generate.py --max-new-tokens 3 --compile default", tmp_path, **{name: "1"})
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and name in done.stderr
+
+
+def test_a_first_run_streams_at_once_and_leaves_nothing_unfinished(tmp_path):
+    env = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = shell("python generate.py --max-new-tokens 3 --no-wait --json", tmp_path, **env)
+    report = json.loads(done.stdout)
+    assert done.returncode == 0 and report["eager_tokens"] == 3 and report["compiled_tokens"] == 0
+    assert not [*tmp_path.glob("ahead/making-*"), *tmp_path.glob("unfinished/*")]
 
 
 @pytest.mark.parametrize("folder", ("/proc/nowhere", "{}/text.txt/folder"))

@@ -7,6 +7,7 @@ import copy
 import json
 import os
 import random
+import select
 import subprocess
 import sys
 import time
@@ -69,6 +70,12 @@ def test_the_key_changes_with_all_that_code_depends_on(model, monkeypatch):
     torch.set_num_threads(threads + 1)
     keys.append(key_of(model))
     torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision("medium")
+    keys.append(key_of(model))
+    torch.set_float32_matmul_precision("highest")
+    torch.use_deterministic_algorithms(True)
+    keys.append(key_of(model))
+    torch.use_deterministic_algorithms(False)
     assert len(set(keys)) == len(keys)
     assert key_of(build()) == keys[0], "the same model again"
 
@@ -160,7 +167,7 @@ def engine_of(model: Transformer, config="auto", rows: int = 1) -> Engine:
     "script, says",
     (
         ("import os; os.kill(os.getpid(), 9)", "exit code -9"),
-        ("import sys; sys.stdin.read(1); sys.exit(3)", "exit code 3"),
+        ("import sys; sys.exit(3)", "exit code 3"),
         ('print(\'{"error": "it lacks g++"}\'); exit(1)', "it lacks g++"),
     ),
 )
@@ -228,11 +235,12 @@ build = dict(make=make, sleep=sleep, fail=fail)[sys.argv[1]]
 jobs = [SimpleNamespace(key=key, libraries=[], parts=["1", "2"]) for key in "ab"]
 tasks = [w.Task(job.key + part, job.key, part, build) for job in jobs for part in job.parts]
 w.missing_cpu_toolchain, w.import_inductor = lambda: None, lambda: None
-w.read_jobs = lambda: jobs
+w.pickle = SimpleNamespace(load=lambda file: jobs)
+w.os.sched_getaffinity = lambda process: range(4)
 for job in jobs:
     job.source, job.threads = w.cache_key()["source"], 1
 w.tasks_of = lambda job: [task for task in tasks if task.key == job.key]
-sys.exit(w.main())
+sys.exit(w.main(w.os.open("/dev/null", 0)))
 """
 
 
@@ -254,6 +262,17 @@ def test_a_phase_is_ready_when_its_parts_are_not_when_all_are(cache):
     assert said.index("ready a") < said.index("done b2") < said.index("ready b")
     assert said.index("done a1") < said.index("ready a") and process.returncode == 0
     assert ahead.is_kept("b", "2") and not left()
+
+
+def test_a_core_is_left_free_until_all_are_offered(cache):
+    """Of four: three parts at once, then the fourth."""
+    with worker("sleep") as process:
+        begun = [json.loads(process.stdout.readline()) for _ in range(1 + 3)]
+        assert [event.get("begun") for event in begun[1:]] == ["a1", "a2", "b1"]
+        assert not select.select([process.stdout], [], [], 1.0)[0]
+        process.stdin.write("all cores\n")
+        process.stdin.flush()
+        assert json.loads(process.stdout.readline()) == {"begun": "b2"}
 
 
 def test_a_part_that_does_not_compile_is_said_in_one_line(cache):

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -193,6 +194,15 @@ def test_a_failed_compilation_is_cleaned_up_after(folder, library, error):
     with cache.JOURNAL.compiling():
         shutil.copyfile(library, folder / "new.so")
     assert names(folder) == kept | {"new.so"}
+
+
+def test_headers_outside_of_the_cache_are_cleaned_up_after(folder, monkeypatch, tmp_path_factory):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))
+    headers = cache.default_cache_dir() / "precompiled_headers"
+    with pytest.raises(KeyboardInterrupt), cache.JOURNAL.compiling():
+        (headers / "new.h.gch").write_text("half")
+        raise KeyboardInterrupt
+    assert not names(headers)
 
 
 def test_torch_compile_reports_to_the_journal(folder, library):
