@@ -51,13 +51,14 @@ def cache(tmp_path, monkeypatch) -> Path:
 # Keys and the folder
 
 
-def key_of(model: Transformer, width: int = 1, *rest, rows: int = 1) -> str:
-    model.setup_caches(rows, 64)
+def key_of(model: Transformer, width: int = 1, *rest, rows: int = 1, context: int = 64) -> str:
+    model.setup_caches(rows, context)
     return ahead.phase_key(model, ("decode",), [torch.zeros(rows, width), *rest])
 
 
 def test_the_key_changes_with_all_that_code_depends_on(model, monkeypatch):
     keys = [key_of(model), key_of(model, rows=2), key_of(model, 2), key_of(model, 1, True)]
+    keys.append(key_of(model, context=63))  # with caches of the same shapes
     keys.append(key_of(copy.deepcopy(model).bfloat16()))
     keys += [key_of(build(act_quant=True)), key_of(build(norm_eps=1e-5)), key_of(build(dim=96))]
     keys.append(key_of(Transformer(small(**LAYERS), ops={"rope": "opaque"}).eval()))
@@ -244,11 +245,18 @@ sys.exit(w.main(w.os.open("/dev/null", 0)))
 """
 
 
-def worker(name: str, **options) -> subprocess.Popen:
+@contextlib.contextmanager
+def worker(name: str):
+    """The compiling process with tasks of one kind; killed if a test fails while it runs."""
     pipe = subprocess.PIPE
     command = [sys.executable, "-c", TASKS, name]
-    options = dict(cwd=ROOT, stdin=pipe, stdout=pipe, text=True, start_new_session=True) | options
-    return subprocess.Popen(command, **options)
+    options = dict(cwd=ROOT, stdin=pipe, stdout=pipe, text=True, start_new_session=True)
+    with subprocess.Popen(command, **options) as process:
+        try:
+            yield process
+        except BaseException:
+            os.killpg(process.pid, 9)
+            raise
 
 
 def left() -> list[Path]:
