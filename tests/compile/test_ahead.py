@@ -254,6 +254,8 @@ def worker(name: str):
     with subprocess.Popen(command, **options) as process:
         try:
             yield process
+            process.stdin.close()
+            process.wait(30)
         except BaseException:
             os.killpg(process.pid, 9)
             raise
