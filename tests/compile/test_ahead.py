@@ -207,7 +207,8 @@ def test_what_another_process_cannot_know_is_compiled_in_this_one(model):
     hooked, auto = copy.deepcopy(model), C.PRESETS["auto"]
     phase = C.compile_decode(hooked, auto)
     assert phase.compiles_ahead
-    for epilogue in (foreign, lambda logits, *rest: logits, torch.argmax):
+    nameless = eval(compile("lambda logits, *rest: logits", str(ROOT / "model.py"), "eval"))
+    for epilogue in (foreign, nameless, torch.argmax):
         assert not C.compile_decode(hooked, auto, epilogue).compiles_ahead
     assert C.compile_decode(hooked, auto, sample_decode).compiles_ahead
     hooked.layers[0].register_forward_hook(lambda module, args, output: output)
