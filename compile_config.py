@@ -27,51 +27,29 @@ if __name__ == "__main__":  # Ctrl-C while modules load: an end without a traceb
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import dataclasses
-import itertools
 import runpy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
-from torch import nn
 
-import ops
+from generation.phase import Phase
 from model import Aux, Transformer
-from tools import ahead, cli, compile_cache, torch_private
-from tools.ahead_compiler import WITHOUT, AheadCompiler, AheadRun, Job
-from tools.cuda_graph import clone_tensors, record_cuda_graph
+from tools import cli, compile_cache, torch_private
+from tools.ahead_compiler import WITHOUT, AheadCompiler
+from tools.ahead_training import AheadStep
+from tools.compile_function import (
+    CompileConfig,
+    build_cpu_kernels,
+    call_forward,
+    compile_function,
+    compiles_by_layer,
+)
 from tools.layer_graphs import compile_layers
 from training.losses import LossWeights, combine_losses, make_targets, training_loss
+from training.optim import Optimizer
 from training.recompute import checkpoint_blocks, checkpointed
 from training.step import TrainStep
-
-MAX_WHOLE_GRAPH_LAYERS = 12  # deeper models compile layer by layer unless a preset says otherwise
-
-
-@dataclasses.dataclass(frozen=True)
-class CompileConfig:
-    """How phases are compiled.
-
-    backend     a torch.compile backend, or None to run eagerly
-    region      "model": one graph; "layer": one per kind of layer; None: "layer" for prefill, where
-                it costs no speed, and for models of more than MAX_WHOLE_GRAPH_LAYERS, else "model"
-    cudagraphs  record decode and verify into a CUDA graph
-    options     Inductor options, as pairs
-    ahead       generation on CPU: compiled ahead of time by another process, layer by layer
-    """
-
-    backend: str | None = "inductor"
-    region: str | None = None
-    cudagraphs: bool = False
-    options: tuple[tuple[str, object], ...] = ()
-    ahead: bool = False
-
-    def __post_init__(self):
-        if self.region not in (None, "model", "layer"):
-            raise ValueError(f"region {self.region!r}: choose 'model', 'layer' or None")
-        if self.ahead and (self.backend != "inductor" or self.region == "model" or self.cudagraphs):
-            raise ValueError("ahead: Inductor compiles layer by layer, without CUDA graphs")
-
 
 AUTOTUNE = (("max_autotune", True), ("coordinate_descent_tuning", True))
 PRESETS = {
@@ -82,8 +60,6 @@ PRESETS = {
     "regional": CompileConfig(region="layer"),
     "max-autotune": CompileConfig(cudagraphs=True, options=AUTOTUNE),
 }
-# Of training and of the report: compiled by the process that asks
-IN_PROCESS = tuple(name for name, cfg in PRESETS.items() if not cfg.ahead)
 
 
 def usable_preset(asked: str | None, default: str, device: str) -> str:
@@ -107,213 +83,7 @@ def usable_preset(asked: str | None, default: str, device: str) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# Graphs
-
-
-def compile_function(function: Callable, name: str, cfg: CompileConfig, **options) -> Callable:
-    """`function` as one full graph of static shapes, with a compile count of its own.
-
-    options     of Inductor, beside those of cfg
-    """
-    if cfg.backend is None:
-        return function
-    options = {**options, **dict(cfg.options)} if cfg.backend == "inductor" else {}
-    torch_private.on_compile(compile_cache.JOURNAL.begin, compile_cache.JOURNAL.end)
-    return torch_private.compile_isolated(
-        function, name, backend=cfg.backend, fullgraph=True, dynamic=False, options=options or None
-    )
-
-
-def build_cpu_kernels(model: Transformer, cfg: CompileConfig, phase: str) -> None:
-    """Before tracing: the C++ that the model's ops run on CPU, in fp32. See ops/registry.py."""
-    weight = model.embed.weight
-    if cfg.backend and weight.device.type == "cpu" and weight.dtype == torch.float32:
-        with compile_cache.JOURNAL.compiling():
-            ops.build_cpu_kernels(model.ops, phase)
-
-
-def compiles_by_layer(model: Transformer, cfg: CompileConfig, phase: str) -> bool:
-    """Whether cfg compiles this phase of the model layer by layer."""
-    if cfg.backend is None:
-        return False
-    if cfg.region is not None:
-        return cfg.region == "layer"
-    return phase == "prefill" or len(model.layers) > MAX_WHOLE_GRAPH_LAYERS
-
-
-def call_forward(block: nn.Module, *args):
-    """The block's forward alone: hooks of the module stay outside of the graph."""
-    return type(block).forward(block, *args)
-
-
-# --------------------------------------------------------------------------------------------------
 # Generation
-
-
-def embed(model: Transformer, *args):
-    """The part of a phase before its layers -> tokens, plan, X."""
-    return model.embed_inputs(*args)
-
-
-def layer(block: nn.Module, *args) -> torch.Tensor:
-    """A layer of a phase -> X. Compiled in a Phase only: entries without guards match any call."""
-    return block(*args)[0]
-
-
-class Phase:
-    """A compiled phase of generation: `phase(tokens [B, T], input_pos [B], lengths=None, *rest)`.
-
-    Calls run without gradients. `epilogue(logits, input_pos, lengths, *rest)` is part of the graph
-    and makes the result; without it the logits are the result. Each combination of shapes is
-    compiled once, when it is first called (`build`). Dynamo's guards are off: the shapes and the
-    caches, all that may change between calls, are checked here instead.
-
-    ran_compiled   whether the last call ran compiled code
-
-    compiler   of a preset that compiles ahead of time: calls run eagerly until it is ready. None:
-               the first call waits for one
-    """
-
-    def __init__(
-        self,
-        model: Transformer,
-        cfg: CompileConfig,
-        name: str,
-        logits: str,
-        epilogue: Callable | None = None,
-        compiler: AheadCompiler | None = None,
-    ):
-        self.model, self.cfg = model, cfg
-        self.name, self.logits = name, logits
-        self.epilogue = epilogue or only_logits
-        self.compiler = compiler
-        self.built: dict[tuple, Callable] = {}
-        self.ran_compiled = cfg.backend is not None
-        self._knows_epilogue = compile_cache.is_project_function(self.epilogue)
-        self.hooks = [  # of nn.Module: torch/nn/modules/module.py line 469
-            hooks
-            for module in model.modules()
-            for hooks in (module._forward_pre_hooks, module._forward_hooks)
-        ]
-        device = model.embed.weight.device.type
-        if cfg.cudagraphs and device != "cuda":
-            raise ValueError(f"cudagraphs need a CUDA device, not {device}: choose another preset")
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        tokens: torch.Tensor,
-        input_pos: torch.Tensor,
-        lengths: torch.Tensor | None = None,
-        *rest,
-    ):
-        args = tokens, input_pos, lengths, *rest
-        args = [a.contiguous() if isinstance(a, torch.Tensor) else a for a in args]
-        if self.cfg.backend is None and not self.cfg.cudagraphs:
-            return self.whole(*args)
-        key = self._key(args)
-        if self.compiles_ahead:
-            run = self.prepare(*args)
-            result = run(*args)
-            self.ran_compiled = run.compiled
-            return result
-        if key not in self.built:
-            run = self.build()
-            args = clone_tensors(args)  # or the graph would take one tensor given twice as one
-            with torch_private.unlimited_compiles():
-                if self.cfg.cudagraphs and self.name != "prefill":
-                    run = record_cuda_graph(run, *args)
-                self.built[key] = run
-                return run(*args)
-        return self.built[key](*args)
-
-    def _key(self, args: Sequence) -> tuple:
-        """All that a graph without guards depends on and that may change between calls."""
-        model, weight = self.model, self.model.embed.weight
-        addresses = ()
-        if self.cfg.cudagraphs:  # a recorded graph holds on to them
-            addresses = weight.data_ptr(), model.layers[0].attn.ring.rows.data_ptr()
-        shapes = [(a.shape, a.dtype) if isinstance(a, torch.Tensor) else a for a in args]
-        hooks = sum(map(len, self.hooks))  # they are traced
-        settings = model.cache_size, model.args.act_quant, weight.dtype, weight.device, hooks
-        return *settings, addresses, *shapes
-
-    def build(self) -> Callable:
-        """-> run(tokens, input_pos, lengths, *rest), compiled when it is first called."""
-        build_cpu_kernels(self.model, self.cfg, self._kernels)
-        options = {"guard_filter_fn": torch_private.skip_all_guards}
-        if self.model.embed.weight.device.type == "cpu" and self.name != "prefill":
-            # Small kernels: calling them from Python would cost as much as running them.
-            options["cpp_wrapper"] = True
-
-        def compiled(function: Callable, part: str = "") -> Callable:
-            return compile_function(function, self.name + part, self.cfg, **options)
-
-        if not compiles_by_layer(self.model, self.cfg, self.name):
-            return compiled(self.whole)
-        first, last = compiled(embed, "_embed"), compiled(self.head, "_head")
-        layers = compile_layers(self.model.layers, lambda: compiled(layer, "_layer"))
-
-        def by_layer(tokens, input_pos, lengths, *rest):
-            tokens, plan, X = first(self.model, tokens, input_pos, lengths)
-            for block, run in layers.items():
-                X = run(block, X, tokens, plan)
-            return last(self.model, X, plan, input_pos, lengths, *rest)
-
-        return by_layer
-
-    @property
-    def _kernels(self) -> str:
-        """The phase as ops.build_cpu_kernels names it."""
-        return "prefill" if self.name == "prefill" else "decode"
-
-    def whole(self, tokens, input_pos, lengths, *rest):
-        """The phase, not compiled."""
-        y = self.model(tokens, input_pos, lengths, logits=self.logits)
-        return self.epilogue(y, input_pos, lengths, *rest)
-
-    def head(self, model: Transformer, X, plan, *rest):
-        """The part of the phase after the layers."""
-        return self.epilogue(model.lm_logits(X, plan, self.logits), *rest)
-
-    @property
-    def compiles_ahead(self) -> bool:
-        """Another process compiles for CPU, and knows the project's functions, but no hooks."""
-        on_cpu = self.model.embed.weight.device.type == "cpu"
-        return self.cfg.ahead and on_cpu and self._knows_epilogue and not any(self.hooks)
-
-    def prepare(self, *args) -> AheadRun:
-        """Load what was compiled ahead of time for calls with such arguments, or ask for it."""
-        key = self._key(args)
-        if key not in self.built:
-            self.built[key] = self._build_ahead(args)
-        return self.built[key]
-
-    def _build_ahead(self, args: Sequence) -> Callable:
-        """-> run(...) of code that was compiled ahead of time, or will be: see AheadCompiler."""
-        model = self.model
-        libraries: dict[str, None] = {}
-        if model.embed.weight.dtype == torch.float32:
-            kernels = ops.cpu_kernels(model.ops, self._kernels)
-            libraries = dict.fromkeys(kernel.library for kernel in kernels)
-        settings = self.cfg, self.name, self.logits, self.epilogue
-        parts = self.parts()
-        job = Job.of(model, settings, args, parts, list(libraries))
-        return AheadRun(job, parts, self.whole, self.compiler)
-
-    def parts(self) -> list[ahead.Part]:
-        """What is compiled ahead of time, in the order of calls; see AheadRun."""
-        layers = compile_layers(self.model.layers, itertools.count(1).__next__)
-        return [
-            ahead.Part("embed", self.model, embed),
-            *(ahead.Part(f"layer kind {i}", block, layer) for block, i in layers.items()),
-            ahead.Part("head", self.model, self.head),
-        ]
-
-
-def only_logits(logits: torch.Tensor, *rest) -> torch.Tensor:
-    """The epilogue of a phase that has no other."""
-    return logits
 
 
 def compile_prefill(
@@ -381,6 +151,13 @@ def compile_blocks(
     return run_block
 
 
+def can_compile_ahead(model: Transformer, optimizer) -> bool:
+    """Whether another process can know all that a step of training is made of."""
+    hooks = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    on_cpu = model.embed.weight.device.type == "cpu"
+    return on_cpu and not hooks and type(optimizer) is Optimizer
+
+
 def compile_train_step(
     model: Transformer,
     optimizer,
@@ -396,6 +173,8 @@ def compile_train_step(
     # Several processes
     all_reduce_sum: Callable[[list[torch.Tensor]], list[torch.Tensor]] | None = None,
     wrap_block: Callable[[Callable], Callable] | None = None,
+    # Presets that compile ahead of time
+    compiler: AheadCompiler | None = None,
 ) -> Callable:
     """-> step(tokens, targets, doc_ids, lr) -> {"loss", "mtp_loss", ...}: see training_loss.
 
@@ -410,7 +189,16 @@ def compile_train_step(
     recompute       activations that the backward computes again, block by block: see checkpointed
     all_reduce_sum  tensors -> their sums over the processes that share the step's rows. None: one
     wrap_block      run -> run, around each compiled layer, run(block, *args): FSDP2 gathers there
+    compiler        as of a Phase; where it does not know a step (on other devices, with another
+                    loss or optimizer, recomputation or wrap_block), this process compiles by layer
     """
+    if cfg.ahead:
+        plain = loss is None and recompute == "none" and wrap_block is None
+        if plain and can_compile_ahead(model, optimizer):
+            return AheadStep(
+                model, optimizer, cfg, weights, aux, micro_batch, all_reduce_sum, compiler
+            )
+        cfg = dataclasses.replace(cfg, ahead=False, region=None if loss else "layer")
     by_layer = compiles_by_layer(model, cfg, "train")
 
     def compiled(function: Callable, name: str) -> Callable:

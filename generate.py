@@ -32,7 +32,7 @@ from generation.session import StreamSession
 from model import ModelArgs, Transformer
 from tokenizer import Tokenizer, encode_messages, load_tokenizer, parse_response
 from tools import cli
-from tools.ahead_compiler import AheadCompiler
+from tools.ahead_compiler import finish
 from tools.stats import choose_threads, peak_memory, process_start, read_bandwidth, versions
 
 ROOT = Path(__file__).parent
@@ -390,31 +390,6 @@ def profile_decode(session: StreamSession, steps: int = 32) -> None:
     print(table, file=sys.stderr)
 
 
-def wait_for_compiler(compiler: AheadCompiler, no_wait: bool) -> None:
-    """Until it has compiled everything for the next time; not with --no-wait, and until Ctrl-C."""
-    show = cli.Progress()
-    try:
-        if no_wait or not compiler.busy:
-            return
-        compiler.use_all_cores()
-        print(
-            f"compiled code will be ready in about {compiler.seconds_left():.0f} s for the next "
-            "time (Ctrl-C leaves)",
-            file=sys.stderr,
-        )
-        if sys.stderr.isatty():
-            compiler.wait(lambda: show(f" {compiler.progress()}"))
-        else:
-            compiler.wait()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        show("")
-        compiler.stop()
-        if compiler.error:
-            print(compiler.error, file=sys.stderr)
-
-
 def run(argv: list[str] | None) -> None:
     flags, started = parse(argv), process_start()
     check_folder(flags.checkpoint)
@@ -455,7 +430,7 @@ def run(argv: list[str] | None) -> None:
         profile_decode(session)
     print_stats(report, sys.stderr)
     out.flush()
-    wait_for_compiler(engine.compiler, flags.no_wait)
+    finish(engine.compiler, flags.no_wait)
     if flags.json:
         print(json.dumps(report), flush=True)
 

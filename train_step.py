@@ -36,7 +36,9 @@ from compile_config import PRESETS, compile_train_step
 from config import CSA_RATIOS
 from parallel import Ranks, launched
 from tools import cli
-from tools.stats import choose_threads, device_sync, peak_flops, peak_memory
+from tools.ahead_compiler import AheadCompiler, finish
+from tools.ahead_training import AheadStep
+from tools.stats import choose_threads, device_sync, peak_flops, peak_memory, process_start
 from training import dataset
 from training.evaluation import held_out_loss, index_recall, sample_text
 from training.flags import parse
@@ -145,6 +147,8 @@ class Trainer:
     last       the step after which this run ends
     stopped    whether the user has ended the run early
     recall     of the indexers, before each stage and at the end
+    counts     of steps: eager, compiled
+    switched_at   when compiled code took over from eager steps, in seconds of time.time(), or None
     """
 
     def __init__(self, flags: argparse.Namespace, ranks: Ranks):
@@ -156,15 +160,23 @@ class Trainer:
         self.stopped = False
         self.seconds = 0.0
         self.recall: list[float | None] = []
+        self.compiler = AheadCompiler()
+        self.progress = cli.Progress()
+        self.started = process_start()
+        self.counts = [0, 0]
+        self.switched_at: float | None = None
 
     def log(self, message: str) -> None:
         print(message, file=sys.stderr if self.flags.json else sys.stdout, flush=True)
 
     def run(self) -> None:
         """KeyboardInterrupt if the user ended the run early, when its state is saved."""
-        with exclusive(self.flags.checkpoints if self.ranks.is_main else None):
-            self.setup()
-            self.run_stages()
+        try:
+            with exclusive(self.flags.checkpoints if self.ranks.is_main else None):
+                self.setup()
+                self.run_stages()
+        finally:
+            self.compiler.stop()
 
     def run_stages(self) -> None:
         """Train, save the model, evaluate and report."""
@@ -250,6 +262,7 @@ class Trainer:
             recompute=flags.recompute,
             all_reduce_sum=ranks.all_reduce_sum,
             wrap_block=ranks.wrap_block,
+            compiler=self.compiler,
         )
         if self.metrics_log is None:  # not before: a refused run leaves the file alone
             self.metrics_log = MetricsLog(
@@ -263,9 +276,36 @@ class Trainer:
             )
         self.evaluate_indexers()
 
+    def compile(self) -> None:
+        """Begin to compile the stage's step, or say that its first call will.
+
+        Runs with --checkpoints wait for it, so that a resumed one has the same steps.
+        """
+        step, batch = self.compiled_step, range(self.flags.batch)
+        if not isinstance(step, AheadStep):
+            if PRESETS[self.flags.compile].backend:
+                self.log("compiling the step, which takes minutes the first time")
+            return
+        if step.prepare(*self.rows(batch)).loaded:
+            return
+        if not self.flags.checkpoints:
+            self.log("compiling in another process; steps run eagerly until it has finished")
+            return
+        self.log("compiling first, which takes minutes; the next run finds what this one made")
+        self.compiler.use_all_cores()
+        self.compiler.wait(self.show_compiler)
+        self.progress("")
+
+    def show_compiler(self) -> None:
+        if self.interrupt.stop_requested:
+            raise KeyboardInterrupt
+        if sys.stderr.isatty():
+            self.progress(f" {self.compiler.progress()}")
+
     def run_stage(self) -> None:
         """Train until the stage or the run ends, or the user stops it."""
         try:
+            self.compile()
             self.seconds += train(
                 self.step,
                 self.rows,
@@ -286,12 +326,27 @@ class Trainer:
     def step(self, tokens, targets, doc_ids, lr) -> dict[str, torch.Tensor]:
         """One step, see compile_train_step."""
         try:
-            return self.compiled_step(tokens, targets, doc_ids, lr)
+            metrics = self.compiled_step(tokens, targets, doc_ids, lr)
         except torch.OutOfMemoryError:
             raise ValueError(
                 "the GPU's memory does not hold a step: "
                 "choose a smaller --micro-batch, or --recompute full"
             ) from None
+        self.count_step()
+        return metrics
+
+    def count_step(self) -> None:
+        """As eager or compiled; say when that changes, or will not."""
+        compiled = PRESETS[self.flags.compile].backend is not None
+        if isinstance(self.compiled_step, AheadStep):
+            compiled = self.compiled_step.ran_compiled
+            if compiled and self.counts[0] and self.switched_at is None:
+                self.switched_at = time.time()
+                self.log("compiled code takes over")
+            if self.compiler.error:
+                print(self.compiler.error, file=sys.stderr)
+                self.compiler = AheadCompiler()  # of the next stage
+        self.counts[compiled] += 1
 
     def after_step(self, done: int, metrics: dict) -> bool:
         """Save if it is time to; True ends the run."""
@@ -363,6 +418,10 @@ class Trainer:
             "share_of_peak": newest.get("share_of_peak"),
             "index_recall": self.recall or None,
             "memory_bytes": peak_memory(self.device),
+            "eager_steps": self.counts[0],
+            "compiled_steps": self.counts[1],
+            "switched_at": self.switched_at and self.switched_at - self.started,
+            "preset": flags.compile,
             "threads": self.threads,
             "device": flags.device,
             "torch": torch.__version__,
@@ -379,6 +438,8 @@ class Trainer:
             self.model, data.tokenizer, "KING RICHARD.\n", 160, flags.seed
         )
         self.log(f"\n{report['sample']}")
+        sys.stdout.flush()
+        finish(self.compiler, flags.no_wait)
         if flags.json:
             print(json.dumps(report))
 

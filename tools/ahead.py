@@ -33,7 +33,7 @@ from ops.cpp import register_library, source
 from tools import compile_cache
 from tools.compile_cache import AHEAD, WORK_PREFIX
 from tools.layer_graphs import layer_signature
-from tools.torch_private import cache_path, library_runner
+from tools.torch_private import cache_path
 
 CODE, NODES, CHECKSUMS = "code.so", "code.json", "checksums.json"
 MOST_KEPT = 24  # phases; the least recently used go
@@ -42,16 +42,23 @@ cache_key = functools.cache(compile_cache.cache_key)  # the source that this pro
 
 
 class Part(NamedTuple):
-    """function(module, *args), to be compiled; layers of a kind share the part's name."""
+    """function(module, *args), to be compiled; layers of a kind share the part's name.
+
+    others   submodules of a whole model that the part does not read
+    """
 
     name: str
     module: nn.Module
     function: Callable
+    others: tuple[str, ...] = ("layers.", "mtp.")
+
+    def slots(self) -> list[tuple]:
+        """(name, holder, key) of the tensors that the part may read."""
+        return slots(self.module, self.others)
 
 
-def slots(module: nn.Module, skip: tuple[str, ...] = ("layers.", "mtp.")) -> list[tuple]:
-    """(name, holder, key) of a module's tensors, holder[key], by name; of a whole model's without
-    its layers.
+def slots(module: nn.Module, skip: tuple[str, ...]) -> list[tuple]:
+    """(name, holder, key) of a module's tensors, holder[key], by name, but for some submodules'.
 
     Tensors are looked up at each call: caches are replaced, weights may be.
     """
@@ -66,10 +73,12 @@ def slots(module: nn.Module, skip: tuple[str, ...] = ("layers.", "mtp.")) -> lis
     return sorted(found, key=lambda slot: slot[0])
 
 
-def tensor_specs(model: nn.Module) -> dict[str, tuple]:
-    """{name: (is a parameter, shape, strides, dtype)} of all tensors of a model but MTP's."""
+def tensor_specs(model: nn.Module, skip: tuple[str, ...]) -> dict[str, tuple]:
+    """{name: (is a parameter, shape, strides, dtype)} of a model's tensors, but for some
+    submodules'.
+    """
     specs = {}
-    for name, holder, key in slots(model, skip=("mtp.",)):
+    for name, holder, key in slots(model, skip):
         t = holder[key]
         specs[name] = isinstance(t, nn.Parameter), tuple(t.shape), t.stride(), t.dtype
     return specs
@@ -90,11 +99,12 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
-def phase_key(model: nn.Module, settings: tuple, call: Sequence) -> str:
+def phase_key(model: nn.Module, settings: tuple, call: Sequence, specs: dict[str, tuple]) -> str:
     """Of all that the code of a phase depends on: machine, source, model, settings and shapes.
 
     settings    of the phase, static
     call        its arguments
+    specs       of the model's tensors
     """
     parts = {
         **cache_key(),
@@ -106,7 +116,7 @@ def phase_key(model: nn.Module, settings: tuple, call: Sequence) -> str:
         "C++ off": ops.cpp.disabled_ops(),
         "modules": module_types(model),
         "layers": [layer_signature(block) for block in model.layers],
-        "tensors": tensor_specs(model),
+        "tensors": specs,
         "threads": torch.get_num_threads(),
         "products": torch.get_float32_matmul_precision(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
@@ -186,9 +196,9 @@ def prune() -> None:
 class Library:
     """A loaded part: library(*tensors) -> list of tensors, on the tensors of one module."""
 
-    def __init__(self, run: Callable, module: nn.Module):
+    def __init__(self, run: Callable, part: Part):
         self._run = run
-        self._slots = [(holder, key) for _, holder, key in slots(module)]
+        self._slots = [(holder, key) for _, holder, key in part.slots()]
 
     def __call__(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         return self._run([*(holder[key] for holder, key in self._slots), *tensors])
@@ -202,18 +212,16 @@ def load_kernels(library: str) -> None:
         register_library(library, lambda: ctypes.CDLL(str(path)))
 
 
-def missing(key: str, parts: list[Part], libraries: list[str]) -> bool:
+def missing(key: str, parts: list[str], libraries: list[str]) -> bool:
     """Whether a phase lacks any of its parts or kernels."""
     kernels = ((library_key(library), "kernels") for library in libraries)
-    names = {(key, part.name) for part in parts}
-    return not all(is_kept(*name) for name in (*kernels, *names))
+    return not all(is_kept(*name) for name in (*kernels, *((key, part) for part in parts)))
 
 
-def load(key: str, parts: list[Part], libraries: list[str]) -> list[Library]:
-    """The parts of a phase, in order. A ValueError or RuntimeError if one cannot be loaded."""
+def load(key: str, parts: list[str], libraries: list[str]) -> dict[str, Path]:
+    """Load a phase's kernels -> the folders of its parts. A ValueError or OSError if it cannot."""
     for library in libraries:
         load_kernels(library)
-    names = dict.fromkeys(part.name for part in parts)
-    runners = {name: library_runner(str(checked(key, name) / CODE)) for name in names}
+    folders = {name: checked(key, name) for name in parts}
     os.utime(store() / key)
-    return [Library(runners[part.name], part.module) for part in parts]
+    return folders

@@ -22,7 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from tools import ahead
+import ops
+from tools import ahead, cli
 from tools.compile_cache import ROOT, WORK_PREFIX
 from tools.torch_private import cache_dir, unusable_folder
 
@@ -34,7 +35,7 @@ class Job(NamedTuple):
     """A phase to compile, as another process can build it.
 
     source      digest of the project's code
-    settings    of Phase: cfg, name, logits, epilogue
+    settings    of the phase: its CompileConfig, its name, what else it is made of
     model       ModelArgs, modes of its ops, cache_size, classes of its modules
     tensors     {name: (is a parameter, shape, strides, dtype)}
     call        the arguments: (shape, dtype) of tensors, other values as they are
@@ -58,20 +59,28 @@ class Job(NamedTuple):
         model: nn.Module,
         settings: tuple,
         call: Sequence,
-        parts: list[ahead.Part],
-        libraries: list[str],
+        parts: list[str],
+        kernels: str,
+        skip: tuple[str, ...] = ("mtp.",),
     ) -> Job:
-        cfg, name, logits, epilogue = settings
-        described = cfg, name, logits, f"{epilogue.__module__}.{epilogue.__qualname__}"
+        """kernels: the phase as ops.cpu_kernels names it; skip: submodules it does not read."""
+        libraries: dict[str, None] = {}
+        if next(model.parameters()).dtype == torch.float32:
+            found = ops.cpu_kernels(model.ops, kernels)
+            libraries = dict.fromkeys(kernel.library for kernel in found)
+        described = tuple(
+            f"{x.__module__}.{x.__qualname__}" if callable(x) else x for x in settings
+        )
+        specs = ahead.tensor_specs(model, skip)
         return cls(
-            ahead.phase_key(model, described, call),
+            ahead.phase_key(model, described, call, specs),
             ahead.cache_key()["source"],
             settings,
             (model.args, dict(model.ops.modes), model.cache_size, ahead.module_types(model)),
-            ahead.tensor_specs(model),
+            specs,
             ahead.shapes(call),
-            list(dict.fromkeys(part.name for part in parts)),
-            libraries,
+            list(dict.fromkeys(parts)),
+            list(libraries),
             torch.get_num_threads(),
         )
 
@@ -83,18 +92,17 @@ class Job(NamedTuple):
 class AheadRun:
     """run(*args) of a phase: by `eager` until its parts are there.
 
+    load        load(job) -> run(*args), compiled
     compiled    whether the last call ran compiled code
     """
 
-    def __init__(
-        self, job: Job, parts: list[ahead.Part], eager: Callable, compiler: AheadCompiler | None
-    ):
-        self.job, self.parts = job, parts
+    def __init__(self, job: Job, load: Callable, eager: Callable, compiler: AheadCompiler | None):
+        self.job, self.load = job, load
         self.eager = eager
         self.compiled = self.failed = False
         self.compiler = compiler or AheadCompiler()
-        self.loaded: list[ahead.Library] | None = None
-        if not ahead.missing(job.key, parts, job.libraries):
+        self.loaded: Callable | None = None
+        if not ahead.missing(job.key, job.parts, job.libraries):
             self._load()
         if self.loaded is None:
             self.compiler.request(job)
@@ -109,24 +117,13 @@ class AheadRun:
             self._load()
             self.failed = self.loaded is None
         self.compiled = self.loaded is not None
-        return self._run(*args) if self.compiled else self.eager(*args)
+        return self.loaded(*args) if self.compiled else self.eager(*args)
 
     def _load(self) -> None:
         try:
-            self.loaded = ahead.load(self.job.key, self.parts, self.job.libraries)
+            self.loaded = self.load(self.job)
         except (ValueError, OSError, RuntimeError) as error:
             print(f"compiled code is not used: {error}".splitlines()[0], file=sys.stderr)
-
-    def _run(self, tokens, input_pos, lengths, *rest):
-        """The parts take tensors only: what else there is was compiled in."""
-        positions = [input_pos] if lengths is None else [input_pos, lengths]
-        rest = [a for a in rest if isinstance(a, torch.Tensor)]
-        first, *layers, last = self.loaded
-        tokens, *plan, X = first(tokens, *positions)
-        for layer in layers:
-            (X,) = layer(X, tokens, *plan)
-        results = last(X, *plan, *positions, *rest)
-        return results[0] if len(results) == 1 else tuple(results)
 
 
 class AheadCompiler:
@@ -291,3 +288,30 @@ class AheadCompiler:
             self.error = f"the compiling process ended with exit code {code}"
         self._tasks, self._running = [], {}
         self._count = 0
+
+
+def finish(compiler: AheadCompiler, no_wait: bool) -> None:
+    """At the end of a run: wait until all is compiled for the next one; not with no_wait, and until
+    Ctrl-C.
+    """
+    show = cli.Progress()
+    try:
+        if no_wait or not compiler.busy:
+            return
+        compiler.use_all_cores()
+        print(
+            f"compiled code will be ready in about {compiler.seconds_left():.0f} s for the next "
+            "time (Ctrl-C leaves)",
+            file=sys.stderr,
+        )
+        if sys.stderr.isatty():
+            compiler.wait(lambda: show(f" {compiler.progress()}"))
+        else:
+            compiler.wait()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        show("")
+        compiler.stop()
+        if compiler.error:
+            print(compiler.error, file=sys.stderr)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import functools
 import importlib
 import json
 import os
@@ -29,15 +30,17 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from compile_config import Phase
-from model import Transformer
-from ops import cpp
+from generation.phase import Phase
+from model import Transformer, call
 from tools import ahead
 from tools.ahead_compiler import WITHOUT, Job
+from tools.ahead_parts import compile_joint, compile_kernels, compile_part, compile_update
+from tools.ahead_training import UPDATE, Settings, arguments, training_parts
 from tools.compile_cache import JOURNAL, WORK_PREFIX, cache_key
 from tools.torch_private import missing_cpu_toolchain
+from training.losses import make_targets, training_loss
+from training.optim import Optimizer
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -52,79 +55,11 @@ class Task(NamedTuple):
 
 
 # --------------------------------------------------------------------------------------------------
-# A part
-
-
-class Bound(nn.Module):
-    """function(module, *args) as a module, whose tensors torch.func can exchange."""
-
-    def __init__(self, module: nn.Module, function: Callable):
-        super().__init__()
-        self.module, self.function = module, function
-
-    def forward(self, *args):
-        return self.function(self.module, *args)
-
-
-class Flat(nn.Module):
-    """A part as a function of tensors alone: those of its module, then those among its arguments.
-
-    They are inputs, not attributes: nothing of the module is compiled in.
-    """
-
-    def __init__(self, part: ahead.Part, args: tuple):
-        super().__init__()
-        self.leaves, self.spec = tree_flatten(args)
-        self.names = [f"module.{name}" for name, _, _ in ahead.slots(part.module)]
-        self.bound = (Bound(part.module, part.function),)  # in a tuple: no submodule
-
-    def forward(self, *tensors):
-        state = dict(zip(self.names, tensors, strict=False))
-        rest = iter(tensors[len(self.names) :])
-        leaves = [next(rest) if isinstance(x, torch.Tensor) else x for x in self.leaves]
-        args = tree_unflatten(leaves, self.spec)
-        result = torch.func.functional_call(self.bound[0], state, args)
-        return tuple(x for x in tree_leaves(result) if isinstance(x, torch.Tensor))
-
-
-def compile_part(part: ahead.Part, args: tuple, level: str, folder: Path) -> None:
-    """Export and compile a part for fake arguments into `folder`.
-
-    level   of the optimisation of the code between kernels: "O1", or "O0", which saves 4 s of 16
-    """
-    flat = Flat(part, args)
-    inputs = [holder[key] for _, holder, key in ahead.slots(part.module)]
-    inputs += [x for x in flat.leaves if isinstance(x, torch.Tensor)]
-    with torch.no_grad():
-        exported = torch.export.export(flat, tuple(inputs), strict=False)
-        assert not exported.constants and not exported.state_dict, "a tensor was compiled in"
-        graph = exported.module(check_guards=False)
-        options = {
-            "aot_inductor.output_path": str(folder / "work" / ahead.CODE),
-            "aot_inductor.compile_wrapper_opt_level": level,
-        }
-        (folder / "work").mkdir()
-        made = torch._inductor.aot_compile(graph, tuple(inputs), options=options)
-    os.rename(made, folder / ahead.CODE)
-    for nodes in (folder / "work").glob("*.wrapper.json"):  # of calls of our ops, where there are
-        os.rename(nodes, folder / ahead.NODES)
-    shutil.rmtree(folder / "work")
-
-
-def compile_kernels(library: str, folder: Path) -> None:
-    """Compile a library of ops' C++ kernels into `folder`."""
-    found = {}
-    cpp.register_library(library, lambda: found.update(path=cpp.compile_library(library)))
-    assert found, f"ops/cpu/{library}.cpp does not compile"
-    shutil.copyfile(found["path"], folder / ahead.CODE)
-
-
-# --------------------------------------------------------------------------------------------------
 # Jobs
 
 
-def build_phase(job: Job, fake: FakeTensorMode) -> Phase:
-    """The phase of a job, on a model of fake tensors."""
+def fake_model(job: Job, fake: FakeTensorMode) -> Transformer:
+    """The model of a job, of fake tensors."""
     args, modes, cache_size, types = job.model
     with torch.device("meta"):
         model = Transformer(args, modes).eval()
@@ -140,7 +75,7 @@ def build_phase(job: Job, fake: FakeTensorMode) -> Phase:
         else:
             owner.register_buffer(key, t, persistent=False)
     model.cache_size = cache_size
-    return Phase(model, *job.settings)
+    return model
 
 
 def needs(job: Job) -> list[tuple[str, str]]:
@@ -159,23 +94,54 @@ def tasks_of(job: Job) -> Iterator[Task]:
         yield Task(f"kernels {library}", ahead.library_key(library), "kernels", build_kernels)
 
     fake = FakeTensorMode()
-    phase = build_phase(job, fake)
-    with fake, torch.no_grad():
+    model = fake_model(job, fake)
+    with fake:
         call = [torch.empty(a[0], dtype=a[1]) if isinstance(a, tuple) else a for a in job.call]
-        tokens, input_pos, lengths, *rest = call
+        if job.name == "train":
+            tasks = training_tasks(model, *job.settings[2:], *call)
+        else:
+            tasks = phase_tasks(Phase(model.eval(), *job.settings), *call)
+    for name, build in tasks.items():
+        yield Task(f"{job.name}, {name}", job.key, name, build)
+
+
+def phase_tasks(phase: Phase, tokens, input_pos, lengths, *rest) -> dict[str, Callable]:
+    """name -> build(folder) of the parts of a phase of generation."""
+    with torch.no_grad():
         first, *layers, last = phase.parts()
         streams = first.function(first.module, tokens, input_pos, lengths)
+    calls = {first.name: (first, (tokens, input_pos, lengths))}
     tokens, plan, X = streams
-    calls = {first.name: (first, (call[0], input_pos, lengths))}
     calls |= {part.name: (part, (X, tokens, plan)) for part in layers}
     calls[last.name] = last, (X, plan, input_pos, lengths, *rest)
-    level = "O0" if job.name == "prefill" else "O1"  # where kernels are small it counts
-    for part, args in calls.values():
+    level = "O0" if phase.name == "prefill" else "O1"  # where kernels are small it counts
+    return {
+        name: functools.partial(compile_part, part, args, level)
+        for name, (part, args) in calls.items()
+    }
 
-        def build_part(folder: Path, part=part, args=args) -> None:
-            compile_part(part, args, level, folder)
 
-        yield Task(f"{job.name}, {part.name}", job.key, part.name, build_part)
+def training_tasks(
+    model: Transformer, settings: Settings, tokens, labels, doc_ids
+) -> dict[str, Callable]:
+    """name -> build(folder) of the parts of a training step: a step on fake tensors shows them."""
+    model.train()
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in settings.trained)
+    optimizer = Optimizer(model, **settings.optimizer)
+    parts, calls = training_parts(model), {}
+
+    def record(function: Callable, *args):
+        calls.setdefault(parts[function].name, (parts[function], arguments(function, args)))
+        return call(function, *args)
+
+    targets = make_targets(tokens, labels, doc_ids)
+    weights, aux = settings.weights, settings.aux
+    total, metrics = training_loss(model, tokens, targets, doc_ids, weights, aux, record)
+    total.backward()
+    tasks = {name: functools.partial(compile_joint, *call) for name, call in calls.items()}
+    grads, load = optimizer.gradients(), metrics.get("load")
+    return tasks | {UPDATE: functools.partial(compile_update, optimizer, grads, load)}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -29,8 +29,6 @@ from torch._dynamo.utils import counters
 import ops
 from checkpoint import load, open_folder
 from compile_config import (
-    IN_PROCESS,
-    MAX_WHOLE_GRAPH_LAYERS,
     PRESETS,
     CompileConfig,
     compile_decode,
@@ -59,6 +57,7 @@ from tools.capture import (
     shape_of,
 )
 from tools.compile_count import CompileCount
+from tools.compile_function import MAX_WHOLE_GRAPH_LAYERS
 from tools.released_layout import check, checkpoint_tensors, empty_model
 from training.optim import Optimizer
 
@@ -618,7 +617,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help=f"{', '.join(NAMED)}, or a checkpoint folder",
     )
     add("--phase", default=",".join(PHASES), metavar="A,B", help=",".join(PHASES))
-    add("--preset", default="default", choices=IN_PROCESS)
+    in_process = [name for name, cfg in PRESETS.items() if not cfg.ahead]
+    add("--preset", default="default", choices=in_process)
     add(
         "--full",
         action="store_true",

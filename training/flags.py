@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
-from compile_config import IN_PROCESS, PRESETS, usable_preset
+from compile_config import PRESETS, usable_preset
 from model import ModelArgs
+from parallel import launched
 from tools import cli
 
 ROOT = Path(__file__).parent.parent
@@ -65,8 +66,10 @@ def make_parser() -> cli.Parser:
 
     flag = group("execution")
     flag("--device", choices=("cpu", "cuda"))
-    about = f"{', '.join(IN_PROCESS)} (default: regional)"
-    flag("--compile", choices=IN_PROCESS, metavar="PRESET", help=about)
+    about = f"{', '.join(PRESETS)} (default: auto where it can be, else regional)"
+    flag("--compile", choices=PRESETS, metavar="PRESET", help=about)
+    about = "auto: leave when training has ended, although the compiler has not finished"
+    flag("--no-wait", action="store_true", help=about)
     about = "processes that share the routed experts, with torchrun (default: those of a machine)"
     flag("--ep", type=int, metavar="SIZE", help=about)
     about = "activations computed again in the backward"
@@ -122,6 +125,16 @@ def check_writable(flag: str, name: str, wanted: str) -> None:
         raise ValueError(f"{flag} {name}: may not be written to; name another")
 
 
+def choose_preset(flags: argparse.Namespace) -> str:
+    """The preset of a run: another process compiles for CPU, but neither for several processes nor
+    with recomputation.
+    """
+    if flags.device == "cpu" and flags.recompute == "none" and not launched():
+        return usable_preset(flags.compile, "auto", flags.device)
+    asked = None if flags.compile == "auto" else flags.compile
+    return usable_preset(asked, "regional", flags.device)
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags, checked and complete. ValueError says how to mend them."""
     flags = make_parser().parse_args(argv)
@@ -138,7 +151,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             "--config and --init exclude each other: --init brings its own config.json"
         )
     flags.config = flags.config or "debug"
-    flags.compile = usable_preset(flags.compile, "regional", flags.device)
+    flags.compile = choose_preset(flags)
     if PRESETS[flags.compile].cudagraphs:
         raise ValueError(
             f"--compile {flags.compile}: CUDA graphs are for generation; choose default or regional"

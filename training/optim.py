@@ -13,7 +13,8 @@ Parameters below fp32 are updated through fp32 masters.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -56,6 +57,7 @@ class Optimizer:
         """clip: the largest norm of all gradients together. ValueError if the kind is unknown."""
         if kind not in ("muon", "adamw"):
             raise ValueError(f"optimizer {kind!r}: choose muon or adamw")
+        self.kind = kind
         self.betas, self.eps = betas, eps
         self.decay, self.momentum = decay, momentum
         self.clip, self.bias_rate = clip, bias_rate
@@ -165,6 +167,35 @@ class Optimizer:
             for bias, row in zip(self.biases, load, strict=True):
                 bias += self.bias_rate * (row.mean() - row).sign()
         return norm
+
+    def settings(self) -> dict[str, object]:
+        """Keywords that make such an optimizer for another model."""
+        names = ("kind", "betas", "eps", "momentum", "decay", "clip", "bias_rate")
+        return {name: getattr(self, name) for name in names}
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All that a step changes but `count`: parameters, state, biases."""
+        parameters = [p for _, p, *_ in (*self.muon, *self.adam)]
+        state = [t for entry in self.state.values() for t in entry.values()]
+        return [*parameters, *state, *self.biases]
+
+    def update_on(
+        self, tensors: Sequence[torch.Tensor], names: list[str], has_load: bool
+    ) -> torch.Tensor:
+        """A step's update as a function of tensors: `tensors()`, the gradients of these names, the
+        load if there is one, lr and the two corrections -> the norm of the gradients.
+        """
+        rest, other = iter(tensors), copy.copy(self)
+        other.muon = [(name, next(rest), matrices) for name, _, matrices in self.muon]
+        other.adam = [(name, next(rest)) for name, _ in self.adam]
+        other.state = {
+            name: {key: next(rest) for key in entry} for name, entry in self.state.items()
+        }
+        other.biases = [next(rest) for _ in self.biases]
+        grads = {name: next(rest) for name in names}
+        load = next(rest) if has_load else None
+        lr, *corrections = rest
+        return other._update(grads, lr, load, corrections)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Flat: "count", and NAME.first, NAME.second, NAME.master."""

@@ -105,11 +105,19 @@ def test_where_nothing_can_be_compiled_text_comes_eagerly(tmp_path):
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and name in done.stderr
 
 
-def test_a_first_run_streams_at_once_and_leaves_nothing_unfinished(tmp_path):
+@pytest.mark.parametrize(
+    "command, unit",
+    (
+        ("generate.py --max-new-tokens 3", "tokens"),
+        ("train_step.py --steps 3 --batch 2 --seq-len 48 --cache {}", "steps"),
+    ),
+)
+def test_a_first_run_begins_at_once_and_leaves_nothing_unfinished(tmp_path, command, unit):
     env = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    done = shell("python generate.py --max-new-tokens 3 --no-wait --json", tmp_path, **env)
+    done = shell(f"python {command.format(tmp_path)} --no-wait --json", tmp_path, **env)
     report = json.loads(done.stdout)
-    assert done.returncode == 0 and report["eager_tokens"] == 3 and report["compiled_tokens"] == 0
+    assert done.returncode == 0 and report["switched_at"] is None
+    assert (report[f"eager_{unit}"], report[f"compiled_{unit}"]) == (3, 0)
     assert not [*tmp_path.glob("ahead/making-*"), *tmp_path.glob("unfinished/*")]
 
 

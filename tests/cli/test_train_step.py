@@ -643,14 +643,32 @@ def test_only_what_is_written_must_be_writable(monkeypatch, tmp_path):
         S.parse(["--cache", "here"])
 
 
-def test_without_a_compiler_it_trains_eagerly_and_says_so(folder, monkeypatch, capsys):
-    monkeypatch.setattr(torch_private, "missing_cpu_toolchain", lambda: "a C++ compiler")
+@pytest.mark.parametrize("more", ((), ("--checkpoints", "{}/run")))
+def test_without_a_compiler_it_trains_eagerly_and_says_so(folder, monkeypatch, capsys, more):
+    """Another process finds out; a preset that was asked for is refused."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
+    monkeypatch.setenv("CXX", "false")
     argv = [a for a in command(folder, "--steps", "1") if a not in ("--compile", "eager")]
-    assert S.main(argv) == 0 and "a C++ compiler" in capsys.readouterr().err
-    assert (
-        S.main([*argv, "--compile", "regional"]) == 2
-        and "a C++ compiler" in capsys.readouterr().err
-    )
+    assert S.main([*argv, *(text.format(folder) for text in more)]) == 0
+    assert capsys.readouterr().err.count("a C++ compiler") == 1
+    monkeypatch.setattr(torch_private, "missing_cpu_toolchain", lambda: "a C++ compiler")
+    assert S.main([*argv, "--compile", "regional"]) == 2
+    assert "a C++ compiler" in capsys.readouterr().err
+
+
+def test_a_compiled_run_resumes_to_the_bit(folder, capsys):
+    """Preset auto waits for compiled code, so that all steps are compiled ones; both stages."""
+    layer = dict(n_layers=1, n_hash_layers=0, compress_ratios=(4,), n_mtp_layers=0)
+    (folder / "config.json").write_text(json.dumps(small(**layer).to_hf()))
+    more = ["--config", str(folder / "config.json"), "--compile", "auto", "--index-warmup", "2"]
+    for name, stops in (("whole", (6,)), ("parts", (1, 4, 6))):
+        for stop in stops:
+            saved = ["--checkpoints", str(folder / name), "--stop-after", str(stop)]
+            assert S.main(command(folder, *more, *saved, "--json")) == 0
+            report = json.loads(capsys.readouterr().out)
+            assert report["eager_steps"] == 0 < report["compiled_steps"]
+    a, b = state_of(folder / "whole", 6), state_of(folder / "parts", 6)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_a_checkpoint_that_is_torn_or_anothers_is_refused(folder, capsys):
