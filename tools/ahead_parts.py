@@ -113,7 +113,9 @@ def compile_joint(part: ahead.Part, args: tuple, folder: Path) -> None:
 
     The backward is left out where nothing has a gradient.
     """
-    # All of Inductor, which only this process needs
+    # All of Inductor, which only this process needs. torch/_export/utils.py line 1442,
+    # torch/_functorch/aot_autograd.py line 1756, torch/_inductor/compile_fx.py line 2273
+    from torch._export.utils import _compiling_state_context
     from torch._functorch.aot_autograd import aot_export_joint_simple
     from torch._inductor.compile_fx import partition_fn
     from torch._inductor.decomposition import select_decomp_table
@@ -145,7 +147,7 @@ def compile_joint(part: ahead.Part, args: tuple, folder: Path) -> None:
         )
 
     options = dict(trace_joint=any(differentiable), decompositions=select_decomp_table())
-    with fake:
+    with fake, _compiling_state_context():  # ops take the forms of compiled code
         joint = aot_export_joint_simple(made, tuple(flat.inputs), **options)
     placeholders = [node for node in joint.graph.nodes if node.op == "placeholder"]
     values = [node.meta["val"] for node in placeholders]

@@ -90,6 +90,7 @@ def as_graphs(monkeypatch):
     monkeypatch.setattr(ahead_parts, "compile_graph", keep)
     runner = lambda path: functools.partial(run_graph, graphs[path])  # noqa: E731
     monkeypatch.setattr("tools.ahead_training.library_runner", runner)
+    return graphs
 
 
 def load_graphs(step: AheadStep, batch, tmp_path) -> AheadStep:
@@ -126,6 +127,11 @@ def test_losses_and_gradients_of_parts_are_those_of_the_step(
     ours, theirs = build(), build()
     step = load_graphs(ahead_step(ours, **options), batch, tmp_path)
     assert_same_gradients(ours, step.step, theirs, eager_step(theirs, **options), batch)
+    layer = tmp_path / step.parts[ours.layers[0]].name
+    for library in (ahead.CODE, BACKWARD):  # parts take the forms of compiled code
+        called = {str(node.target) for node in as_graphs[str(layer / library)].graph.nodes}
+        ops = {"hc_post_pre", "moe", "sparse_attn"}
+        assert all(any(name.startswith(f"dsv4.{op}") for name in called) for op in ops)
 
 
 def assert_same_gradients(ours, step, theirs, other, batch) -> None:
