@@ -206,6 +206,7 @@ class Trainer:
                 "--index-loss, --index-warmup: this model has no indexer, "
                 "which layers of ratio 4 have"
             )
+        self.log("reading the text")
         self.data = ranks.main_first(lambda: read_data(flags, args))
         self.bos = self.data.tokenizer.bos_id
         self.flops = flops_per_token(model, flags.seq_len)

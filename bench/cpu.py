@@ -27,7 +27,6 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import re
 import resource
 import subprocess
 import sys
@@ -255,9 +254,12 @@ def prefill(result: dict, length: int) -> None:
 # Training
 
 
+AHEAD = (1, 256)  # rows, tokens of the step that is also compiled ahead of time
+
+
 def train_sides(ours: Transformer, hf: torch.nn.Module, batch: int, length: int) -> dict[str, Run]:
     """One step each: next-token cross-entropy, gradients, their norm, AdamW; ours all compiled."""
-    step, rate = our_train_step(ours), torch.tensor(1e-4)
+    rate = torch.tensor(1e-4)
     hf.train()
     optimizer = torch.optim.AdamW(hf.parameters(), lr=1e-4)
     batches = [tokens_of(batch, length + 1, seed=i) for i in range(ROUNDS + 1)]
@@ -265,8 +267,9 @@ def train_sides(ours: Transformer, hf: torch.nn.Module, batch: int, length: int)
     def inputs(i: int) -> tuple[torch.Tensor, torch.Tensor]:
         return batches[i][:, :-1].contiguous(), batches[i][:, 1:].contiguous()
 
-    def mine(i: int) -> None:
-        step(*inputs(i), None, rate)
+    def mine(preset: str) -> Run:
+        step = our_train_step(ours, preset)
+        return lambda i: step(*inputs(i), None, rate)
 
     def theirs(i: int) -> None:
         tokens, labels = inputs(i)
@@ -279,7 +282,10 @@ def train_sides(ours: Transformer, hf: torch.nn.Module, batch: int, length: int)
     sides = transformers_sides(hf, theirs)
     # gathers the weights of every token: ten times slower
     del sides["transformers eager, batched_mm"]
-    return sides | {"ours compiled": mine}
+    sides["ours compiled"] = mine("regional")
+    if (batch, length) == AHEAD:
+        sides["ours compiled ahead"] = mine("auto")
+    return sides
 
 
 def train(result: dict, batch: int, length: int, name: str = "tiny", threads: int = 1) -> None:
@@ -458,6 +464,8 @@ def start(result: dict) -> None:
                 "load_average_before": load_before,
                 **{key: report[key] for key in STARTED},
             }
+    with tempfile.TemporaryDirectory() as folder:
+        env["TORCHINDUCTOR_CACHE_DIR"] = folder
         for name in ("cold", "warm"):
             result[f"start training {name}"] = start_training(env)
     (RESULTS / "transcript.txt").write_text(done.stderr)
@@ -470,23 +478,29 @@ def cpu_seconds() -> float:
 
 
 def start_training(env: dict) -> dict:
-    """`python train_step.py` in a fresh process -> seconds to its first step and to its end."""
+    """`python train_step.py` in a fresh process -> seconds to its first step, to its last and to
+    its end.
+    """
     load_before, begun = os.getloadavg()[0], time.perf_counter()
-    cpu_before, first = cpu_seconds(), None
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-u", "train_step.py", "--cache", folder]
+    cpu_before, seen = cpu_seconds(), []
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as out:
+        command = [sys.executable, "-u", "train_step.py", "--cache", folder, "--json"]
         with subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=env
+            command, stdout=out, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env
         ) as process:
-            for line in process.stdout:
-                if first is None and re.search(r"\bstep\s+1\b", line):
-                    first = time.perf_counter() - begun
-    assert process.returncode == 0
+            for line in process.stderr:
+                if line.startswith("step "):
+                    seen.append(time.perf_counter() - begun)
+        assert process.returncode == 0
+        out.seek(0)
+        report = json.loads(out.read().splitlines()[-1])
     return {
-        "first_step_s": first,
+        "first_step_s": seen[0],
+        "last_step_s": seen[-1],
         "wall_s": time.perf_counter() - begun,
         "cpu_s": cpu_seconds() - cpu_before,
         "load_average_before": load_before,
+        **{key: report[key] for key in ("eager_steps", "compiled_steps", "tok_per_s", "threads")},
     }
 
 

@@ -86,7 +86,7 @@ def build(name: str) -> Transformer:
     return Transformer(ModelArgs(**SMALL)).eval()
 
 
-def train_step(model: Transformer) -> Callable:
+def train_step(model: Transformer, preset: str = "regional") -> Callable:
     """step(tokens [B, S], labels [B, S], doc_ids, lr), compiled: next-token cross-entropy and
     AdamW, no MTP block.
     """
@@ -94,7 +94,7 @@ def train_step(model: Transformer) -> Callable:
     model.train().requires_grad_(True)
     adam = Optimizer(model, "adamw", betas=(0.9, 0.999), eps=1e-8, decay=0.01, bias_rate=0.0)
     weights = LossWeights(balance=0.0, index=0.0)
-    return compile_train_step(model, adam, PRESETS["regional"], weights=weights)
+    return compile_train_step(model, adam, PRESETS[preset], weights=weights)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -187,9 +187,10 @@ def start(cpu: dict) -> str:
         load = f"{case['load_average_before']:.1f}"
         generating.append([state, *(f"{s:.1f} s" for s in seconds), made, load])
         case = cpu[f"start training {state}"]
-        seconds = (case[key] for key in ("first_step_s", "wall_s", "cpu_s"))
+        seconds = (case[key] for key in ("first_step_s", "last_step_s", "wall_s", "cpu_s"))
+        made = f"{case['eager_steps']} / {case['compiled_steps']}"
         load = f"{case['load_average_before']:.1f}"
-        training.append([state, *(f"{s:.1f} s" for s in seconds), load])
+        training.append([state, *(f"{s:.1f} s" for s in seconds), made, load])
     head = [
         "compile cache",
         "first token",
@@ -198,7 +199,8 @@ def start(cpu: dict) -> str:
         "CPU",
         "tokens eager / compiled",
     ]
-    train_head = ["compile cache", "first step", "end", "CPU", "load average before"]
+    train_head = ["compile cache", "first step", "last step", "end", "CPU"]
+    train_head += ["steps eager / compiled", "load average before"]
     took = cpu["imports"]
     text = paragraph(
         f"`import torch` takes {took['torch_s']:.1f} s of it, the project's own imports",
@@ -210,7 +212,7 @@ def start(cpu: dict) -> str:
 
 {markdown_table([*head, "load average before"], generating)}
 {text}
-`python train_step.py`:
+`python train_step.py`, 40 steps; a cold run ends when everything is compiled:
 
 {markdown_table(train_head, training)}"""
 

@@ -99,9 +99,12 @@ def same(path: Path, other: Path) -> bool:
 
 
 def commands(folder: Path) -> dict[str, Command]:
-    """Generating (compiled anew each round), training, converting, packing a cache."""
+    """Generating and training (compiled anew in many rounds), eager training, converting, packing a
+    cache.
+    """
     model, cache = str(folder / "model"), str(folder / "cache.tar.gz")
     texts: dict[int, str] = {}
+    weights: dict[int, Path] = {}
 
     def generate(i: int) -> list[str]:
         sizes = ["--max-new-tokens", "8", "--max-seq-len", str(64 + i % 50)]
@@ -122,6 +125,21 @@ def commands(folder: Path) -> dict[str, Command]:
         name = "model.safetensors"
         assert same(folder / f"run{i}-out" / name, folder / "run0-out" / name), "other weights"
 
+    def compiled_length(i: int) -> int:
+        return 40 + i % 8
+
+    def train_compiled(i: int) -> list[str]:
+        run = str(folder / f"compiled{i}")
+        places = ["--data", str(folder / "text.txt"), "--cache", str(folder / "cache")]
+        sizes = ["--steps", "8", "--batch", "2", "--seq-len", str(compiled_length(i))]
+        saved = ["--checkpoints", run, "--save-every", "2", "--out", f"{run}-out"]
+        return ["train_step.py", "--config", model, *places, *sizes, *saved]
+
+    def check_compiled(out: str, i: int) -> None:
+        """The weights of the first run of as long rows: all steps were compiled ones."""
+        found = folder / f"compiled{i}-out" / "model.safetensors"
+        assert same(found, weights.setdefault(compiled_length(i), found)), "other weights"
+
     def convert(i: int) -> list[str]:
         return ["checkpoint.py", "convert", model, str(folder / f"converted{i}")]
 
@@ -138,6 +156,7 @@ def commands(folder: Path) -> dict[str, Command]:
     return {
         "generate": Command(generate, check_text),
         "train": Command(train, check_weights),
+        "train compiled": Command(train_compiled, check_compiled),
         "convert": Command(convert, check_conversion),
         "cache": Command(carry, check_count),
     }
@@ -166,7 +185,7 @@ def command_kills(count: int, seed: int) -> dict:
             name = rng.choice(list(known))
             command, number = known[name], rng.choice(SIGNALS)
             seconds = rng.uniform(0, 1) * command.seconds
-            if name == "generate" and rng.random() < 0.3:
+            if name == "generate" and rng.random() < 0.3:  # training waits for its compiler
                 lost += command.lose_compiler(i, env, seconds)
             else:
                 stopped[name] += command.stop(i, env, seconds, number)

@@ -7,7 +7,7 @@ See docs/compile.md#not-covered-by-a-default-run.
 
 FULL = {
     # pattern of the node id: why it waits
-    r"test_recipes\.py.*\[(?!expert_activation)": "one recipe is run",
+    r"test_recipes\.py.*keeps.*\[(?!expert_activation)": "one recipe is run",
     r"test_model_cache\.py.*(rewinding|chunks).*\[(pro-like|other-ratios)": "Flash's shape is run",
     r"test_model_cache\.py.*rewinding.*\[flash-like-[24-8]\]": "three depths of a rewind are run",
     r"test_model_parity\.py.*200_decoded.*\[(no-yarn|pro-like)\]": "Flash's shape is run",
