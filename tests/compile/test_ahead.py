@@ -27,7 +27,7 @@ from tools.ahead_compiler import AheadCompiler
 from tools.compile_cache import WORK_PREFIX
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-LAYERS = dict(n_layers=2, n_hash_layers=1, n_mtp_layers=0, compress_ratios=(0, 4))
+LAYERS = dict(n_layers=2, n_hash_layers=0, n_mtp_layers=0, compress_ratios=(4, 4))  # one kind
 ROWS = (1, 4)
 
 

@@ -134,7 +134,6 @@ def test_each_opaque_op_is_one_node():
 TOLERANCES = {
     "prefill": 1e-5,
     "decode": 1e-5,
-    "verify 1": 1e-5,
     "verify 3": 1e-5,
     "train": 1e-4,
     "optimizer": 5e-2,
@@ -143,12 +142,12 @@ TOLERANCES = {
 
 @pytest.fixture(scope="module")
 def backends(tell) -> dict:
-    """(phase, backend) -> relative RMS of its result against eager; three layers, all kinds.
+    """(phase, backend) -> relative RMS of its result against eager; two layers and MTP, all kinds.
 
     The result of training is the gradient of every parameter; that of the optimizer, the step of
     each parameter.
     """
-    args = small(n_layers=3, n_hash_layers=1, compress_ratios=(0, 4, 128, 0))
+    args = small(n_layers=2, n_hash_layers=1, compress_ratios=(4, 128, 0))
     reference = randomize(Transformer(args), seed=1)
     reference.setup_caches(2, 512)
     found = {}
@@ -184,7 +183,7 @@ def backends(tell) -> dict:
 
     available = ("aot_eager", "inductor") + ("cudagraphs",) * torch.cuda.is_available()
     for backend in available:
-        for phase in ("prefill", "decode", "verify 1", "verify 3"):
+        for phase in ("prefill", "decode", "verify 3"):
             torch._dynamo.reset()
             model, eager = copy.deepcopy(reference), copy.deepcopy(reference)
             with torch.no_grad():
