@@ -138,10 +138,32 @@ def training_tasks(
     targets = make_targets(tokens, labels, doc_ids)
     weights, aux = settings.weights, settings.aux
     total, metrics = training_loss(model, tokens, targets, doc_ids, weights, aux, record)
-    total.backward()
     tasks = {name: functools.partial(compile_joint, *call) for name, call in calls.items()}
-    grads, load = optimizer.gradients(), metrics.get("load")
+    reached = reached_by(total)
+    grads = {
+        name: torch.empty_like(p)
+        for name, p, *_ in (*optimizer.muon, *optimizer.adam)
+        if p in reached
+    }
+    load = metrics.get("load")
     return tasks | {UPDATE: functools.partial(compile_update, optimizer, grads, load)}
+
+
+def reached_by(loss: torch.Tensor) -> set[torch.Tensor]:
+    """The parameters that a loss has gradients for.
+
+    Without a backward, after which no forked process could make one: its threads are not forked.
+    """
+    found, seen, waiting = set(), set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(node.variable)
+        waiting += [following for following, _ in node.next_functions]
+    return found
 
 
 # --------------------------------------------------------------------------------------------------

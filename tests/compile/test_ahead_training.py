@@ -17,7 +17,7 @@ from testing import random_tokens, randomize, small
 from tools import ahead, ahead_parts, ahead_worker
 from tools.ahead_compiler import AheadCompiler
 from tools.ahead_training import BACKWARD, UPDATE, AheadStep, Joint, JointCall
-from training.losses import LossWeights
+from training.losses import LossWeights, training_loss
 from training.optim import Optimizer
 
 LAYERS = dict(n_layers=1, n_hash_layers=0, n_mtp_layers=1, compress_ratios=(4, 0))
@@ -206,6 +206,18 @@ def test_an_update_on_tensors_is_the_optimizers(kind, dtype):
     for a, b in zip(plain.state_dict().values(), flat.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
+
+
+@pytest.mark.parametrize("aux", (Aux(), Aux(index_loss=True)))
+def test_gradients_are_foreseen_without_a_backward(aux):
+    """Which parameters a loss reaches: the indexer only with its own."""
+    model, (tokens, labels, doc_ids) = build(), batch_of()
+    total, _ = training_loss(model, tokens, labels, doc_ids, aux=aux)
+    reached = ahead_worker.reached_by(total)
+    total.backward()
+    parameters = dict(model.named_parameters())
+    assert reached == {p for p in parameters.values() if p.grad is not None}
+    assert (parameters["layers.0.attn.indexer.wq_b.weight"] in reached) == aux.index_loss
 
 
 def test_settings_make_an_equal_optimizer():
