@@ -661,7 +661,7 @@ class Block(nn.Module):
         y, aux = self.attn(self.attn_norm(x), plan)
         X, x, post, comb = ops.hc_post_pre(y, X, post, comb, *ffn_site, *constants)
         y, routing = self.ffn(self.ffn_norm(x), tokens, plan)
-        aux = aux._replace(load=routing.load, balance=routing.balance)
+        aux = AuxOutputs(routing.load, routing.balance, aux.index_loss, aux.recall)
         return ops.hc_post(y, X, post, comb), aux
 
 
