@@ -37,7 +37,7 @@ from generation.phase import Phase
 from model import Aux, Transformer
 from tools import cli, compile_cache, torch_private
 from tools.ahead_compiler import WITHOUT, AheadCompiler
-from tools.ahead_training import AheadStep
+from tools.ahead_training import AheadStep, has_hooks
 from tools.compile_function import (
     CompileConfig,
     build_cpu_kernels,
@@ -153,9 +153,8 @@ def compile_blocks(
 
 def can_compile_ahead(model: Transformer, optimizer) -> bool:
     """Whether another process can know all that a step of training is made of."""
-    hooks = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     on_cpu = model.embed.weight.device.type == "cpu"
-    return on_cpu and not hooks and type(optimizer) is Optimizer
+    return on_cpu and not has_hooks(model) and type(optimizer) is Optimizer
 
 
 def compile_train_step(

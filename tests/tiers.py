@@ -19,7 +19,7 @@ FULL = {
     r"test_compile_config\.py::test_a_compiled_training_step.*\[model\]": "by layer is run",
     r"test_compile_shapes\.py::test_flops_of_opaque": "the roofline's FLOPs are checked",
     r"test_ahead_training\.py.*of_the_step\[(?!True-options1)": "one set of options is run",
-    r"test_ahead_training\.py::test_(a_run_does|a_batch_of_other)": "compiles; traces for long",
+    r"test_ahead_training\.py::test_(a_run_does|what_parts_were)": "compiles; traces for long",
     r"test_ahead\.py::test_(tokens_do_not|a_precompiled|a_damaged_library|inputs_are)": "compiles",
     r"test_torch_private\.py::test_models.*names1": "the other order is run",
     r"test_report\.py::test_recompiles_are_counted": "sessions raise on a recompile",

@@ -116,6 +116,11 @@ class JointCall:
         return tree_map(lambda origin: origin.of(tensors, made), self.links.result)
 
 
+def has_hooks(model: Transformer) -> bool:
+    """Whether calls of any module run hooks, which parts leave out."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
 def embed(model: Transformer, *args):
     return model.embed_inputs(*args)
 
@@ -223,9 +228,9 @@ class AheadStep:
 
     def loss(self, model: Transformer, tokens, targets, doc_ids):
         """As training_loss."""
-        run_block = call
-        if self.loaded and ahead.shapes((tokens, targets.labels, doc_ids)) == self.shapes:
-            run_block = self._run_block
+        shapes = ahead.shapes((tokens, targets.labels, doc_ids))
+        fits = self.loaded and shapes == self.shapes and not has_hooks(model)
+        run_block = self._run_block if fits else call
         return training_loss(model, tokens, targets, doc_ids, self.weights, self.aux, run_block)
 
     def _run_block(self, function: Callable, *args):
@@ -238,7 +243,7 @@ class AheadStep:
             if not self.loaded or list(grads) != self.update_names:
                 return eager(grads, lr, load, corrections)
             loads = [] if load is None else [load]
-            rest = (*grads.values(), *loads, lr, *corrections)
+            rest = (*grads.values(), *loads, lr.float(), *corrections)
             return self.update([*self.optimizer.tensors(), *rest])[0]
 
         return update

@@ -3,8 +3,9 @@
 Paths and lines are those of PyTorch 2.13: https://github.com/pytorch/pytorch/blob/v2.13.0/.
 What other imports would slow down, or belongs to one place, stands beside its use with its line:
 `CppCodeCache` (ops/cpp.py), the state of FSDP2 (parallel.py), functional collectives
-(training/expert_parallel.py, training/sharded_optim.py), `_foreach_norm` (ops/muon.py), modules'
-hooks (compile_config.py).
+(training/expert_parallel.py, training/sharded_optim.py), joint graphs (tools/ahead_parts.py),
+`_foreach_norm` (ops/muon.py), modules'
+hooks (generation/phase.py, tools/ahead_training.py).
 """
 
 from __future__ import annotations

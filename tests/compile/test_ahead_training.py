@@ -155,8 +155,8 @@ def test_parts_without_gradients_have_no_backward(as_graphs, tmp_path):
     assert_same_gradients(ours, step.step, theirs, eager_step(theirs, aux=aux), batch)
 
 
-def test_a_batch_of_other_shapes_runs_eagerly(as_graphs, tmp_path):
-    """As the last part of a step whose rows micro_batch does not divide."""
+def test_what_parts_were_not_made_for_runs_eagerly(as_graphs, tmp_path):
+    """Other shapes, as of the last rows, which micro_batch does not divide; modules with hooks."""
     step = load_graphs(ahead_step(build(), micro_batch=2), batch_of(3), tmp_path)
     calls = dict.fromkeys(step.loaded, 0)
 
@@ -172,6 +172,10 @@ def test_a_batch_of_other_shapes_runs_eagerly(as_graphs, tmp_path):
     step.loaded = {function: counted(function) for function in step.loaded}
     metrics = step.step.backward(*batch_of(3))
     assert set(calls.values()) == {1} and metrics["loss"].isfinite()
+    seen = []
+    step.model.layers[0].ffn.register_forward_hook(lambda *args: seen.append(args))
+    step.step.backward(*batch_of(3))
+    assert set(calls.values()) == {1} and len(seen) == 2
 
 
 # --------------------------------------------------------------------------------------------------
