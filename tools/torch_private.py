@@ -4,8 +4,7 @@ Paths and lines are those of PyTorch 2.13: https://github.com/pytorch/pytorch/bl
 What other imports would slow down, or belongs to one place, stands beside its use with its line:
 `CppCodeCache` (ops/cpp.py), the state of FSDP2 (parallel.py), functional collectives
 (training/expert_parallel.py, training/sharded_optim.py), joint graphs (tools/ahead_parts.py),
-`_foreach_norm` (ops/muon.py), modules'
-hooks (generation/phase.py, tools/ahead_training.py).
+`_foreach_norm` (ops/muon.py), hooks of modules (generation/phase.py, tools/ahead_training.py).
 """
 
 from __future__ import annotations
