@@ -231,7 +231,8 @@ def load(
     remedy = 'load fewer layers, or with weights="native"'
     _require_space(f"{path}: memory of {device}", need, free_memory(device), remedy)
 
-    model.to_empty(device=device)
+    # As to_empty does; its empty_like of a meta tensor would import SymPy, half a second.
+    model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))
     model.source = folder.path
     if device.type == "meta":
         return model

@@ -29,7 +29,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import triton
+import triton  # before ops: kernels are defined by it without a GPU, too
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource

@@ -19,6 +19,7 @@ from .registry import (
     build_cpu_kernels,
     cpu_kernels,
     register,
+    register_flops,
     use,
 )
 from .rope import rope
@@ -45,6 +46,7 @@ __all__ = [
     "moe",
     "quant_linear",
     "register",
+    "register_flops",
     "rope",
     "sinkhorn",
     "sparse_attn",

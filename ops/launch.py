@@ -14,19 +14,22 @@ import contextlib
 import functools
 import json
 import math
+import os
 import re
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    # No Triton for this platform, and no GPU that it could serve: kernels are defined, never
-    # launched
-    triton = tl = None
+triton = tl = None  # then kernels are defined, never launched
+# It takes a quarter of a second. Tools that compile kernels for a GPU that is not there have
+# imported it before.
+if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ or "triton" in sys.modules:
+    with contextlib.suppress(ImportError):  # there is none for this platform
+        import triton
+
+        tl = triton.language
 
 INTERPRETING = triton is not None and bool(triton.knobs.runtime.interpret)
 TUNED = Path(__file__).with_name("tuned.json")

@@ -21,7 +21,6 @@ import types
 from collections.abc import Callable
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
 from .cpp import KERNELS, CppKernel, enabled
 from .launch import INTERPRETING
@@ -30,6 +29,7 @@ NAMESPACE, CPP = "dsv4", "dsv4_cpp"
 MODES = ("reference", "opaque", "cpu")
 OPS: dict[str, Op] = {}
 INTERNAL: dict[str, Op] = {}  # variants and parts of ops, which no table chooses
+FLOPS: dict[Callable, Callable] = {}  # of ops that `register_flops` has not registered yet
 LAUNCHERS: dict[str, Callable] = {}  # functions that launch an opaque op's Triton, by the op's name
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _cpp_library = torch.library.Library(CPP, "FRAGMENT")  # C++ for some of an op's arguments
@@ -84,7 +84,7 @@ def register(
         )
     packet = getattr(getattr(torch.ops, NAMESPACE), name)
     if flops is not None:
-        register_flop_formula(packet)(flops)
+        FLOPS[packet] = flops
     return packet.default
 
 
@@ -100,6 +100,15 @@ def _register_cpp(schema: str, impl: Callable, library: str, supports_cpp: Calla
         return form(*args)
 
     _library.impl(name, on_cpu, "CPU")
+
+
+def register_flops() -> None:
+    """Have torch.utils.flop_counter know the ops."""
+    from torch.utils.flop_counter import register_flop_formula  # imports Triton
+
+    for packet, formula in FLOPS.items():
+        register_flop_formula(packet)(formula)
+    FLOPS.clear()
 
 
 class Op:

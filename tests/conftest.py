@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton  # noqa: F401, before ops: kernels are defined by it without a GPU, too
 
 LINES = pytest.StashKey[list[str]]()
 QUICK = {

@@ -28,6 +28,7 @@ from training.losses import training_loss
 from training.recompute import checkpoint_blocks
 
 PHASES = ("prefill", "decode", "verify", "train")
+ops.register_flops()
 MODEL_OPS = tuple(ops.OPS)
 PRODUCTION_DIM = 4096  # models as wide as Flash are captured at production sizes, in bf16, not run
 DRAFTED = 3  # tokens that verify checks beside the one it is sure of

@@ -105,6 +105,18 @@ def test_where_nothing_can_be_compiled_text_comes_eagerly(tmp_path):
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and name in done.stderr
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels need Triton")
+def test_a_model_loads_without_the_import_of_a_compiler():
+    script = """
+import sys, generate
+generate.load(generate.ROOT / "assets" / "tiny")
+print([name for name in ("torch._dynamo", "torch._inductor", "triton", "sympy", "transformers")
+       if name in sys.modules])"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(
     "command, unit",
     (

@@ -21,6 +21,9 @@ from cases import (
     sparse_attn,
 )
 from harness import Recorder, detached, record
+from ops import register_flops
+
+register_flops()
 
 
 def flops(call: Callable, *args) -> int:
