@@ -28,7 +28,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -113,6 +113,20 @@ def train(
     return time.perf_counter() - begun
 
 
+@contextlib.contextmanager
+def deterministic(on: bool) -> Iterator[None]:
+    """Add up gradients of embeddings and of `ape` in one order, whatever the threads do."""
+    before = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(on or before, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = fill and not on  # for debugging
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
 class Interrupt:
     """Within it, the first Ctrl-C or SIGTERM sets `stop_requested`; a second one ends the run."""
 
@@ -171,8 +185,9 @@ class Trainer:
 
     def run(self) -> None:
         """KeyboardInterrupt if the user ended the run early, when its state is saved."""
+        folder = self.flags.checkpoints if self.ranks.is_main else None
         try:
-            with exclusive(self.flags.checkpoints if self.ranks.is_main else None):
+            with exclusive(folder), deterministic(bool(folder) and self.device.type == "cpu"):
                 self.setup()
                 self.run_stages()
         finally:

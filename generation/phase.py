@@ -19,7 +19,6 @@ from tools.compile_function import (
 )
 from tools.cuda_graph import clone_tensors, record_cuda_graph
 from tools.layer_graphs import compile_layers
-from tools.torch_private import library_runner
 
 
 def embed(model: Transformer, *args):
@@ -173,7 +172,7 @@ class Phase:
         in.
         """
         folders = ahead.load(job.key, job.parts, job.libraries)
-        runs = {name: library_runner(str(path / ahead.CODE)) for name, path in folders.items()}
+        runs = {name: ahead.open_library(folder) for name, folder in folders.items()}
         first, *layers, last = (ahead.Library(runs[part.name], part) for part in self.parts())
 
         def by_part(tokens, input_pos, lengths, *rest):

@@ -92,7 +92,7 @@ class CppKernel:
     def build(self) -> bool:
         """Compile, once a machine, and register the C++ in place of the Python. -> success."""
         if self.built is None:
-            register_library(self.library, lambda: compile_library(self.library))
+            register_library(self.library, lambda: compile_library(source(self.library)))
         return self.built
 
 
@@ -101,12 +101,14 @@ def kernels_of(library: str) -> list[CppKernel]:
     return [kernel for kernel in KERNELS.values() if kernel.library == library]
 
 
-def compile_library(library: str) -> Path:
-    """-> the compiled file, in Inductor's cache; loaded, which registers its functions for CPU."""
+def compile_library(text: str) -> Path:
+    """Compile a library's source -> the file, in Inductor's cache; loaded, which registers its
+    functions for CPU.
+    """
     from torch._inductor.codecache import CppCodeCache  # Inductor takes seconds to import
 
     # torch/_inductor/codecache.py line 3648
-    return Path(CppCodeCache.load(source(library), extra_flags=FLAGS)._name)
+    return Path(CppCodeCache.load(text, extra_flags=FLAGS)._name)
 
 
 def register_library(library: str, load: Callable[[], object]) -> None:

@@ -13,8 +13,10 @@ is whole, so it is whole or not there; checksums tell whether it stayed so.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import json
@@ -29,16 +31,17 @@ import torch
 from torch import nn
 
 import ops
-from ops.cpp import register_library, source
+from ops.cpp import FLAGS, register_library, source
 from tools import compile_cache
 from tools.compile_cache import AHEAD, WORK_PREFIX
 from tools.layer_graphs import layer_signature
-from tools.torch_private import cache_path
+from tools.torch_private import cache_path, library_runner
 
 CODE, NODES, CHECKSUMS = "code.so", "code.json", "checksums.json"
 MOST_KEPT = 24  # phases; the least recently used go
 
-cache_key = functools.cache(compile_cache.cache_key)  # the source that this process runs
+cache_key = functools.cache(compile_cache.cache_key)
+cache_key()  # now: of the source that this process has imported
 
 
 class Part(NamedTuple):
@@ -133,10 +136,10 @@ def store() -> Path:
     return cache_path() / AHEAD
 
 
-def library_key(library: str) -> str:
-    """The key of a library of C++ kernels (ops/cpu), kept as a part "kernels"."""
+def library_key(text: str) -> str:
+    """The key of a library of C++ kernels, by its source; it is kept as a part "kernels"."""
     machine = {name: value for name, value in cache_key().items() if name != "source"}
-    return digest(repr(machine) + source(library))
+    return digest(repr((machine, FLAGS)) + text)
 
 
 def is_kept(key: str, part: str) -> bool:
@@ -149,6 +152,8 @@ def keep(made: Path, key: str, part: str) -> None:
     (made / CHECKSUMS).write_text(json.dumps(sums))
     target = store() / key / part
     target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.is_dir():
+        target.unlink(missing_ok=True)  # it is none of ours
     try:
         os.rename(made, target)
     except OSError:
@@ -176,8 +181,23 @@ def checked(key: str, part: str) -> Path:
 def write_text(name: str, text: str) -> None:
     """Write a file of the folder; an old one is replaced when the new one is complete."""
     temporary = store() / f"{name}.{os.getpid()}.tmp"
-    temporary.write_text(text)
-    temporary.replace(store() / name)
+    try:
+        temporary.write_text(text)
+        temporary.replace(store() / name)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sweep() -> None:
+    """Delete what compiling processes left that were killed."""
+    killed = False
+    for left in store().glob(f"{WORK_PREFIX}*"):
+        with contextlib.suppress(OSError), open(left / "lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left)
+            killed = True
+    if killed:
+        compile_cache.discard_unfinished()
 
 
 def prune() -> None:
@@ -208,13 +228,15 @@ def load_kernels(library: str) -> None:
     """Register a library of C++ kernels from the folder, unless this process has it."""
     kernels = ops.cpp.kernels_of(library)
     if kernels[0].built is None:
-        path = checked(library_key(library), "kernels") / CODE
+        key = library_key(source(library))
+        path = checked(key, "kernels") / CODE
         register_library(library, lambda: ctypes.CDLL(str(path)))
+        note_use(key)
 
 
 def missing(key: str, parts: list[str], libraries: list[str]) -> bool:
     """Whether a phase lacks any of its parts or kernels."""
-    kernels = ((library_key(library), "kernels") for library in libraries)
+    kernels = ((library_key(source(library)), "kernels") for library in libraries)
     return not all(is_kept(*name) for name in (*kernels, *((key, part) for part in parts)))
 
 
@@ -223,5 +245,23 @@ def load(key: str, parts: list[str], libraries: list[str]) -> dict[str, Path]:
     for library in libraries:
         load_kernels(library)
     folders = {name: checked(key, name) for name in parts}
-    os.utime(store() / key)
+    note_use(key)
+    with contextlib.suppress(OSError):
+        sweep()
     return folders
+
+
+def note_use(key: str) -> None:
+    """For `prune`. The folder may be another user's."""
+    with contextlib.suppress(OSError):
+        os.utime(store() / key)
+
+
+def open_library(folder: Path, name: str = CODE) -> Callable:
+    """Load a library of a part -> its function; a ValueError if it cannot, and then it is gone."""
+    try:
+        return library_runner(str(folder / name))
+    except RuntimeError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{folder}: does not load ({reason}): compiled anew") from None

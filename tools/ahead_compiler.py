@@ -24,7 +24,7 @@ from torch import nn
 
 import ops
 from tools import ahead, cli
-from tools.compile_cache import ROOT, WORK_PREFIX
+from tools.compile_cache import ROOT, WORK_PREFIX, discard_unfinished
 from tools.torch_private import cache_dir, unusable_folder
 
 USUAL_SECONDS = 15.0  # of a part
@@ -52,6 +52,7 @@ class Job(NamedTuple):
     parts: list[str]
     libraries: list[str]
     threads: int
+    deterministic: bool
 
     @classmethod
     def of(
@@ -82,6 +83,7 @@ class Job(NamedTuple):
             list(dict.fromkeys(parts)),
             list(libraries),
             torch.get_num_threads(),
+            torch.are_deterministic_algorithms_enabled(),
         )
 
     @property
@@ -140,7 +142,7 @@ class AheadCompiler:
         self._ready: set[str] = set()
         self._process: subprocess.Popen | None = None
         self._output = b""
-        self._all_cores = False
+        self._all_cores = self._stopping = False
         # of the current process: tasks to do, what is being done since when, what it should take
         self._tasks: list[str] = []
         self._count = 0
@@ -199,10 +201,12 @@ class AheadCompiler:
         """Drop what is unfinished; the process is gone when this returns."""
         self._waiting.clear()
         if self._process is not None:
+            self._stopping = True
             self._process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(5)
+                self._process.wait(2)
             self._end()
+            self._stopping = False
 
     # ----------------------------------------------------------------------------------------------
 
@@ -282,9 +286,12 @@ class AheadCompiler:
         code = process.wait()
         process.stdin.close()
         process.stdout.close()
-        with contextlib.suppress(OSError):
-            shutil.rmtree(ahead.store() / f"{WORK_PREFIX}{process.pid}", ignore_errors=True)
-        if code and not self.error:
+        left = ahead.store() / f"{WORK_PREFIX}{process.pid}"
+        if left.exists():  # it was killed
+            with contextlib.suppress(OSError):
+                shutil.rmtree(left, ignore_errors=True)
+                discard_unfinished()
+        if code and not self.error and not self._stopping:
             self.error = f"the compiling process ended with exit code {code}"
         self._tasks, self._running = [], {}
         self._count = 0
@@ -299,11 +306,13 @@ def finish(compiler: AheadCompiler, no_wait: bool) -> None:
         if no_wait or not compiler.busy:
             return
         compiler.use_all_cores()
-        print(
-            f"compiled code will be ready in about {compiler.seconds_left():.0f} s for the next "
-            "time (Ctrl-C leaves)",
-            file=sys.stderr,
-        )
+        seconds = compiler.seconds_left()
+        if not compiler.error:
+            print(
+                f"compiled code will be ready in about {seconds:.0f} s for the next time "
+                "(Ctrl-C leaves)",
+                file=sys.stderr,
+            )
         if sys.stderr.isatty():
             compiler.wait(lambda: show(f" {compiler.progress()}"))
         else:

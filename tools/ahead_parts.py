@@ -96,11 +96,20 @@ def compile_part(part: ahead.Part, args: tuple, level: str, folder: Path) -> Non
     compile_graph(graph, flat.inputs, level, folder / ahead.CODE)
 
 
-def compile_kernels(library: str, folder: Path) -> None:
-    """Compile a library of ops' C++ kernels into `folder`."""
+def compile_kernels(library: str, text: str, folder: Path) -> None:
+    """Compile a library of ops' C++ kernels, whose source is `text`, into `folder`."""
     found = {}
-    cpp.register_library(library, lambda: found.update(path=cpp.compile_library(library)))
-    assert found, f"ops/cpu/{library}.cpp does not compile"
+
+    def compiled() -> None:
+        try:
+            found["path"] = cpp.compile_library(text)
+        except Exception as error:
+            found["error"] = error
+            raise
+
+    cpp.register_library(library, compiled)
+    if "error" in found:
+        raise found["error"]
     shutil.copyfile(found["path"], folder / ahead.CODE)
 
 

@@ -21,7 +21,6 @@ from model import Aux, Transformer, call
 from tools import ahead
 from tools.ahead_compiler import AheadCompiler, AheadRun, Job
 from tools.layer_graphs import compile_layers
-from tools.torch_private import library_runner
 from training.losses import LossWeights, combine_losses, make_targets, training_loss
 from training.optim import Optimizer
 from training.step import TrainStep
@@ -93,10 +92,10 @@ class Joint:
 
     def __init__(self, folder: Path):
         self.links: Links = pickle.loads((folder / LINKS).read_bytes())
-        self.forward = library_runner(str(folder / ahead.CODE))
+        self.forward = ahead.open_library(folder)
         self.backward = None
         if any(self.links.differentiable):
-            self.backward = library_runner(str(folder / BACKWARD))
+            self.backward = ahead.open_library(folder, BACKWARD)
 
 
 class JointCall:
@@ -222,7 +221,7 @@ class AheadStep:
         folders = ahead.load(job.key, job.parts, job.libraries)
         joints = {name: Joint(folder) for name, folder in folders.items() if name != UPDATE}
         self.update_names = pickle.loads((folders[UPDATE] / LINKS).read_bytes())
-        self.update = library_runner(str(folders[UPDATE] / ahead.CODE))
+        self.update = ahead.open_library(folders[UPDATE])
         self.loaded = {f: JointCall(joints[part.name], part) for f, part in self.parts.items()}
         return self.step
 

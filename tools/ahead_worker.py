@@ -33,7 +33,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from generation.phase import Phase
 from model import Transformer, call
-from tools import ahead
+from ops.cpp import source
+from tools import ahead, cli
 from tools.ahead_compiler import WITHOUT, Job
 from tools.ahead_parts import compile_joint, compile_kernels, compile_part, compile_update
 from tools.ahead_training import UPDATE, Settings, arguments, training_parts
@@ -80,18 +81,16 @@ def fake_model(job: Job, fake: FakeTensorMode) -> Transformer:
 
 def needs(job: Job) -> list[tuple[str, str]]:
     """The keys and names of the parts of a job."""
-    libraries = [(ahead.library_key(library), "kernels") for library in job.libraries]
+    libraries = [(ahead.library_key(source(library)), "kernels") for library in job.libraries]
     return libraries + [(job.key, part) for part in job.parts]
 
 
 def tasks_of(job: Job) -> Iterator[Task]:
     """What makes the parts of a job, kernels of ops first."""
     for library in job.libraries:
-
-        def build_kernels(folder: Path, library=library) -> None:
-            compile_kernels(library, folder)
-
-        yield Task(f"kernels {library}", ahead.library_key(library), "kernels", build_kernels)
+        text = source(library)
+        build = functools.partial(compile_kernels, library, text)
+        yield Task(f"kernels {library}", ahead.library_key(text), "kernels", build)
 
     fake = FakeTensorMode()
     model = fake_model(job, fake)
@@ -219,7 +218,7 @@ class Worker:
             code = 0
         except BaseException as error:
             line = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-            (folder / "error").write_text(line)
+            (folder / "error").write_text(cli.lacking_resource(error) or line)
         finally:
             os._exit(code)
 
@@ -259,10 +258,7 @@ class Worker:
 def work_folder() -> Iterator[Path]:
     """A folder for what is unfinished, locked while this process lives; others' leftovers go."""
     ahead.store().mkdir(parents=True, exist_ok=True)
-    for left in ahead.store().glob(f"{WORK_PREFIX}*"):
-        with contextlib.suppress(OSError), open(left / "lock") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left)
+    ahead.sweep()
     folder = ahead.store() / f"{WORK_PREFIX}{os.getpid()}"
     folder.mkdir()
     with open(folder / "lock", "w") as lock:
@@ -276,9 +272,10 @@ def work_folder() -> Iterator[Path]:
 def expected_seconds() -> dict[str, float]:
     """What tasks took the last time."""
     try:
-        return json.loads((ahead.store() / "seconds.json").read_text())
-    except (OSError, ValueError):
+        found = dict(json.loads((ahead.store() / "seconds.json").read_text()))
+    except (OSError, ValueError, TypeError):
         return {}
+    return {name: s for name, s in found.items() if isinstance(s, int | float)}
 
 
 def import_inductor() -> None:
@@ -292,7 +289,8 @@ def import_inductor() -> None:
 
 def run(work: Path, jobs: list[Job]) -> None:
     torch.set_num_threads(jobs[0].threads)
-    lacks = missing_cpu_toolchain()
+    torch.use_deterministic_algorithms(jobs[0].deterministic, warn_only=True)
+    lacks = missing_cpu_toolchain(work)
     if lacks:
         raise ValueError(f"{WITHOUT} {lacks}")
     if any(job.source != cache_key()["source"] for job in jobs):
@@ -330,8 +328,8 @@ def main(descriptor: int) -> int:
     except EOFError:
         return 0
     except Exception as error:
-        lines = str(error).strip().splitlines()
-        say(error=lines[0] if lines else type(error).__name__)
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        say(error=cli.lacking_resource(error) or lines[0])
         return 1
     return 0
 

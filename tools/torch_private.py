@@ -119,10 +119,14 @@ def compile_counts() -> tuple[int, int]:
     return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
-def missing_cpu_toolchain() -> str | None:
-    """The part that this machine lacks to compile for CPU, in words; None if it has all."""
+def missing_cpu_toolchain(folder: Path | None = None) -> str | None:
+    """The part that this machine lacks to compile for CPU, in words; None if it has all.
+
+    folder   where to try, below the cache folder
+    """
     try:
-        tempfile.TemporaryFile(dir=cache_dir()).close()
+        folder = folder or cache_dir()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:  # importing torch._dynamo would fail, too
         return unusable_folder(error)
     if torch._dynamo.config.disable:
@@ -137,7 +141,7 @@ def missing_cpu_toolchain() -> str | None:
     header = os.path.join(sysconfig.get_path("include"), "Python.h")
     if not os.path.exists(header):
         return f"Python's headers ({header})"
-    return _fails_to_compile(compiler)
+    return _fails_to_compile(compiler, folder)
 
 
 def unusable_folder(error: OSError) -> str:
@@ -148,13 +152,13 @@ def unusable_folder(error: OSError) -> str:
     )
 
 
-def _fails_to_compile(compiler: str) -> str | None:
-    """Compile and load a library in the cache folder -> what that lacks, in words, or None."""
+def _fails_to_compile(compiler: str, folder: Path) -> str | None:
+    """Compile and load a library in a folder -> what that lacks, in words, or None."""
     command = [compiler, "-shared", "-fPIC", "-x", "c++", "-", "-o"]
     program = 'extern "C" int probe() { return 0; }'
     try:
-        with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
-            library = os.path.join(folder, "probe.so")
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            library = os.path.join(place, "probe.so")
             done = subprocess.run(
                 [*command, library], input=program, capture_output=True, text=True
             )

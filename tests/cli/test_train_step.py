@@ -656,8 +656,12 @@ def test_without_a_compiler_it_trains_eagerly_and_says_so(folder, monkeypatch, c
     assert "a C++ compiler" in capsys.readouterr().err
 
 
-def test_a_compiled_run_resumes_to_the_bit(folder, capsys):
-    """Preset auto waits for compiled code, so that all steps are compiled ones."""
+def test_a_compiled_run_resumes_to_the_bit(folder, capsys, monkeypatch):
+    """Preset auto waits for compiled code, so that all steps are compiled ones; on two threads,
+    whose sums have no order of their own.
+    """
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(S, "choose_threads", lambda size: torch.set_num_threads(2))
     layer = dict(n_layers=1, n_hash_layers=0, compress_ratios=(4,), n_mtp_layers=0)
     (folder / "config.json").write_text(json.dumps(small(**layer).to_hf()))
     more = ["--config", str(folder / "config.json"), "--compile", "auto"]
@@ -667,6 +671,8 @@ def test_a_compiled_run_resumes_to_the_bit(folder, capsys):
             assert S.main(command(folder, *more, *saved, "--json")) == 0
             report = json.loads(capsys.readouterr().out)
             assert report["eager_steps"] == 0 < report["compiled_steps"]
+    torch.set_num_threads(threads)
+    assert not torch.are_deterministic_algorithms_enabled()
     a, b = state_of(folder / "whole", 4), state_of(folder / "parts", 4)
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 

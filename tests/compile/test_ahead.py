@@ -237,11 +237,11 @@ def fail(folder: Path) -> None:
 build = dict(make=make, sleep=sleep, fail=fail)[sys.argv[1]]
 jobs = [SimpleNamespace(key=key, libraries=[], parts=["1", "2"]) for key in "ab"]
 tasks = [w.Task(job.key + part, job.key, part, build) for job in jobs for part in job.parts]
-w.missing_cpu_toolchain, w.import_inductor = lambda: None, lambda: None
+w.missing_cpu_toolchain, w.import_inductor = lambda folder: None, lambda: None
 w.pickle = SimpleNamespace(load=lambda file: jobs)
 w.os.sched_getaffinity = lambda process: range(4)
 for job in jobs:
-    job.source, job.threads = w.cache_key()["source"], 1
+    job.source, job.threads, job.deterministic = w.cache_key()["source"], 1, False
 w.tasks_of = lambda job: [task for task in tasks if task.key == job.key]
 sys.exit(w.main(w.os.open("/dev/null", 0)))
 """

@@ -89,7 +89,7 @@ def as_graphs(monkeypatch):
 
     monkeypatch.setattr(ahead_parts, "compile_graph", keep)
     runner = lambda path: functools.partial(run_graph, graphs[path])  # noqa: E731
-    monkeypatch.setattr("tools.ahead_training.library_runner", runner)
+    monkeypatch.setattr(ahead, "library_runner", runner)
     return graphs
 
 
