@@ -22,7 +22,7 @@ from generation.sampling import sample_decode
 from model import Transformer
 from ops import cpp
 from testing import random_tokens, randomize, small
-from tools import ahead, ahead_compiler
+from tools import ahead, ahead_compiler, ahead_worker
 from tools.ahead_compiler import AheadCompiler
 from tools.compile_cache import WORK_PREFIX
 
@@ -117,6 +117,58 @@ def test_a_damaged_part_is_refused_and_removed(cache, tmp_path, name, damage):
     with pytest.raises(ValueError, match="damaged"):
         ahead.checked("key", "part")
     assert not ahead.is_kept("key", "part")
+
+
+def test_a_library_that_does_not_load_is_refused_and_removed(cache, tmp_path):
+    """Its checksums are right: it is another machine's, or none."""
+    ahead.keep(make(tmp_path / "a", code_so="text"), "key", "part")
+    with pytest.raises(ValueError, match="does not load.*compiled anew"):
+        ahead.open_library(ahead.checked("key", "part"))
+    assert not ahead.is_kept("key", "part")
+
+
+def test_a_file_in_the_place_of_a_part_makes_room(cache, tmp_path):
+    (ahead.store() / "key").mkdir(parents=True)
+    (ahead.store() / "key" / "part").write_text("foreign")
+    ahead.keep(make(tmp_path / "a", code_so="library"), "key", "part")
+    assert ahead.checked("key", "part").is_dir()
+
+
+def test_a_library_of_kernels_is_keyed_by_its_text_and_flags(monkeypatch):
+    keys = [ahead.library_key("text"), ahead.library_key("other")]
+    monkeypatch.setattr(ahead, "FLAGS", ("-ffast-math",))
+    assert len({*keys, ahead.library_key("text")}) == 3
+
+
+@pytest.mark.parametrize("text", ("[]", "3", '{"decode": "long"}', "{"))
+def test_a_foreign_record_of_seconds_is_none(cache, text):
+    ahead.store().mkdir(parents=True)
+    (ahead.store() / "seconds.json").write_text(text)
+    assert ahead_worker.expected_seconds() == {}
+
+
+def test_kernels_in_use_are_not_pruned(cache, tmp_path, monkeypatch):
+    """They are of many phases; what loads them notes the use."""
+    key = ahead.library_key(cpp.source("moe"))
+    ahead.keep(make(tmp_path / "made", code_so="x"), key, "kernels")
+    for i in range(ahead.MOST_KEPT):
+        ahead.keep(make(tmp_path / "made", code_so="x"), f"{i}", "part")
+    os.utime(ahead.store() / key, (0, 0))
+    for kernel in cpp.kernels_of("moe"):
+        monkeypatch.setattr(kernel, "built", None)
+    monkeypatch.setattr(ahead, "register_library", lambda library, load: None)
+    ahead.load_kernels("moe")
+    ahead.prune()
+    assert ahead.is_kept(key, "kernels")
+
+
+def test_leftovers_of_killed_compilers_go_when_code_is_loaded(cache, tmp_path):
+    left = ahead.store() / f"{WORK_PREFIX}1"
+    left.mkdir(parents=True)
+    (left / "lock").touch()
+    ahead.keep(make(tmp_path / "a", code_so="x"), "key", "part")
+    ahead.load("key", ["part"], [])
+    assert not left.exists()
 
 
 def test_only_the_phases_used_last_are_kept(cache, tmp_path):
