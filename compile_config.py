@@ -219,7 +219,8 @@ def compile_train_step(
     if hasattr(optimizer, "compile"):
         optimizer.compile(compiled)
     prepare = compiled(make_targets, "train_targets")
-    return TrainStep(model, optimizer, loss, prepare, micro_batch, all_reduce_sum)
+    hooks = torch_private.hook_dicts(model) if cfg.backend else ()
+    return TrainStep(model, optimizer, loss, prepare, micro_batch, all_reduce_sum, hooks)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -117,6 +117,8 @@ def errors_name(path):
         yield
     except ValueError as error:
         raise ValueError(f"{config_file(path)}: {_in_keys_of(path, str(error))}") from None
+    except (TypeError, AttributeError) as error:  # a list in the place of a number, say
+        raise ValueError(f"{config_file(path)}: a value is of the wrong kind ({error})") from None
 
 
 def _in_keys_of(path, message: str) -> str:
@@ -192,6 +194,8 @@ def to_hf(fields: dict) -> dict:
     """Fields -> the object of a released config.json: Hugging Face keys, no quantization_config."""
     config = {key: fields[name] for key, name in HF_NAMES.items()} | HF_FIXED
     config["compress_ratios"] = list(fields["compress_ratios"])
+    if isinstance(fields["eos_id"], tuple):
+        config["eos_token_id"] = list(fields["eos_id"])  # as json would read it again
     yarn = {"type": "yarn", **{key: fields[name] for key, name in HF_YARN.items()}}
     config["rope_scaling"] = yarn if fields["original_seq_len"] else None
     about = {"architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4"}

@@ -796,9 +796,10 @@ class Transformer(nn.Module):
         A row may be set back to position 0, or by up to max_rewind below the highest position it
         was fed since. Caches are constants to autograd: no gradient flows into earlier calls.
         """
+        limit = self.args.max_seq_len
         require(
-            max_batch_size > 0 and max_seq_len > 0 and max_rewind >= 0,
-            "setup_caches: max_batch_size and max_seq_len must be positive, max_rewind "
+            max_batch_size > 0 and 0 < max_seq_len <= limit and max_rewind >= 0,
+            f"setup_caches: max_batch_size must be positive, max_seq_len 1 to {limit}, max_rewind "
             f"non-negative, not {max_batch_size}, {max_seq_len}, {max_rewind}",
         )
         dtype, device = self.embed.weight.dtype, self.embed.weight.device

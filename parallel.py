@@ -102,10 +102,30 @@ def launched() -> bool:
 
 def from_launcher(name: str) -> int:
     """A number that the launcher left in the environment; ValueError if it is none."""
+    text = os.environ[name]
+    if not text.isdecimal():
+        raise ValueError(f"{name}={text!r} in the environment is no number: unset it")
+    return int(text)
+
+
+def is_other_rank() -> bool:
+    """Whether this is one of several processes, but not the first one."""
+    if not launched():
+        return False
+    rank, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    return rank.isdecimal() and size.isdecimal() and 0 < int(rank) < int(size)
+
+
+def join_group(backend: str) -> None:
+    """Meet the other processes; ValueError if that fails."""
+    address = f"{os.environ['MASTER_ADDR']}:{from_launcher('MASTER_PORT')}"
     try:
-        return int(os.environ[name])
-    except ValueError:
-        raise ValueError(f"{name}={os.environ[name]!r} in the environment is no number") from None
+        dist.init_process_group(backend)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"MASTER_ADDR, MASTER_PORT: processes cannot meet at {address} ({reason})"
+        ) from None
 
 
 class Ranks:
@@ -132,6 +152,11 @@ class Ranks:
         self.ep = ep
         if self.distributed:
             self.rank, self.size = from_launcher("RANK"), from_launcher("WORLD_SIZE")
+            if self.rank >= self.size:
+                raise ValueError(
+                    f"RANK={self.rank} in the environment is not below WORLD_SIZE={self.size}: "
+                    "unset both, or start the processes with torchrun"
+                )
         elif ep:
             raise ValueError(
                 f"--ep {ep}: start the processes with torchrun --nproc-per-node N train_step.py ..."
@@ -143,7 +168,7 @@ class Ranks:
         if self.distributed:
             if device == "cuda":
                 torch.cuda.set_device(from_launcher("LOCAL_RANK"))
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+            join_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
             self.mesh = init_device_mesh(device, (self.size,))
             self.group = self.mesh.get_group().group_name
 

@@ -228,7 +228,7 @@ def _check(message, where: str) -> None:
 
 def _check_content(message: dict, where: str) -> None:
     role, content = message["role"], message.get("content")
-    optional = {"assistant": ("tool_calls", "reasoning_content")}
+    optional = {"assistant": ("tool_calls", "reasoning_content", "reasoning")}
     optional["system"] = ("tools", "response_format")
     if content is None and not any(message.get(key) for key in optional.get(role, ())):
         raise ValueError(f"{where}: content is missing; give a string")

@@ -34,7 +34,7 @@ import torch
 
 from compile_config import PRESETS, compile_train_step
 from config import CSA_RATIOS
-from parallel import Ranks, launched
+from parallel import Ranks, is_other_rank
 from tools import cli
 from tools.ahead_compiler import AheadCompiler, finish
 from tools.ahead_training import AheadStep
@@ -221,7 +221,6 @@ class Trainer:
                 "--index-loss, --index-warmup: this model has no indexer, "
                 "which layers of ratio 4 have"
             )
-        self.log("reading the text")
         self.data = ranks.main_first(lambda: read_data(flags, args))
         self.bos = self.data.tokenizer.bos_id
         self.flops = flops_per_token(model, flags.seq_len)
@@ -475,7 +474,7 @@ def main(argv: list[str] | None = None) -> int:
 
     Of several processes the first one speaks.
     """
-    if not launched() or os.environ["RANK"] == "0":
+    if not is_other_rank():
         return cli.main("train_step.py", run, argv, outlives_reader=True)
     with (
         open(os.devnull, "w") as quiet,

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from model import Transformer
+from ops.registry import require
 from tools import ahead, compile_cache, torch_private
 from tools.ahead_compiler import AheadCompiler, AheadRun, Job
 from tools.compile_function import (
@@ -61,11 +62,7 @@ class Phase:
         self.built: dict[tuple, Callable] = {}
         self.ran_compiled = cfg.backend is not None
         self._knows_epilogue = compile_cache.is_project_function(self.epilogue)
-        self.hooks = [  # of nn.Module: torch/nn/modules/module.py line 469
-            hooks
-            for module in model.modules()
-            for hooks in (module._forward_pre_hooks, module._forward_hooks)
-        ]
+        self.hooks = torch_private.hook_dicts(model)
         device = model.embed.weight.device.type
         if cfg.cudagraphs and device != "cuda":
             raise ValueError(f"cudagraphs need a CUDA device, not {device}: choose another preset")
@@ -120,8 +117,17 @@ class Phase:
         def compiled(function: Callable, part: str = "") -> Callable:
             return compile_function(function, self.name + part, self.cfg, **options)
 
+        require(
+            not any(self.hooks[:4]),
+            "hooks of all modules are not compiled: remove them, or use preset eager",
+        )
         if not compiles_by_layer(self.model, self.cfg, self.name):
             return compiled(self.whole)
+        require(
+            not (self.model._forward_hooks or self.model._forward_pre_hooks),
+            "a hook of the whole model is not called where layers are compiled one by one: remove "
+            "it, or use preset eager",
+        )
         first, last = compiled(embed, "_embed"), compiled(self.head, "_head")
         layers = compile_layers(self.model.layers, lambda: compiled(layer, "_layer"))
 

@@ -143,7 +143,7 @@ def library_key(text: str) -> str:
 
 
 def is_kept(key: str, part: str) -> bool:
-    return (store() / key / part).is_dir()
+    return os.path.isdir(store() / key / part)  # False where the folder may not be read
 
 
 def keep(made: Path, key: str, part: str) -> None:

@@ -21,6 +21,7 @@ from model import Aux, Transformer, call
 from tools import ahead
 from tools.ahead_compiler import AheadCompiler, AheadRun, Job
 from tools.layer_graphs import compile_layers
+from tools.torch_private import hook_dicts
 from training.losses import LossWeights, combine_losses, make_targets, training_loss
 from training.optim import Optimizer
 from training.step import TrainStep
@@ -117,7 +118,7 @@ class JointCall:
 
 def has_hooks(model: Transformer) -> bool:
     """Whether calls of any module run hooks, which parts leave out."""
-    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    return any(hook_dicts(model))
 
 
 def embed(model: Transformer, *args):

@@ -34,7 +34,7 @@ class Progress:
 
 
 class LastingStream(io.TextIOBase):
-    """A stream that goes on to another one, or to nowhere, when its reader has left."""
+    """A stream that goes on to another one, or to nowhere, when it cannot be written any more."""
 
     def __init__(self, stream: TextIO, then: TextIO | None = None):
         self.stream = stream
@@ -55,7 +55,7 @@ class LastingStream(io.TextIOBase):
     def _try(self, method: str, *args):
         try:
             return getattr(self.stream, method)(*args)
-        except BrokenPipeError:
+        except OSError:  # nobody reads, the terminal has gone, the disk is full
             _redirect_to_nowhere(self.stream)  # it holds text that Python flushes at the end
             if self.then is not None:
                 self.stream, self.then = self.then, None
@@ -76,8 +76,8 @@ def open_standard_streams() -> None:
 def lacking_resource(error: BaseException) -> str | None:
     """The resource that the machine ran out of, and the remedy; None if the error is another one.
 
-    Memory of Python, of torch on a GPU (torch.OutOfMemoryError) or on CPU; room on the disk, as
-    compilers say it, at the end of a chain of errors.
+    Memory of Python, of torch on a GPU (torch.OutOfMemoryError) or on CPU; at the end of a chain of
+    errors, room on the disk, as compilers say it, or a compiler that works.
     """
     of_torch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
     if isinstance(error, MemoryError) or of_torch:
@@ -86,6 +86,9 @@ def lacking_resource(error: BaseException) -> str | None:
     while cause is not None:
         if "No space left on device" in str(cause):
             return "the disk is full: free some room, or set TORCHINDUCTOR_CACHE_DIR and TMPDIR"
+        if type(cause).__name__ == "CppCompileError":
+            reason = next((x for x in str(cause).splitlines() if "error:" in x), "see TORCH_LOGS")
+            return f"the C++ compiler fails ({reason.strip()}): mend it, or use --compile eager"
         cause = cause.__cause__ or cause.__context__
     return None
 

@@ -4,7 +4,7 @@ Paths and lines are those of PyTorch 2.13: https://github.com/pytorch/pytorch/bl
 What other imports would slow down, or belongs to one place, stands beside its use with its line:
 `CppCodeCache` (ops/cpp.py), the state of FSDP2 (parallel.py), functional collectives
 (training/expert_parallel.py, training/sharded_optim.py), joint graphs (tools/ahead_parts.py),
-`_foreach_norm` (ops/muon.py), hooks of modules (generation/phase.py, tools/ahead_training.py).
+`_foreach_norm` (ops/muon.py).
 """
 
 from __future__ import annotations
@@ -100,6 +100,16 @@ def on_compile(begin: Callable, end: Callable) -> None:
     if begin not in handler.start_callbacks:
         handler.register_start_callback(begin)
         handler.register_end_callback(end)
+
+
+def hook_dicts(model: torch.nn.Module) -> list[dict]:
+    """Where calls of a model's modules look for hooks: first those of all modules of all models.
+
+    torch/nn/modules/module.py line 469
+    """
+    names = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    shared = [vars(torch.nn.modules.module)[f"_global{name}"] for name in names]
+    return shared + [vars(module)[name] for module in model.modules() for name in names]
 
 
 def library_runner(path: str) -> Callable[[list[torch.Tensor]], list[torch.Tensor]]:

@@ -103,11 +103,16 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._delete_incomplete()
         self.ranks.barrier()
-        self.ranks.save(model, temporary, **layout)
-        if self.ranks.distributed:
-            self._write_parts(temporary, model, optimizer, step, run_config)
-        else:
-            self._write_file(temporary, model, optimizer, step, run_config)
+        write = self._write_parts if self.ranks.distributed else self._write_file
+        try:
+            self.ranks.save(model, temporary, **layout)
+            write(temporary, model, optimizer, step, run_config)
+        except (OSError, SafetensorError) as error:  # the disk is full
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise ValueError(
+                f"{self.path(step)}: cannot be written ({error}); "
+                "free some room, or choose another folder"
+            ) from None
         if self.ranks.is_main:
             os.rename(temporary, self.path(step))
             for old in self.steps()[: -self.keep]:
@@ -154,14 +159,7 @@ class Checkpoints:
         tensors |= {f"optimizer.{name}": t for name, t in optimizer.state_dict().items()}
         tensors = {name: t.detach().contiguous() for name, t in tensors.items()}
         metadata = {"step": str(step), "facts": json.dumps(run_config)}
-        try:
-            save_file(tensors, folder / STATE, metadata)
-        except SafetensorError as error:  # the disk is full
-            shutil.rmtree(folder)
-            raise ValueError(
-                f"{self.path(step)}: cannot be written ({error}); "
-                "free some room, or choose another folder"
-            ) from None
+        save_file(tensors, folder / STATE, metadata)
 
     def _read_file(
         self, folder: Path, model: Transformer, optimizer: Optimizer, run_config: dict

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from model import Transformer
+from ops.registry import require
 
 
 class TrainStep:
@@ -18,6 +19,7 @@ class TrainStep:
 
     loss          loss(model, tokens, targets, doc_ids) -> total, dict of its parts
     make_targets  as in training/losses.py
+    hooks         dictionaries of hooks that were compiled in: ValueError if there are others later
     """
 
     def __init__(
@@ -30,7 +32,9 @@ class TrainStep:
         # As in compile_train_step
         micro_batch: int | None,
         all_reduce_sum: Callable | None,
+        hooks: Sequence[dict] = (),
     ):
+        self.hooks = [(found, list(found)) for found in hooks]
         self.model, self.optimizer = model, optimizer
         self.loss, self.make_targets = loss, make_targets
         self.micro_batch, self.all_reduce_sum = micro_batch, all_reduce_sum
@@ -42,6 +46,10 @@ class TrainStep:
         doc_ids: torch.Tensor | None,
         lr: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
+        for found, before in self.hooks:
+            require(
+                list(found) == before, "hooks changed after compile_train_step: set them before"
+            )
         metrics = self.backward(tokens, targets, doc_ids)
         load = metrics.pop("load", None)
         return metrics | update(self.optimizer, lr, load)

@@ -43,6 +43,12 @@ def test_training_outlives_the_reader_of_both_streams(tmp_path):
     assert (tmp_path / "o" / "model.safetensors").exists()
 
 
+def test_training_outlives_output_that_cannot_be_written(tmp_path):
+    done = shell(f"python {TRAIN} > /dev/full", tmp_path)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert "saved" in done.stderr and (tmp_path / "o" / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("streams", (">&- 2>&-", "<&- >&- 2>&-"))
 @pytest.mark.parametrize("line", (TRAIN, GENERATE), ids=("train", "generate"))
 def test_closed_streams_are_nothing_to_stop_for(tmp_path, line, streams):
@@ -93,6 +99,23 @@ def test_a_full_disk_is_one_line_whatever_wraps_the_error(capsys, nested):
     assert cli.main("x.py", fail, None) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("x.py: the disk is full: ") and "TORCHINDUCTOR_CACHE_DIR" in line
+
+
+def test_a_compiler_that_fails_is_one_line(capsys):
+    """However deep in Inductor's errors."""
+
+    class CppCompileError(RuntimeError):
+        pass
+
+    def fail(argv):
+        try:
+            raise CppCompileError("C++ compile error\nx.cpp:1: error: no such option\n")
+        except CppCompileError as error:
+            raise RuntimeError("Inductor failed") from error
+
+    assert cli.main("x.py", fail, None) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no such option" in line and "--compile eager" in line
 
 
 def test_where_nothing_can_be_compiled_text_comes_eagerly(tmp_path):

@@ -699,47 +699,6 @@ def test_a_preset_without_its_compiler_is_refused(capsys, monkeypatch, folder):
     assert "a C++ compiler" in run(capsys, f"{command} --compile regional", code=2)
 
 
-class Compiler:
-    """Stands for AheadCompiler."""
-
-    error, waited = None, 0
-
-    def __init__(self, busy: bool = True, interrupt: bool = False):
-        self.busy, self.interrupt = busy, interrupt
-        self.all_cores = self.stopped = False
-
-    def use_all_cores(self):
-        self.all_cores = True
-
-    def seconds_left(self):
-        return 41.4
-
-    def wait(self, tick=None):
-        if self.interrupt:
-            raise KeyboardInterrupt
-        self.waited += 1
-
-    def stop(self):
-        self.stopped = True
-
-
-def test_the_end_waits_for_the_compiler_and_says_so(capsys):
-    G.wait_for_compiler(compiler := Compiler(), no_wait=False)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "41 s" in line and compiler.waited and compiler.all_cores and compiler.stopped
-
-
-@pytest.mark.parametrize("options, no_wait", ((dict(), True), (dict(busy=False), False)))
-def test_nothing_is_waited_for(capsys, options, no_wait):
-    G.wait_for_compiler(compiler := Compiler(**options), no_wait)
-    assert not compiler.waited and compiler.stopped and not capsys.readouterr().err
-
-
-def test_an_interrupt_of_the_wait_is_no_error():
-    G.wait_for_compiler(compiler := Compiler(interrupt=True), no_wait=False)
-    assert compiler.stopped
-
-
 def test_the_report_has_every_key_of_the_contract(capsys, folder):
     command = f"--checkpoint {folder} --prompt-ids 5,6 --no-compile --max-new-tokens 8"
     result = run(capsys, command)

@@ -812,7 +812,9 @@ def test_tool_call_arguments(arguments, lines):
 def test_reasoning_has_two_names_and_empty_fields_are_none():
     one = [user("a"), assistant("b", "because"), user("c")]
     two = [user("a"), assistant("b"), user("c", name=None)]
-    two[1] |= {"reasoning": "because", "refusal": None, "annotations": [], "function_call": None}
+    two.insert(1, {"role": "assistant", "content": None, "reasoning": "alone"})
+    one.insert(1, {"role": "assistant", "content": None, "reasoning_content": "alone"})
+    two[2] |= {"reasoning": "because", "refusal": None, "annotations": [], "function_call": None}
     for options in ({}, {"thinking": True}, {"thinking": True, "drop_thinking": False}):
         assert T.encode_messages(one, **options) == T.encode_messages(two, **options)
     assert "because" in T.encode_messages(two, thinking=True, drop_thinking=False)

@@ -613,6 +613,19 @@ def test_a_launcher_need_not_say_how_many_processes_a_machine_has(folder, monkey
     assert "WORLD_SIZE='two'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    (("RANK", "abc"), ("RANK", "1"), ("WORLD_SIZE", "0"), ("WORLD_SIZE", ""), ("MASTER_PORT", "x")),
+)
+def test_a_launchers_numbers_are_checked(folder, monkeypatch, capsys, name, value):
+    """One line that names the variable, not silence, no hanging."""
+    for key, usual in {**LAUNCHER, "MASTER_PORT": "1", name: value}.items():
+        monkeypatch.setenv(key, usual)
+    assert S.main(command(folder)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert name in line
+
+
 def test_two_runs_do_not_save_in_one_folder(folder, capsys):
     run = str(folder / "run")
     with resume.exclusive(run):

@@ -23,7 +23,7 @@ from model import Transformer
 from ops import cpp
 from testing import random_tokens, randomize, small
 from tools import ahead, ahead_compiler, ahead_worker
-from tools.ahead_compiler import AheadCompiler
+from tools.ahead_compiler import AheadCompiler, finish
 from tools.compile_cache import WORK_PREFIX
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -269,6 +269,51 @@ def test_what_another_process_cannot_know_is_compiled_in_this_one(model):
 
 
 # --------------------------------------------------------------------------------------------------
+# The end of a run
+
+
+class FakeCompiler:
+    """Stands for AheadCompiler."""
+
+    error, waited = None, 0
+
+    def __init__(self, busy: bool = True, interrupt: bool = False):
+        self.busy, self.interrupt = busy, interrupt
+        self.all_cores = self.stopped = False
+
+    def use_all_cores(self):
+        self.all_cores = True
+
+    def seconds_left(self):
+        return 41.4
+
+    def wait(self, tick=None):
+        if self.interrupt:
+            raise KeyboardInterrupt
+        self.waited += 1
+
+    def stop(self):
+        self.stopped = True
+
+
+def test_the_end_waits_for_the_compiler_and_says_so(capsys):
+    finish(compiler := FakeCompiler(), no_wait=False)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "41 s" in line and compiler.waited and compiler.all_cores and compiler.stopped
+
+
+@pytest.mark.parametrize("options, no_wait", ((dict(), True), (dict(busy=False), False)))
+def test_nothing_is_waited_for(capsys, options, no_wait):
+    finish(compiler := FakeCompiler(**options), no_wait)
+    assert not compiler.waited and compiler.stopped and not capsys.readouterr().err
+
+
+def test_an_interrupt_of_the_wait_is_no_error():
+    finish(compiler := FakeCompiler(interrupt=True), no_wait=False)
+    assert compiler.stopped
+
+
+# --------------------------------------------------------------------------------------------------
 # The compiling process, with tasks that compile nothing
 
 TASKS = """
@@ -309,7 +354,7 @@ def worker(name: str):
         try:
             yield process
             process.stdin.close()
-            process.wait(30)
+            process.wait(100)
         except BaseException:
             os.killpg(process.pid, 9)
             raise
@@ -353,7 +398,7 @@ def test_the_compiling_process_leaves_no_process_and_no_file(cache, end):
         while "begun" not in process.stdout.readline():
             pass
         process.stdin.close() if end == "its input ends" else process.kill()
-        process.wait(20)
+        process.wait(100)
     for _ in range(100):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, 0)

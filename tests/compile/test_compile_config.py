@@ -113,6 +113,28 @@ def test_hooks_set_after_compiling_are_honoured_and_removed_ones_forgotten(regio
     assert rms(run(*args), plain) <= 1e-5
 
 
+def test_hooks_that_compiled_code_would_not_call_are_refused():
+    """Of all modules; of the whole model, by layer; in training, after compiling."""
+    model = build()
+    model.setup_caches(2, 64)
+    args = tokens_of(2, 1), torch.tensor([3, 0])
+    run = C.compile_decode(model, C.CompileConfig(backend="eager", region="layer"))
+    for register, says in (
+        (model.register_forward_hook, "hook of the whole model"),
+        (torch.nn.modules.module.register_module_forward_hook, "hooks of all modules"),
+    ):
+        handle = register(lambda *args: None)
+        with pytest.raises(ValueError, match=says):
+            run(*args)
+        handle.remove()
+    assert run(*args).isfinite().all()
+    cfg = C.CompileConfig(backend="eager", region="layer")
+    step = C.compile_train_step(model, torch.optim.SGD(model.parameters()), cfg)
+    model.layers[0].attn_norm.register_full_backward_hook(lambda *args: None)
+    with pytest.raises(ValueError, match="hooks changed"):
+        step(*2 * (tokens_of(2, 8) % 256,), None, torch.tensor(0.0))
+
+
 def test_arguments_that_were_one_tensor_stay_independent():
     """A phase compiled by a call whose positions and lengths are one tensor keeps them apart."""
     torch._dynamo.reset()

@@ -165,6 +165,7 @@ def test_null_is_the_default_of_an_optional_key(tmp_path, key):
 def test_several_tokens_may_end_a_text(tmp_path):
     args = read(tmp_path, RELEASED_FLASH | {"eos_token_id": [1, 128804]})
     assert args.eos_id == (1, 128804) and read(tmp_path, args.to_hf()).eos_id == args.eos_id
+    assert json.loads(json.dumps(args.to_hf())) == args.to_hf()
 
 
 @pytest.mark.parametrize(
@@ -209,6 +210,11 @@ def test_transformers_own_configs_are_read(tmp_path, args):
             "attention_factor is 1.3",
         ),
         ({"rope_parameters": {"compress": {"rope_type": "yarn", "factor": 2}}}, "original_max"),
+        ({"layer_types": 5}, "wrong kind"),
+        ({"mlp_layer_types": 3}, "wrong kind"),
+        ({"compress_rates": [4]}, "wrong kind"),
+        ({"rope_parameters": "yarn"}, "wrong kind"),
+        ({"num_nextn_predict_layers": "1"}, "wrong kind"),
     ],
 )
 def test_transformers_configs_of_other_models_are_one_line(tmp_path, change, named):
