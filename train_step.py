@@ -116,14 +116,18 @@ def train(
 @contextlib.contextmanager
 def deterministic(on: bool) -> Iterator[None]:
     """Add up gradients of embeddings and of `ape` in one order, whatever the threads do."""
+    if not on:
+        yield
+        return
     before = torch.are_deterministic_algorithms_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(on or before, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = fill and not on  # for debugging
+    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # for debugging
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before, warn_only=only_warns)
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
@@ -185,9 +189,10 @@ class Trainer:
 
     def run(self) -> None:
         """KeyboardInterrupt if the user ended the run early, when its state is saved."""
-        folder = self.flags.checkpoints if self.ranks.is_main else None
+        folder = self.flags.checkpoints
+        resumable_on_cpu = bool(folder) and self.device.type == "cpu"
         try:
-            with exclusive(folder), deterministic(bool(folder) and self.device.type == "cpu"):
+            with exclusive(folder if self.ranks.is_main else None), deterministic(resumable_on_cpu):
                 self.setup()
                 self.run_stages()
         finally:

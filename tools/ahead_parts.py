@@ -186,7 +186,7 @@ def split_saved(
     made = [*results, *dict.fromkeys(node for node in others if node.op != "placeholder")]
     output.args = (tuple(made),)
     forward.recompile()
-    index = {node.name: i for i, node in reversed(list(enumerate(made)))}
+    index = {node.name: i for i, node in enumerate(made)}
     saved = []
     for node in backward.graph.find_nodes(op="placeholder"):
         if node.name in index:

@@ -74,6 +74,10 @@ def nothing_compiled(tmp_path, monkeypatch, request):
 
 
 def run_graph(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """As a library, which takes strides to be those it was compiled for."""
+    nodes = graph.graph.find_nodes(op="placeholder")
+    for node, x in zip(nodes, inputs, strict=True):
+        assert x.stride() == node.meta["val"].stride(), node.name
     with torch.no_grad():
         return list(graph(*inputs))
 
@@ -260,7 +264,11 @@ def test_a_job_is_data_for_another_process():
     step.prepare(*batch_of())
     data = pickle.dumps(step.compiler.job)
     assert len(data) < sum(p.nbytes for p in step.model.parameters()) / 4
-    parts = [task.part for task in ahead_worker.tasks_of(pickle.loads(data))]
+    tasks = list(ahead_worker.tasks_of(pickle.loads(data)))
+    parts = [task.part for task in tasks]
+    eager_step(model := build()).backward(*batch_of())
+    _, grads, _ = tasks[-1].build.args  # of the update
+    assert grads.keys() == {name for name, p in model.named_parameters() if p.grad is not None}
     names = step.compiler.job.parts
     assert set(parts[-len(names) :]) == set(names) and parts[-1] == UPDATE
     assert not any(isinstance(t, FakeTensorMode) for t in step.model.parameters())
@@ -331,7 +339,7 @@ def test_a_run_does_not_depend_on_when_compiled_code_takes_over(compiled, monkey
         step = ahead_step(build(), compiler=Late(n))
         found, ran = [], []
         for batch in batches:
-            found.append(step(*batch, LR))
+            found.append(step(*batch, LR.double() if n else LR))
             ran.append(step.ran_compiled)
         assert ran == [i >= n for i in range(5)]
         for metrics, other in zip(found, expected, strict=True):
