@@ -179,6 +179,7 @@ def _unpack(tar: tarfile.TarFile, entry: tarfile.TarInfo, folder: Path) -> bool:
 # Files that compilers write in place; Inductor renames the others when they are whole
 WRITTEN_IN_PLACE = {".so", ".o", ".a", ".gch", ".pch"}
 MARKERS = "unfinished"  # a folder in each of these:
+LOCK_TIMEOUT = 600  # seconds that Inductor waits for another process (torch/_inductor/codecache.py)
 
 
 def _folders() -> list[Path]:
@@ -192,7 +193,8 @@ def discard_unfinished() -> None:
     """Delete the unfinished files of processes that died while they compiled, or lost power.
 
     They would count as compiled: Inductor looks for a file's name only. Files that are younger
-    than the marker of a process that still compiles stay: it may be writing them.
+    than the marker of a process that still compiles stay: it may be writing them. So do those that
+    are younger than a lock that Inductor holds: other programs compile into this folder, too.
     """
     for folder in _folders():
         _discard_unfinished(folder)
@@ -229,6 +231,13 @@ def _compiling_since(folder: Path) -> tuple[float, float]:
                 dead_since = min(dead_since, begun)
             except BlockingIOError:
                 live_since = min(live_since, begun)
+    longest = time.time() - LOCK_TIMEOUT
+    for lock in (folder.parent / "locks").glob("*.lock"):
+        with contextlib.suppress(OSError), open(lock, "a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                live_since = min(live_since, max(os.fstat(file.fileno()).st_mtime, longest))
     for marker in markers if live_since == math.inf else ():
         marker.unlink(missing_ok=True)
     return dead_since, live_since

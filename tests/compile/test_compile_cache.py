@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._filelock import FileLock
 
 import compile_config
 from tools import compile_cache as cache
@@ -182,6 +183,28 @@ def test_files_of_a_killed_compiler_are_discarded_and_those_of_a_live_one_stay(f
         assert added == {"ab/dead.so", "dead.gch", "dead.py", "ab/live.so", "linking.so"}
     cache.discard_unfinished()
     assert names(folder) == kept | {"dead.py"}  # which Inductor renames when it is whole
+
+
+@pytest.mark.parametrize("suspect", (False, True))
+def test_files_under_a_lock_of_inductor_stay(folder, suspect):
+    """Those of a program that keeps no journal, even if another compiler died meanwhile."""
+    (folder / "locks").mkdir()
+    (folder / "locks" / "old.lock").touch()
+    os.utime(folder / "locks" / "old.lock", (1, 1))
+    (folder / "cut.so").write_bytes(b"\x7fELF")
+    os.utime(folder / "cut.so", (2, 2))
+    if suspect:
+        (folder / cache.MARKERS).mkdir()
+        (folder / cache.MARKERS / "dead.lock").touch()
+        os.utime(folder / cache.MARKERS / "dead.lock", (1, 1))
+    with FileLock(folder / "locks" / "old.lock"):
+        for name in ("assembling.o", "linking.so"):
+            (folder / name).touch()
+        cache.discard_unfinished()
+        assert {"assembling.o", "linking.so"} <= names(folder)
+        assert "cut.so" not in names(folder)  # no compiler takes that long
+    cache.discard_unfinished()
+    assert not {"assembling.o", "linking.so"} & names(folder)
 
 
 @pytest.mark.parametrize("error", (KeyboardInterrupt, OSError))
