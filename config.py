@@ -12,6 +12,7 @@ positive number if it is one; MAY_BE_ZERO and `check_fields` hold other conditio
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import re
@@ -105,6 +106,11 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+@functools.cache  # once a process: commands read a file twice
+def warn_of(key: str) -> None:
+    print(f"config.json: {key} changes nothing here", file=sys.stderr)
+
+
 def config_file(path) -> str:
     """The path of a config.json, given itself or its folder."""
     return str(path) if str(path).endswith(".json") else f"{path}/config.json"
@@ -167,7 +173,7 @@ def to_fields(config: dict, field_names: set[str]) -> dict:
             )
         elif IGNORED.fullmatch(key) or IGNORED_IF.get(key, ...) == value:
             if key not in SILENT:
-                print(f"config.json: {key} changes nothing here", file=sys.stderr)
+                warn_of(key)
         else:
             known = key in METADATA or key.startswith("dspark_")
             require(known, f"unknown key {key!r}: not a DeepSeek-V4 config")

@@ -74,11 +74,10 @@ RESPONSE_FORMAT = (
 )
 
 CALLS, CALLS_END = f"\n\n<{DSML}tool_calls>", re.compile(rf"\s*</{DSML}tool_calls>")
-INVOKE, INVOKE_END = re.compile(rf'\s*<{DSML}invoke name="([^"\n]*)">\s*'), f"</{DSML}invoke>"
+NAME, VALUE = rf'((?:(?!{DSML})[^"\n])+)', rf"((?:(?!{DSML}).)*)"  # neither holds markup
+INVOKE, INVOKE_END = re.compile(rf'\s*<{DSML}invoke name="{NAME}">\s*'), f"</{DSML}invoke>"
 PARAMETER = re.compile(
-    rf'<{DSML}parameter name="([^"\n]*)" string="(true|false)">((?:(?!{DSML}).)*)'
-    rf"</{DSML}parameter>\s*",
-    re.DOTALL,
+    rf'<{DSML}parameter name="{NAME}" string="(true|false)">{VALUE}</{DSML}parameter>\s*', re.DOTALL
 )
 
 

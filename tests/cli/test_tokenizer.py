@@ -1010,13 +1010,21 @@ def test_a_value_that_is_no_json_is_a_string(text):
         ("s", "true", '1\n<｜DSML｜parameter name="t" string="true">2'),  # not closed
         ("s", "false", '1\n<｜DSML｜parameter name="t" string="false">2'),
         ("s", "true", "｜DSML｜"),
+        ("<｜DSML｜invoke>", "true", "x"),
+        ("", "true", "x"),
     ],
 )
-def test_no_value_holds_markup(parameter):
+def test_no_name_or_value_holds_markup(parameter):
     wrong = invoke("f", parameter) + CLOSE
     assert T.parse_response(f"c{OPEN}{wrong}") == answer(f"c{OPEN}{wrong}")
     after = f"c{OPEN}{invoke('g', ('t', 'true', 'x'))}{wrong}"
     assert T.parse_response(after) == answer(f"c\n{wrong}", "", ("g", '{"t": "x"}'))
+
+
+@pytest.mark.parametrize("name", ("", "｜DSML｜", "</｜DSML｜invoke>"))
+def test_no_call_is_named_by_markup(name):
+    wrong = f"c{OPEN}{invoke(name)}{CLOSE}"
+    assert T.parse_response(wrong) == answer(wrong)
 
 
 def test_no_answer_crashes_the_parser_and_arguments_are_always_json():
