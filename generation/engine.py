@@ -42,8 +42,8 @@ class Engine:
     Prompt i runs in cache row i. Rows remember the tokens that they were fed, so a prompt that
     continues its row's last conversation feeds only its new tokens. `cached_tokens` is updated
     after a call and `high_water` before it, so a stream may be abandoned at any point. Caches that
-    were reset, replaced, moved or used by another engine are noticed (model.cache_generation); new
-    weights are not: after loading or training weights call model.reset_caches().
+    were reset, replaced, moved or used by another engine are noticed (model.cache_generation). New
+    weights and calls of the model with input_pos are not: call model.reset_caches() after them.
 
     model            the Transformer
     stats            figures of the last stream (see the property)

@@ -53,21 +53,40 @@ def exclusive(folder: str | None) -> Iterator[None]:
     if not folder:
         yield
         return
-    Path(folder).mkdir(parents=True, exist_ok=True)
     path = Path(folder) / ".lock"
-    with open(path, "a") as lock:
+    lock = _lock_file(path)
+    if lock is None:
+        raise ValueError(
+            f"--checkpoints {folder}: another run saves here; wait for it, or name another one"
+        )
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(lock)
+        with contextlib.suppress(OSError):  # it holds checkpoints
+            os.rmdir(folder)
+
+
+def _lock_file(path: Path) -> int | None:
+    """-> descriptor of the file, locked; None if another process has locked it."""
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = os.open(path, os.O_CREAT | os.O_WRONLY)
+        except (FileExistsError, FileNotFoundError):  # a run that ended was deleting the folder
+            if path.parent.is_file():
+                raise
+            continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(
-                f"--checkpoints {folder}: another run saves here; wait for it, or name another one"
-            ) from None
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # it holds checkpoints
-                os.rmdir(folder)
+            os.close(lock)
+            return None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock), path.stat()):
+                return lock
+        os.close(lock)  # of a file that was deleted meanwhile
 
 
 class Checkpoints:

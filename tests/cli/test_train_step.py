@@ -10,6 +10,8 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -636,6 +638,25 @@ def test_two_runs_do_not_save_in_one_folder(folder, capsys):
     for steps in ("2", "4"):
         assert S.main(command(folder, "--steps", steps, "--checkpoints", run)) == 0
     assert checkpoints_in(run).steps() == [2, 4] and ".lock" not in os.listdir(run)
+
+
+def test_of_runs_that_come_and_go_one_at_a_time_saves_in_a_folder(tmp_path):
+    """Also where one takes the lock's file that another is about to delete."""
+    run, within, most, entered = str(tmp_path / "run"), 0, 0, 0
+
+    def come_and_go(_):
+        nonlocal within, most, entered
+        for _ in range(300):
+            with contextlib.suppress(ValueError), resume.exclusive(run):
+                within += 1
+                entered += 1
+                time.sleep(0)
+                most = max(most, within)
+                within -= 1
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(come_and_go, range(8)))
+    assert most == 1 < entered and not os.path.exists(run)
 
 
 def test_metrics_follow_a_link(folder):
