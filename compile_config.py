@@ -52,8 +52,8 @@ from training.recompute import checkpoint_blocks, checkpointed
 from training.step import TrainStep
 
 AUTOTUNE = (("max_autotune", True), ("coordinate_descent_tuning", True))
+AUTO = CompileConfig(ahead=True)
 PRESETS = {
-    "auto": CompileConfig(ahead=True),
     "eager": CompileConfig(backend=None),
     "default": CompileConfig(),
     "cudagraphs": CompileConfig(cudagraphs=True),
@@ -62,14 +62,24 @@ PRESETS = {
 }
 
 
+CHOICES = ("auto", *PRESETS)  # values of --compile, and of Engine's config
+
+
+def config_of(choice: str) -> CompileConfig:
+    """ "auto" or a preset's name -> CompileConfig. ValueError if it is neither."""
+    if choice not in CHOICES:
+        raise ValueError(f"preset {choice!r}: choose from {', '.join(CHOICES)}")
+    return AUTO if choice == "auto" else PRESETS[choice]
+
+
 def usable_preset(asked: str | None, default: str, device: str) -> str:
-    """The preset asked for, or the default.
+    """The preset asked for, or the default; or "auto", for CPU.
 
     Where code for CPU cannot be compiled: "eager" in place of the default; a ValueError if asked.
     "auto" finds that out as it runs; on other devices it is "default".
     """
     name = asked or default
-    if PRESETS[name].ahead:
+    if name == "auto":
         return name if device == "cpu" else "default"
     if device != "cpu" or PRESETS[name].backend is None:
         return name

@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from compile_config import PRESETS, compile_train_step
+from compile_config import compile_train_step, config_of
 from config import CSA_RATIOS
 from parallel import Ranks, is_other_rank
 from tools import cli
@@ -275,7 +275,7 @@ class Trainer:
         self.compiled_step = compile_train_step(
             self.model,
             self.optimizer,
-            ranks.preset(PRESETS[flags.compile]),
+            ranks.preset(config_of(flags.preset)),
             weights=LossWeights(index=flags.index_loss or 1.0),
             aux=stage.aux,
             micro_batch=flags.micro_batch,
@@ -303,7 +303,7 @@ class Trainer:
         """
         step, batch = self.compiled_step, range(self.flags.batch)
         if not isinstance(step, AheadStep):
-            if PRESETS[self.flags.compile].backend:
+            if config_of(self.flags.preset).backend:
                 self.log("compiling the step, which takes minutes the first time")
             return
         if step.prepare(*self.rows(batch)).loaded:
@@ -357,7 +357,7 @@ class Trainer:
 
     def count_step(self) -> None:
         """As eager or compiled; say when that changes, or will not."""
-        compiled = PRESETS[self.flags.compile].backend is not None
+        compiled = config_of(self.flags.preset).backend is not None
         if isinstance(self.compiled_step, AheadStep):
             compiled = self.compiled_step.ran_compiled
             if compiled and self.counts[0] and self.switched_at is None:
@@ -424,6 +424,9 @@ class Trainer:
         """Tell the results, plot the losses, and draw a sample. loss: held out."""
         flags, data = self.flags, self.data
         history = self.metrics_log.history if self.metrics_log else []
+        compiled_as = flags.preset
+        if compiled_as == "auto":
+            compiled_as = "regional" if self.counts[1] else "eager"
         newest = history[-1] if history else {}
         report = {
             "steps": self.last,
@@ -441,7 +444,8 @@ class Trainer:
             "eager_steps": self.counts[0],
             "compiled_steps": self.counts[1],
             "switched_at": self.switched_at and self.switched_at - self.started,
-            "preset": flags.compile,
+            "preset": flags.compile or flags.preset,
+            "compiled_as": compiled_as,
             "threads": self.threads,
             "device": flags.device,
             "torch": torch.__version__,

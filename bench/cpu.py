@@ -48,7 +48,7 @@ from bench.cpu_worker import train_step as our_train_step
 from bench.plot import bars
 from bench.record import RESULTS, record
 from checkpoint import load
-from compile_config import PRESETS, compile_decode, compile_prefill
+from compile_config import AUTO, PRESETS, CompileConfig, compile_decode, compile_prefill
 from model import ModelArgs, Transformer
 from ops.registry import require
 from tests.testing import hf_model, rms
@@ -134,7 +134,7 @@ def decode(result: dict, batch: int) -> None:
     prompt = tokens[:, :PREFILLED]
     ours.setup_caches(batch, CONTEXT)
     compiled = compile_decode(ours, PRESETS["default"])
-    by_parts = compile_decode(ours, PRESETS["auto"])
+    by_parts = compile_decode(ours, AUTO)
     prefill = compile_prefill(ours, PRESETS["eager"])
 
     def positions(p: int) -> torch.Tensor:
@@ -267,8 +267,8 @@ def train_sides(ours: Transformer, hf: torch.nn.Module, batch: int, length: int)
     def inputs(i: int) -> tuple[torch.Tensor, torch.Tensor]:
         return batches[i][:, :-1].contiguous(), batches[i][:, 1:].contiguous()
 
-    def mine(preset: str) -> Run:
-        step = our_train_step(ours, preset)
+    def mine(cfg: CompileConfig) -> Run:
+        step = our_train_step(ours, cfg)
         return lambda i: step(*inputs(i), None, rate)
 
     def theirs(i: int) -> None:
@@ -282,9 +282,9 @@ def train_sides(ours: Transformer, hf: torch.nn.Module, batch: int, length: int)
     sides = transformers_sides(hf, theirs)
     # gathers the weights of every token: ten times slower
     del sides["transformers eager, batched_mm"]
-    sides["ours compiled"] = mine("regional")
+    sides["ours compiled"] = mine(PRESETS["regional"])
     if (batch, length) == AHEAD:
-        sides["ours compiled ahead"] = mine("auto")
+        sides["ours compiled ahead"] = mine(AUTO)
     return sides
 
 

@@ -24,7 +24,13 @@ import torch
 import torch.nn.functional as F
 
 from checkpoint import load
-from compile_config import PRESETS, compile_decode, compile_prefill, compile_train_step
+from compile_config import (
+    PRESETS,
+    CompileConfig,
+    compile_decode,
+    compile_prefill,
+    compile_train_step,
+)
 from model import ModelArgs, Transformer
 
 ROOT = Path(inspect.getfile(Transformer)).parent  # of the checkout that is timed
@@ -86,7 +92,7 @@ def build(name: str) -> Transformer:
     return Transformer(ModelArgs(**SMALL)).eval()
 
 
-def train_step(model: Transformer, preset: str = "regional") -> Callable:
+def train_step(model: Transformer, cfg: CompileConfig = PRESETS["regional"]) -> Callable:
     """step(tokens [B, S], labels [B, S], doc_ids, lr), compiled: next-token cross-entropy and
     AdamW, no MTP block.
     """
@@ -94,7 +100,7 @@ def train_step(model: Transformer, preset: str = "regional") -> Callable:
     model.train().requires_grad_(True)
     adam = Optimizer(model, "adamw", betas=(0.9, 0.999), eps=1e-8, decay=0.01, bias_rate=0.0)
     weights = LossWeights(balance=0.0, index=0.0)
-    return compile_train_step(model, adam, PRESETS[preset], weights=weights)
+    return compile_train_step(model, adam, cfg, weights=weights)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Sequence
 
 import torch
 
-from compile_config import PRESETS, CompileConfig, compile_decode, compile_prefill
+from compile_config import CompileConfig, compile_decode, compile_prefill, config_of
 from generation.sampling import Sampling, check_settings, sample_decode, sample_prefill
 from model import Transformer
 from tools.ahead_compiler import AheadCompiler
@@ -37,7 +37,8 @@ FIGURES = (  # of a stream
 class Engine:
     """A model with caches and compiled phases that generates for up to max_batch_size prompts.
 
-    config is a CompileConfig or a preset's name. ValueError if max_seq_len exceeds the model's.
+    config is a CompileConfig, a preset's name or "auto". ValueError if it is none of these, or
+    max_seq_len exceeds the model's.
 
     Prompt i runs in cache row i. Rows remember the tokens that they were fed, so a prompt that
     continues its row's last conversation feeds only its new tokens. `cached_tokens` is updated
@@ -64,14 +65,13 @@ class Engine:
         max_batch_size: int,
         max_seq_len: int,
     ):
-        if isinstance(config, str) and config not in PRESETS:
-            raise ValueError(f"preset {config!r}: choose from {', '.join(PRESETS)}")
+        config = config_of(config) if isinstance(config, str) else config
         if max_seq_len > model.args.max_seq_len:
             raise ValueError(
                 f"max_seq_len {max_seq_len}: the model's context is {model.args.max_seq_len}"
             )
         self.model = model.eval()
-        self.config = PRESETS[config] if isinstance(config, str) else config
+        self.config = config
         self.max_batch_size, self.max_seq_len = max_batch_size, max_seq_len
         gpu = self.device.type == "cuda"
         self.chunk = min(max_seq_len, 2048 if gpu else 256)
@@ -86,6 +86,8 @@ class Engine:
         self._compiled: set[tuple] = set()
         self._compile_s = 0.0
         self._count = CompileCount()
+        if self._compiles_ahead:
+            self._count.warm()  # this process compiles nothing
         self._figures = dict.fromkeys(FIGURES, 0) | {"switched_at": None}
 
     @property
@@ -102,19 +104,28 @@ class Engine:
         decoded, decode_s, steps       tokens after each row's first, seconds, steps of decoding
         eager_tokens, compiled_tokens  all tokens given, by what made them
         switched_at              time.time() when a compiled phase took over from an eager one
-        compile_s, graphs, breaks, recompiles   of the engine since it was made
+        compile_s                seconds that compilers ran since the engine was made, those of
+                                 another process, too; 0 if all was loaded
+        graphs, graphs_loaded    compiled graphs in use; of them, those that were loaded
+        breaks, recompiles       since the engine was made
         """
         figures, count = self._figures, self._count
         prefill_s, decode_s = figures["ttft_warm_s"], figures["decode_s"]
+        loaded = self._prefill_phase.graphs_loaded + self._decode_phase.graphs_loaded
         return {
             **figures,
             "prefill_tok_per_s": figures["fed_tokens"] / prefill_s if prefill_s else None,
             "tok_per_s": figures["decoded"] / decode_s if decode_s else None,
-            "compile_s": self._compile_s,
-            "graphs": count.graphs,
+            "compile_s": self._compile_s + self.compiler.seconds,
+            "graphs": count.graphs + loaded,
+            "graphs_loaded": loaded,
             "breaks": count.breaks,
             "recompiles": count.recompiles,
         }
+
+    @property
+    def _compiles_ahead(self) -> bool:
+        return self.config.ahead and self._decode_phase.compiles_ahead
 
     def stream(
         self,
@@ -179,7 +190,7 @@ class Engine:
         prefill_args = (filtered, prompt_index, *sampling)
         decode_args = (filtered, eos, prompt_index, *sampling)
 
-        if self.config.ahead and self._decode_phase.compiles_ahead:
+        if self._compiles_ahead:
             # Both are compiled meanwhile, first what is needed for longest.
             self._decode_phase.prepare(*self._no_tokens(1), *decode_args)
             self._prefill_phase.prepare(*self._no_tokens(self.chunk), *prefill_args)

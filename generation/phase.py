@@ -140,6 +140,12 @@ class Phase:
         return by_layer
 
     @property
+    def graphs_loaded(self) -> int:
+        """Graphs in use that were compiled ahead of time."""
+        runs = [run for run in self.built.values() if isinstance(run, AheadRun)]
+        return sum(len(run.job.parts) for run in runs if run.loaded is not None)
+
+    @property
     def _kernels(self) -> str:
         """The phase as ops.build_cpu_kernels names it."""
         return "prefill" if self.name == "prefill" else "decode"

@@ -141,6 +141,7 @@ class AheadCompiler:
         self._known: set[str] = set()  # keys of jobs
         self._ready: set[str] = set()
         self._process: subprocess.Popen | None = None
+        self._started = self._seconds = 0.0  # of the process; that earlier ones ran
         self._output = b""
         self._all_cores = self._stopping = False
         # of the current process: tasks to do, what is being done since when, what it should take
@@ -165,6 +166,12 @@ class AheadCompiler:
         """Whether something is being compiled, or will be."""
         self._advance(0.0)
         return self._process is not None
+
+    @property
+    def seconds(self) -> float:
+        """That its processes ran."""
+        running = time.monotonic() - self._started if self._process else 0.0
+        return self._seconds + running
 
     def use_all_cores(self) -> None:
         """Nothing else wants them any more."""
@@ -253,7 +260,7 @@ class AheadCompiler:
         except OSError as error:
             self.error = f"{WITHOUT} {unusable_folder(error)}"
             return
-        self._output = b""
+        self._output, self._started = b"", time.monotonic()
         if self._all_cores:
             self.use_all_cores()
 
@@ -284,6 +291,7 @@ class AheadCompiler:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
         code = process.wait()
+        self._seconds += time.monotonic() - self._started
         process.stdin.close()
         process.stdout.close()
         left = ahead.store() / f"{WORK_PREFIX}{process.pid}"

@@ -617,8 +617,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help=f"{', '.join(NAMED)}, or a checkpoint folder",
     )
     add("--phase", default=",".join(PHASES), metavar="A,B", help=",".join(PHASES))
-    in_process = [name for name, cfg in PRESETS.items() if not cfg.ahead]
-    add("--preset", default="default", choices=in_process)
+    add("--preset", default="default", choices=PRESETS)
     add(
         "--full",
         action="store_true",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from compile_config import PRESETS, usable_preset
+from compile_config import CHOICES, config_of, usable_preset
 from model import ModelArgs
 from parallel import launched
 from tools import cli
@@ -66,8 +66,8 @@ def make_parser() -> cli.Parser:
 
     flag = group("execution")
     flag("--device", choices=("cpu", "cuda"))
-    about = f"{', '.join(PRESETS)} (default: auto where it can be, else regional)"
-    flag("--compile", choices=PRESETS, metavar="PRESET", help=about)
+    about = f"{', '.join(CHOICES)} (default: auto where it can be, else regional)"
+    flag("--compile", choices=CHOICES, metavar="PRESET", help=about)
     about = "auto: leave when training has ended, although the compiler has not finished"
     flag("--no-wait", action="store_true", help=about)
     about = "processes that share the routed experts, with torchrun (default: those of a machine)"
@@ -151,10 +151,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             "--config and --init exclude each other: --init brings its own config.json"
         )
     flags.config = flags.config or "debug"
-    flags.compile = choose_preset(flags)
-    if PRESETS[flags.compile].cudagraphs:
+    flags.preset = choose_preset(flags)
+    if config_of(flags.preset).cudagraphs:
         raise ValueError(
-            f"--compile {flags.compile}: CUDA graphs are for generation; choose default or regional"
+            f"--compile {flags.preset}: CUDA graphs are for generation; choose default or regional"
         )
     if flags.plot and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install matplotlib")

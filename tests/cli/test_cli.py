@@ -153,6 +153,7 @@ def test_a_first_run_begins_at_once_and_leaves_nothing_unfinished(tmp_path, comm
     report = json.loads(done.stdout)
     assert done.returncode == 0 and report["switched_at"] is None
     assert (report[f"eager_{unit}"], report[f"compiled_{unit}"]) == (3, 0)
+    assert (report["preset"], report["compiled_as"]) == ("auto", "eager")
     assert not [*tmp_path.glob("ahead/making-*"), *tmp_path.glob("unfinished/*")]
 
 

@@ -31,7 +31,8 @@ KEYS = {
     "request": ["seed", "dtype", "device", "preset", "threads", "act_quant", "versions"],
     "rows": ["prompt_tokens", "tokens", "text", "stop_reason", "accepted_per_step"],
     "seconds": ["tok_per_s", "ttft_s", "ttft_warm_s", "compile_s"],
-    "compile": ["graphs", "breaks", "recompiles"],
+    "compile": ["compiled_as", "graphs", "graphs_loaded", "breaks", "recompiles"],
+    "ahead": ["switched_at", "eager_tokens", "compiled_tokens"],
 }
 
 
@@ -704,7 +705,8 @@ def test_the_report_has_every_key_of_the_contract(capsys, folder):
     result = run(capsys, command)
     assert not [key for keys in KEYS.values() for key in keys if key not in result]
     assert result["accepted_per_step"] is None and result["recompiles"] is None
-    assert result["graphs"] == result["breaks"] == 0
+    assert result["graphs"] == result["graphs_loaded"] == result["breaks"] == 0
+    assert result["preset"] == result["compiled_as"] == "eager"
     assert 0 < result["ttft_warm_s"] < result["ttft_s"] and result["tok_per_s"] > 0
     assert result["threads"] == torch.get_num_threads()
 

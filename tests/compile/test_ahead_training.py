@@ -56,7 +56,7 @@ class Silent(AheadCompiler):
 def ahead_step(model: Transformer, kind: str = "muon", **options) -> AheadStep:
     optimizer = Optimizer(model, kind, clip=1.0)
     options = dict(compiler=Silent()) | options
-    return C.compile_train_step(model, optimizer, C.PRESETS["auto"], **options)
+    return C.compile_train_step(model, optimizer, C.AUTO, **options)
 
 
 def eager_step(model: Transformer, **options):
@@ -280,7 +280,7 @@ def test_what_another_process_cannot_know_is_compiled_in_this_one(monkeypatch):
     adamw = lambda model: torch.optim.AdamW(model.parameters())  # noqa: E731
     hooked = build()
     hooked.layers[0].register_forward_hook(lambda module, args, output: output)
-    preset = C.PRESETS["auto"]
+    preset = C.AUTO
     loss = lambda model, *args: (model(args[0]).sum(), {})  # noqa: E731
     for model, optimizer, options in (
         (build(), adamw, {}),
