@@ -12,6 +12,7 @@ positive number if it is one; MAY_BE_ZERO and `check_fields` hold other conditio
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -38,6 +39,7 @@ HF_NAMES = dict(  # Hugging Face key -> field
     n_shared_experts="n_shared_experts",
     num_experts_per_tok="n_activated_experts",
     scoring_func="score_func",
+    hidden_act="hidden_act",
     routed_scaling_factor="route_scale",
     swiglu_limit="swiglu_limit",
     q_lora_rank="q_lora_rank",
@@ -68,23 +70,23 @@ HF_YARN = dict(
     beta_slow="beta_slow",
 )
 NO_YARN = dict(factor=1.0, original_max_position_embeddings=0, beta_fast=32, beta_slow=1)
-# Keys with one value each. A model that computes something else says so here; then its checkpoints
-# do, too, and those of V4 are refused.
+# Keys with one value each
 HF_FIXED = dict(
     attention_bias=False,
     attention_dropout=0.0,
-    hidden_act="silu",  # the activation in ops/swiglu.py
     norm_topk_prob=True,
     num_key_value_heads=1,
     tie_word_embeddings=False,
     topk_method="noaux_tc",
 )
-FIXED = dict(score_func="sqrtsoftplus", n_shared_experts=1)  # fields, likewise
+# Fields with one value each, their default in ModelArgs. A model that computes something else says
+# so there; then its checkpoints do, too, and those of V4 are refused.
+FIXED = ("score_func", "hidden_act", "n_shared_experts")
 SWITCHES = {"act_quant", "expert_qat"}  # fields that are no keys of a config.json
-HF_ONLY = {"bos_id", "eos_id"}  # fields that are no keys of the official inference config
+HF_ONLY = {"bos_id", "eos_id", "hidden_act"}  # fields that the official inference config lacks
 OPTIONAL = {
     *("expert_dtype", "bos_id", "eos_id", "n_mtp_layers", "max_seq_len", "hc_eps", "norm_eps"),
-    *("n_shared_experts", "score_func"),
+    *("n_shared_experts", "score_func", "hidden_act"),
 }
 METADATA = {  # keys that say nothing about the architecture, or are read by hand below
     *("architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache"),
@@ -208,19 +210,20 @@ def to_hf(fields: dict) -> dict:
     return about | config
 
 
-def check_fields(fields: dict, types: dict[str, str]) -> None:
+def check_fields(fields: dict, declared: dict[str, dataclasses.Field]) -> None:
     """A ValueError names a field that is no number, out of range, or impossible beside another."""
     for name, value in fields.items():
-        if types[name] in ("int", "float"):
-            _check_number(name, value, types[name])
+        if declared[name].type in ("int", "float"):
+            _check_number(name, value, declared[name].type)
     ratios = fields["compress_ratios"]
     eos = fields["eos_id"]
     for token in eos if isinstance(eos, (list, tuple)) else (eos,):
         _check_number("eos_id", token, "int")
     are_ints = isinstance(ratios, (list, tuple)) and all(type(ratio) is int for ratio in ratios)
     require(are_ints, f"compress_ratios must be a list of ints, not {ratios!r}")
-    for name, only in FIXED.items():
-        require(fields[name] == only, f"{name} must be {only!r}, not {fields[name]!r}")
+    for name in FIXED:
+        value, only = fields[name], declared[name].default
+        require(value == only, f"{name} is {value!r}, but this model has {only!r}: choose another")
     qat = fields["expert_qat"]
     require(qat in (None, "fp4", "fp8"), f"expert_qat must be 'fp4', 'fp8' or None, not {qat!r}")
     _check_layers(fields)

@@ -28,7 +28,7 @@ from ops.indexer_loss import indexer_recall
 from ops.registry import Table, require
 from ops.rope import rope_frequencies
 from ops.router_balance import router_balance
-from ops.swiglu import swiglu
+from ops.swiglu import ACTIVATION, swiglu
 
 
 @dataclasses.dataclass
@@ -52,6 +52,7 @@ class ModelArgs:
     n_activated_experts: int = 6
     score_func: str = "sqrtsoftplus"
     route_scale: float = 1.5
+    hidden_act: str = ACTIVATION
     swiglu_limit: float = 10.0
     q_lora_rank: int = 1024
     head_dim: int = 512
@@ -81,7 +82,7 @@ class ModelArgs:
     expert_qat: str | None = None
 
     def __post_init__(self):
-        config.check_fields(vars(self), {f.name: f.type for f in dataclasses.fields(self)})
+        config.check_fields(vars(self), {f.name: f for f in dataclasses.fields(self)})
         self.compress_ratios = tuple(self.compress_ratios)
 
     @classmethod
@@ -107,13 +108,68 @@ class ModelArgs:
     @classmethod
     def from_json(cls, path) -> ModelArgs:
         """Read a config.json, or a folder's. ValueErrors name the file and the key at fault."""
-        names = {field.name for field in dataclasses.fields(cls)}
         with config.errors_name(path):
-            return cls(**config.read_config(path, names))
+            return cls(**config.read_config(path, {f.name for f in dataclasses.fields(cls)}))
 
     def to_hf(self) -> dict:
         """The released config.json as a dict, without quantization_config."""
         return config.to_hf(vars(self))
+
+
+# ------------------------------------------------------------------------------
+# Building blocks
+
+
+class RMSNorm(nn.Module):
+    """x * rsqrt(mean(x^2) + eps) * weight over the last dim, in fp32, one cast back."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim, dtype=torch.float32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        v = x.float()
+        rms_inverse = torch.rsqrt(v.square().mean(-1, keepdim=True) + self.eps)
+        return (v * rms_inverse * self.weight.float()).to(x.dtype)
+
+
+class Linear(nn.Module):
+    """y = x W^T without bias. `fp8`: the released checkpoint stores the weight in FP8.
+
+    Such a linear sees fake-quantised inputs under act_quant (docs/v4.md#quantised-points), unless
+    it is grouped. With weights="native" it stays float8_e4m3fn and scale holds its 128 x 128 block
+    scales. groups > 1 is block-diagonal: x [..., g, in] -> [..., g, out / g].
+    """
+
+    def __init__(self, args: ModelArgs, ops: Table, dim_in: int, dim_out: int, fp8=False, groups=1):
+        super().__init__()
+        self.args, self.ops = args, ops
+        self.fp8, self.groups = fp8, groups
+        self.weight = nn.Parameter(torch.empty(dim_out, dim_in))
+        self.register_parameter("scale", None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        act_quant = self.args.act_quant and self.fp8 and self.groups == 1
+        if self.scale is not None:
+            return self.ops.quant_linear(x, self.weight, self.scale, self.groups, act_quant)
+        if act_quant:
+            x = self.ops.act_quant(x, 128, "fp8")
+        if self.groups > 1:
+            weight = self.weight.unflatten(0, (self.groups, -1))
+            return torch.einsum("...gi,goi->...go", x, weight)
+        return F.linear(x, self.weight)
+
+
+def linear_fp32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x W^T with fp32 arithmetic and result, whatever the dtypes: router, compressor, head."""
+    return F.linear(x.float(), weight.float())
+
+
+def quantize_kv(args: ModelArgs, ops: Table, kv: torch.Tensor) -> torch.Tensor:
+    """Fake FP8 on all but the rotated dims of keys [..., D], in blocks of 64."""
+    nope, rope = kv.tensor_split([kv.shape[-1] - args.rope_head_dim], -1)
+    return torch.cat([ops.act_quant(nope, 64, "fp8"), rope], -1)
 
 
 # ------------------------------------------------------------------------------
@@ -141,9 +197,9 @@ class AuxOutputs(NamedTuple):
 class Windows(NamedTuple):
     """Compression windows of one ratio R in a call (docs/v4.md#compressor).
 
-    end     [B, N]  index of a window's last token in this call, outside 0 .. T - 1 if not here
+    end     [B, N]  index of a window's last token in this call; no meaning if it does not end here
     index   [B, N]  number w of the window in its document; its position is w R
-    slot    [B, N]  cache slot of the entry; the spare, last one for windows that do not end here
+    slot    [B, N]  cache slot of the entry, or the last, spare slot if it does not end here
     offset  [B, T]  position of a token in its window, t mod R
     lo, hi  [B, T]  a token sees the entries lo <= e < hi
     cos, sin [B, N, r/2]  RoPE of the entries
@@ -268,64 +324,7 @@ def document_windows(R, freqs, pos, col) -> Windows:
 
 
 # ------------------------------------------------------------------------------
-# Building blocks
-
-
-def call(function: Callable, *args):
-    """Call directly: the default of run_block and of MoE.dispatch."""
-    return function(*args)
-
-
-class RMSNorm(nn.Module):
-    """x * rsqrt(mean(x^2) + eps) * weight over the last dim, in fp32, one cast back."""
-
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim, dtype=torch.float32))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        v = x.float()
-        rms_inverse = torch.rsqrt(v.square().mean(-1, keepdim=True) + self.eps)
-        return (v * rms_inverse * self.weight.float()).to(x.dtype)
-
-
-class Linear(nn.Module):
-    """y = x W^T without bias. `fp8`: the released checkpoint stores the weight in FP8.
-
-    Such a linear sees fake-quantised inputs under act_quant (docs/v4.md#quantised-points), unless
-    it is grouped. With weights="native" it stays float8_e4m3fn and scale holds its 128 x 128 block
-    scales. groups > 1 is block-diagonal: x [..., g, in] -> [..., g, out / g].
-    """
-
-    def __init__(self, args: ModelArgs, ops: Table, dim_in: int, dim_out: int, fp8=False, groups=1):
-        super().__init__()
-        self.args, self.ops = args, ops
-        self.fp8, self.groups = fp8, groups
-        self.weight = nn.Parameter(torch.empty(dim_out, dim_in))
-        self.register_parameter("scale", None)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        act_quant = self.args.act_quant and self.fp8 and self.groups == 1
-        if self.scale is not None:
-            return self.ops.quant_linear(x, self.weight, self.scale, self.groups, act_quant)
-        if act_quant:
-            x = self.ops.act_quant(x, 128, "fp8")
-        if self.groups > 1:
-            weight = self.weight.unflatten(0, (self.groups, -1))
-            return torch.einsum("...gi,goi->...go", x, weight)
-        return F.linear(x, self.weight)
-
-
-def linear_fp32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x W^T with fp32 arithmetic and result, whatever the dtypes: router, compressor, head."""
-    return F.linear(x.float(), weight.float())
-
-
-def quantize_kv(args: ModelArgs, ops: Table, kv: torch.Tensor) -> torch.Tensor:
-    """Fake FP8 on all but the rotated dims of keys [..., D], in blocks of 64."""
-    nope, rope = kv.tensor_split([kv.shape[-1] - args.rope_head_dim], -1)
-    return torch.cat([ops.act_quant(nope, 64, "fp8"), rope], -1)
+# Attention
 
 
 class Ring(nn.Module):
@@ -362,10 +361,6 @@ class Ring(nn.Module):
         values = rows.detach()[plan.row, (self.lookback + col).clamp(min=0)]
         self.rows.index_put_((plan.row, slot), values)
         return rows
-
-
-# ------------------------------------------------------------------------------
-# Attention
 
 
 class Compressor(nn.Module):
@@ -521,6 +516,11 @@ class Attention(nn.Module):
 
 # ------------------------------------------------------------------------------
 # Mixture of experts
+
+
+def call(function: Callable, *args):
+    """Call directly: the default of MoE.dispatch and of run_block."""
+    return function(*args)
 
 
 class Gate(nn.Module):
@@ -716,7 +716,7 @@ class MTP(nn.ModuleList):
         y = None
         if logits is not None:
             y = linear_fp32(self.head_input(model.select(X, plan, logits)), model.head.weight)
-        return (y, X, [aux_outputs]) if aux else (y, X)
+        return (y, X) if aux is None else (y, X, [aux_outputs])
 
     def embed_inputs(self, next_tokens, input_pos=None, lengths=None, doc_ids=None, aux=None):
         """-> checked tokens [B, T], plan, embedded tokens [B, T, d].
@@ -876,7 +876,7 @@ class Transformer(nn.Module):
             X, layer_aux = run_block(layer, X, tokens, plan)
             aux_outputs.append(layer_aux)
         y = self.lm_logits(X, plan, logits)
-        if aux:
+        if aux is not None:
             return y, X, aux_outputs
         return (y, X) if return_hidden else y
 

@@ -260,7 +260,7 @@ def test_older_and_later_flash_configs_are_read(tmp_path):
             "hidden_act is 'gelu', but this model has 'silu'",
         ),
         (RELEASED_FLASH | {"tie_word_embeddings": True}, "tie_word_embeddings"),
-        (RELEASED_FLASH | {"scoring_func": "sigmoid"}, "scoring_func must"),
+        (RELEASED_FLASH | {"scoring_func": "sigmoid"}, "scoring_func is 'sigmoid', but"),
         (RELEASED_FLASH | {"n_shared_experts": 2}, "n_shared_experts"),
         (RELEASED_FLASH | {"hidden_size": "wide"}, "hidden_size must"),
         (RELEASED_FLASH | {"hc_mult": 0}, "hc_mult"),

@@ -233,8 +233,8 @@ OPERATORS = {
     ),
     "a gradient through a value that was clamped": Fault(
         "ops/swiglu.py",
-        "g_up = g * weight * silu * (up.abs() <= limit)",
-        "g_up = g * weight * silu * (up <= limit)",
+        "g_up = g * weight * act * (up.abs() <= limit)",
+        "g_up = g * weight * act * (up <= limit)",
         OPAQUE + "[moe-5-4-2-10-6-float-True]",
     ),
     "a norm's gradient of the wrong power": Fault(
