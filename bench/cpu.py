@@ -269,7 +269,11 @@ def train_sides(ours: Transformer, hf: torch.nn.Module, batch: int, length: int)
 
     def mine(cfg: CompileConfig) -> Run:
         step = our_train_step(ours, cfg)
-        return lambda i: step(*inputs(i), None, rate)
+
+        def run(i: int) -> None:
+            step(*inputs(i), None, rate)
+
+        return run
 
     def theirs(i: int) -> None:
         tokens, labels = inputs(i)
