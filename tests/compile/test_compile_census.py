@@ -21,7 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from compile_config import CompileConfig, call_forward, compile_function
-from fake_cuda import lower
 from model import ModelArgs, Transformer
 from testing import cache_shapes, randomize
 from tools.capture import (
@@ -42,6 +41,7 @@ from tools.capture import (
     waits,
     where,
 )
+from tools.fake_cuda import lower, on_cuda, trace
 from tools.layer_graphs import layer_signature
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
@@ -316,9 +316,10 @@ def lowered() -> dict[str, str]:
                 torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
             )
             for i, block in enumerate(model.layers):
-                found[kind_of(args, i)] = lower(
+                traced = trace(
                     lambda X, tokens, plan, block=block: block(X, tokens, plan)[0], X, tokens, plan
                 )
+                found[kind_of(args, i)] = lower(*on_cuda(*traced))
     except (AttributeError, ImportError, TypeError, RuntimeError, AssertionError) as error:
         if MINOR in known("cuda_launches"):
             raise

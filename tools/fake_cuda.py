@@ -123,14 +123,11 @@ class _Written(Exception):
     pass
 
 
-def lower(function: Callable, *args) -> str:
-    """The Python that Inductor writes for one inference graph of `function(*args)`, args on CPU."""
-    import torch._inductor.config as config
-    from torch._inductor.compile_fx import compile_fx_inner
+def trace(function: Callable, *args) -> tuple[torch.fx.GraphModule, list]:
+    """The AOT inference graph of `function(*args)`, args on CPU or fake, and its inputs."""
     from torch._inductor.decomposition import select_decomp_table
-    from torch._inductor.graph import GraphLowering
 
-    graphs, written = [], []
+    graphs = []
 
     def keep(graph, inputs):
         graphs.append((graph, inputs))
@@ -148,7 +145,12 @@ def lower(function: Callable, *args) -> str:
                 keep_inference_input_mutations=True,
             ),
         )(*args)
-    ((graph, inputs),) = graphs
+    (traced,) = graphs
+    return traced
+
+
+def on_cuda(graph: torch.fx.GraphModule, inputs: list) -> tuple[torch.fx.GraphModule, list]:
+    """A graph of `trace`, traced anew on fake CUDA tensors."""
     for node in graph.graph.nodes:
         node.kwargs = tree_map(
             lambda value: torch.device("cuda", 0) if isinstance(value, torch.device) else value,
@@ -162,12 +164,23 @@ def lower(function: Callable, *args) -> str:
             else t
             for t in inputs
         ]
-        graph = make_fx(graph, tracing_mode="fake")(*inputs)
+        return make_fx(graph, tracing_mode="fake")(*inputs), inputs
 
+
+def lower(graph: torch.fx.GraphModule, inputs: list, look: Callable = lambda lowering: None) -> str:
+    """The Python that Inductor writes for a graph of `on_cuda`. look(lowering) sees Inductor's
+    GraphLowering when it is written.
+    """
+    import torch._inductor.config as config
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.graph import GraphLowering
+
+    written = []
     generate = GraphLowering.codegen
 
     def codegen(self, *args, **kwargs):
         code = generate(self, *args, **kwargs)[0]
+        look(self)
         written.append(getattr(code, "value", str(code)))
         raise _Written
 
