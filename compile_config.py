@@ -33,7 +33,6 @@ from collections.abc import Callable
 
 import torch
 
-from generation.phase import Phase
 from model import Aux, Transformer
 from tools import cli, compile_cache, torch_private
 from tools.ahead_compiler import WITHOUT, AheadCompiler
@@ -46,6 +45,7 @@ from tools.compile_function import (
     compiles_by_layer,
 )
 from tools.layer_graphs import compile_layers
+from tools.phase import Phase
 from training.losses import LossWeights, combine_losses, make_targets, training_loss
 from training.optim import Optimizer
 from training.recompute import checkpoint_blocks, checkpointed

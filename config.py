@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
-from tools.transformers_config import to_released
+from tools.transformers_config import changes_nothing, to_released
 
 # The kinds of attention by compression ratio (docs/v4.md#attention): 0 sees the window alone,
 # one of CSA_RATIOS the entries of overlapping windows that an indexer chooses, any other ratio all
@@ -93,24 +91,12 @@ METADATA = {  # keys that say nothing about the architecture, or are read by han
     *("initializer_range", "quantization_config", "rope_scaling", "pad_token_id", "auto_map"),
     *("_name_or_path", "max_batch_size", "scale_fmt"),
 }
-# Keys of trainers and of Transformers that change nothing here: a warning; other keys are errors
-IGNORED = re.compile(
-    r"unsloth_\w+|router_(aux_loss_coef|jitter_noise)|partial_rotary_factor|\w*dropout|"
-    r"use_flash_attn"
-)
-IGNORED_IF = dict(mlp_bias=False, output_router_logits=False)
-SILENT = ("partial_rotary_factor", *IGNORED_IF)  # written by Transformers each time
 MAY_BE_ZERO = ("n_hash_layers", "n_mtp_layers", "original_seq_len", "bos_id", "eos_id")
 
 
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
-
-
-@functools.cache  # once a process: commands read a file twice
-def warn_of(key: str) -> None:
-    print(f"config.json: {key} changes nothing here", file=sys.stderr)
 
 
 def config_file(path) -> str:
@@ -173,11 +159,8 @@ def to_fields(config: dict, field_names: set[str]) -> dict:
                 f"{key} is {value!r}, but this model has {fixed!r} (HF_FIXED in config.py): "
                 "choose another checkpoint",
             )
-        elif IGNORED.fullmatch(key) or IGNORED_IF.get(key, ...) == value:
-            if key not in SILENT:
-                warn_of(key)
         else:
-            known = key in METADATA or key.startswith("dspark_")
+            known = key in METADATA or key.startswith("dspark_") or changes_nothing(key, value)
             require(known, f"unknown key {key!r}: not a DeepSeek-V4 config")
     if not official:
         fields |= _yarn_fields(config.get("rope_scaling") or NO_YARN)

@@ -3,7 +3,7 @@
 One forward serves training, prefill, verify and decode. They differ in T, the number of new tokens,
 and in where older keys come from: zeros (training), or Ring and Compressor's buffers (generation).
 Positions are values of tensors, shapes are static, and nothing is read back to the host. Formulas:
-docs/v4.md, from DeepSeek's paper (arXiv 2606.19348) and inference code.
+docs/v4.md, from DeepSeek's paper (arXiv 2606.19348) and inference code. Letters:
     B batch   T new tokens (training: S)   V vocabulary   d model dim   n = 4 residual streams
     H heads   D head dim   r rotated dims of a head   g output groups   W window
     R compression ratio   N compressed entries   topk chosen entries   Hi, Di index heads, their dim
@@ -37,7 +37,7 @@ class ModelArgs:
 
     compress_ratios has one entry per layer, then one per MTP block; see config.CSA_RATIOS.
     act_quant rounds activations as the released model does (docs/v4.md#quantised-points), and
-    expert_qat ("fp4", "fp8") trains routed experts as that format stores them. Static.
+    expert_qat ("fp4", "fp8") trains routed experts as that format stores them: both are static.
     """
 
     vocab_size: int = 129280
@@ -173,7 +173,7 @@ def quantize_kv(args: ModelArgs, ops: Table, kv: torch.Tensor) -> torch.Tensor:
 
 
 # ------------------------------------------------------------------------------
-# Positions
+# Plan of a call: positions, windows, auxiliary outputs
 
 
 class Aux(NamedTuple):
@@ -189,8 +189,8 @@ class AuxOutputs(NamedTuple):
     """Auxiliary outputs of one layer; None where there are none."""
 
     load: torch.Tensor | None = None  # [E] tokens that chose each expert
-    balance: torch.Tensor | None = None  # () balance loss, summed over rows
-    index_loss: torch.Tensor | None = None  # () mean of ops.indexer_loss, summed over rows
+    balance: torch.Tensor | None = None  # () mean over a row's tokens, summed over rows
+    index_loss: torch.Tensor | None = None  # () ops.indexer_loss, likewise
     recall: torch.Tensor | None = None  # [2] sum of recall over tokens with a choice; their number
 
 
@@ -262,7 +262,7 @@ def make_plan(
     # Positions count from the row's first token, or from the start of its document.
     if input_pos is not None:
         given = torch.full_like(input_pos, T) if lengths is None else lengths
-        # Nothing is stored past the context.
+        # Cut at the context: nothing is stored past it.
         lengths = torch.minimum(given, max_seq_len - input_pos).clamp(min=0)
         pos = input_pos[:, None] + col
     elif doc_ids is not None:
@@ -311,12 +311,12 @@ def document_windows(R, freqs, pos, col) -> Windows:
     """Training: the windows of every document of a row.
 
     At most one window ends among the tokens e R .. e R + R - 1; it is entry e. So the entries of a
-    document are consecutive, after ceil(c / R) others if it starts at column c. No token sees more.
+    document are consecutive, after ceil(c / R) others if it starts at column c: its lo .. hi.
     """
     T = pos.shape[1]
     e = torch.arange((T - 1) // R + 1, device=pos.device)[None]
     ends = F.pad((pos + 1) % R == 0, (0, -T % R)).unflatten(1, (-1, R))  # [B, N, R]
-    end = ends.to(torch.int32).argmax(2) + e * R
+    end = ends.to(torch.int32).argmax(2) + e * R  # if none ends, any: such an entry is never seen
     index = pos.gather(1, end.clamp(max=T - 1)) // R
     lo = (col - pos + R - 1) // R
     angles = rope_angles(freqs, index * R, True)
@@ -332,7 +332,7 @@ class Ring(nn.Module):
 
     `ring(new, plan)` returns the `lookback` rows before this call, in order, then the new ones, and
     only then stores the new ones. It has max_rewind spare rows, so rows of rejected tokens are
-    overwritten before they can be read. In training older rows are zeros.
+    overwritten before they can be read. Before position 0 rows are anything, in training zeros.
     """
 
     def __init__(self, lookback: int):
@@ -340,23 +340,23 @@ class Ring(nn.Module):
         self.lookback = lookback
 
     def setup(self, batch, dim, max_rewind, dtype, device):
-        size = self.lookback + 1 + max_rewind + 1  # the last row takes what is not stored
-        rows = torch.zeros(batch, size, dim, dtype=dtype, device=device)
+        slots = self.lookback + 1 + max_rewind  # and one more, which takes what is not stored
+        rows = torch.zeros(batch, slots + 1, dim, dtype=dtype, device=device)
         self.register_buffer("rows", rows, persistent=False)
 
     def forward(self, new: torch.Tensor, plan: Plan) -> torch.Tensor:
         """new [B, T, C] -> [B, lookback + T, C]"""
         if plan.input_pos is None:
             return F.pad(new, (0, 0, self.lookback, 0))
-        size, pos = self.rows.shape[1] - 1, plan.input_pos[:, None]
+        slots, pos = self.rows.shape[1] - 1, plan.input_pos[:, None]
         before = torch.arange(-self.lookback, 0, device=new.device)
-        old = self.rows[plan.row, (pos + before) % size]
+        old = self.rows[plan.row, (pos + before) % slots]
         rows = torch.cat([old, new.to(old.dtype)], 1)
 
         # Store the last valid rows, one per slot (duplicate indices would have no order).
-        stored = min(new.shape[1], size)
+        stored = min(new.shape[1], slots)
         col = plan.lengths[:, None] + torch.arange(-stored, 0, device=new.device)
-        slot = torch.where(col >= 0, (pos + col) % size, size)
+        slot = torch.where(col >= 0, (pos + col) % slots, slots)
         # Values come from `rows`: the write depends on the read, and Inductor can write in place.
         values = rows.detach()[plan.row, (self.lookback + col).clamp(min=0)]
         self.rows.index_put_((plan.row, slot), values)
@@ -390,14 +390,14 @@ class Compressor(nn.Module):
         self.register_buffer("entries", entries, persistent=False)
 
     def forward(self, x: torch.Tensor, plan: Plan) -> torch.Tensor:
-        """x [B, T, d] -> the entries so far [B, N, D]."""
+        """x [B, T, d] -> entries [B, N, D], of the cache all slots: lo .. hi says which exist."""
         windows = plan.windows[self.ratio]
         score = linear_fp32(x, self.wgate.weight) + self.ape.float()[windows.offset]
         kv = linear_fp32(x, self.wkv.weight)
         rows = self.ring(torch.cat([kv, score], -1), plan)  # [B, lookback + T, 2 lanes D]
-        pooled = rows, windows.end + self.ring.lookback, windows.index, self.norm.weight
-        rope = windows.cos, windows.sin
-        new = self.ops.compress(*pooled, *rope, self.ratio, self.args.norm_eps, x.dtype)
+        ends = windows.end + self.ring.lookback
+        pooled = rows, ends, windows.index, self.norm.weight, windows.cos, windows.sin
+        new = self.ops.compress(*pooled, self.ratio, self.args.norm_eps, x.dtype)
         if self.args.act_quant and self.rotate:
             new = self.ops.act_quant(hadamard(new), 32, "fp4")
         elif self.args.act_quant:
@@ -409,9 +409,9 @@ class Compressor(nn.Module):
 
 
 class Indexer(nn.Module):
-    """Scores entries by sum_h u_h relu(q_h . k); a token attends to the index_topk best.
+    """q, k, u of scores sum_h u_h relu(q_h . k): a token attends to the index_topk best entries.
 
-    docs/v4.md#indexer. It learns from its own objective, `loss`.
+    docs/v4.md#indexer. It learns from its own objective.
     """
 
     def __init__(self, args: ModelArgs, ops: Table, ratio: int):
@@ -433,7 +433,7 @@ class Indexer(nn.Module):
         u = self.weights_proj(x) * (args.index_head_dim**-0.5 * args.index_n_heads**-0.5)
         return q, self.compressor(x, plan), u
 
-    def loss(self, attention: tuple, index: tuple, chosen, plan: Plan) -> AuxOutputs:
+    def objective(self, attention: tuple, index: tuple, chosen, plan: Plan) -> AuxOutputs:
         """KL divergence between the main attention and the scores (docs/v4.md#training).
 
         attention: q, cos, sin, entries, lse of ops.sparse_attn; index: the outputs of forward.
@@ -509,7 +509,7 @@ class Attention(nn.Module):
         aux = AuxOutputs()
         if train_indexer:
             o, lse = o
-            aux = self.indexer.loss((q, *rope, entries, lse), index, chosen, plan)
+            aux = self.indexer.objective((q, *rope, entries, lse), index, chosen, plan)
         o = o.flatten(2).unflatten(-1, (args.o_groups, -1))  # [B, T, g, H D / g]
         return self.wo_b(self.wo_a(o).flatten(2)), aux
 
@@ -684,7 +684,7 @@ class MTPBlock(Block):
 
 
 class MTP(nn.ModuleList):
-    """`model.mtp`: the MTP blocks (none or one); uses the model's embedding, head and plans."""
+    """`model.mtp`: one MTP block or none; uses the model's embedding, head and plans."""
 
     def __init__(self, model: Transformer):
         args, first = model.args, model.args.n_layers
@@ -748,7 +748,7 @@ class Transformer(nn.Module):
         self.args = args
         self.ops = Table(ops)
         self.cache_size = None  # (max_batch_size, max_seq_len, max_rewind)
-        self.cache_generation = 0  # raised when caches are emptied, replaced or claimed
+        self.cache_generation = 0  # raised when caches are emptied, replaced, claimed by an Engine
         weight = torch.empty(args.vocab_size, args.dim)
         self.embed = nn.Embedding(*weight.shape, _weight=weight)
         self.layers = nn.ModuleList(Block(args, self.ops, i) for i in range(args.n_layers))

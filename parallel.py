@@ -39,8 +39,9 @@ from checkpoint import save
 from compile_config import CompileConfig
 from model import Transformer
 from ops.registry import Table
+from tools.launcher import from_launcher, join_group, launched
 from tools.released_layout import checkpoint_tensors, empty_model
-from training.dataset import Rows
+from training.dataset import RankRows, Rows
 from training.expert_parallel import AllToAllDispatch
 from training.optim import Optimizer
 from training.sharded_optim import ShardedOptimizer, to_local
@@ -80,52 +81,6 @@ def gather_around(run: Callable) -> Callable:
 def initialize_fsdp(model: FSDPModule) -> None:
     """Collect all parameters that require gradients at any time of the run, as all do now."""
     model._get_fsdp_state()._lazy_init()
-
-
-class RankRows:
-    """Of the rows of a step, those of one process: an equal part, in order."""
-
-    def __init__(self, rows: Rows, rank: int, size: int):
-        self.rows, self.length = rows, rows.length
-        self.rank, self.size = rank, size
-
-    def __call__(self, numbers: range) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        part = len(numbers) // self.size
-        return self.rows(numbers[self.rank * part : (self.rank + 1) * part])
-
-
-def launched() -> bool:
-    """Whether torchrun or another launcher started this process: it sets all of these."""
-    names = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    return names <= os.environ.keys()
-
-
-def from_launcher(name: str) -> int:
-    """A number that the launcher left in the environment; ValueError if it is none."""
-    text = os.environ[name]
-    if not text.isdecimal():
-        raise ValueError(f"{name}={text!r} in the environment is no number: unset it")
-    return int(text)
-
-
-def is_other_rank() -> bool:
-    """Whether this is one of several processes, but not the first one."""
-    if not launched():
-        return False
-    rank, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
-    return rank.isdecimal() and size.isdecimal() and 0 < int(rank) < int(size)
-
-
-def join_group(backend: str) -> None:
-    """Meet the other processes; ValueError if that fails."""
-    address = f"{os.environ['MASTER_ADDR']}:{from_launcher('MASTER_PORT')}"
-    try:
-        dist.init_process_group(backend)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"MASTER_ADDR, MASTER_PORT: processes cannot meet at {address} ({reason})"
-        ) from None
 
 
 class Ranks:

@@ -33,10 +33,11 @@ import torch
 
 from compile_config import compile_train_step, config_of
 from config import CSA_RATIOS
-from parallel import Ranks, is_other_rank
+from parallel import Ranks
 from tools import cli
 from tools.ahead_compiler import AheadCompiler, finish
 from tools.ahead_training import AheadStep
+from tools.launcher import is_other_rank
 from tools.stats import choose_threads, device_sync, peak_flops, peak_memory, process_start
 from training import dataset
 from training.evaluation import held_out_loss, index_recall, sample_text

@@ -31,7 +31,6 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from generation.phase import Phase
 from model import Transformer, call
 from ops.cpp import source
 from tools import ahead, cli
@@ -39,6 +38,7 @@ from tools.ahead_compiler import WITHOUT, Job
 from tools.ahead_parts import compile_joint, compile_kernels, compile_part, compile_update
 from tools.ahead_training import UPDATE, Settings, arguments, training_parts
 from tools.compile_cache import JOURNAL, WORK_PREFIX, cache_key
+from tools.phase import Phase
 from tools.torch_private import missing_cpu_toolchain
 from training.losses import make_targets, training_loss
 from training.optim import Optimizer

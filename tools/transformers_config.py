@@ -1,4 +1,4 @@
-"""A config.json as Transformers 5 writes it, in the released layout: dict to dict.
+"""A config.json as Transformers 5 and trainers write it, in the released layout: dict to dict.
 
 Transformers' DeepseekV4Config spells the layers' kinds, ratios and positions in keys of its own:
 https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models/deepseek_v4/configuration_deepseek_v4.py
@@ -6,10 +6,34 @@ https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models
 
 from __future__ import annotations
 
+import functools
+import re
+import sys
+
 OWN = ("layer_types", "mlp_layer_types", "compress_rates", "rope_parameters")
 KINDS = ("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention")
 RATES = dict(zip(KINDS, (0, 4, 128), strict=True))
 YARN = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
+# Keys that change nothing here
+IGNORED = re.compile(
+    r"unsloth_\w+|router_(aux_loss_coef|jitter_noise)|partial_rotary_factor|\w*dropout|"
+    r"use_flash_attn"
+)
+IGNORED_IF = dict(mlp_bias=False, output_router_logits=False)
+SILENT = ("partial_rotary_factor", *IGNORED_IF)  # written by Transformers each time
+
+
+def changes_nothing(key: str, value) -> bool:
+    """Whether a key that V4 does not know may be ignored, with a warning."""
+    ignored = bool(IGNORED.fullmatch(key)) or IGNORED_IF.get(key, ...) == value
+    if ignored and key not in SILENT:
+        warn_of(key)
+    return ignored
+
+
+@functools.cache  # once a process: commands read a file twice
+def warn_of(key: str) -> None:
+    print(f"config.json: {key} changes nothing here", file=sys.stderr)
 
 
 def to_released(config: dict) -> dict:

@@ -252,3 +252,15 @@ def packed(window: torch.Tensor, bos: int) -> tuple[torch.Tensor, torch.Tensor, 
     """
     tokens, targets = window[:, :-1].contiguous(), window[:, 1:]
     return tokens, targets.masked_fill(targets == bos, -1), (tokens == bos).cumsum(1)
+
+
+class RankRows:
+    """Of the rows of a step, those of one process: an equal part, in order."""
+
+    def __init__(self, rows: Rows, rank: int, size: int):
+        self.rows, self.length = rows, rows.length
+        self.rank, self.size = rank, size
+
+    def __call__(self, numbers: range) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        part = len(numbers) // self.size
+        return self.rows(numbers[self.rank * part : (self.rank + 1) * part])

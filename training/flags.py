@@ -13,8 +13,8 @@ import torch
 
 from compile_config import CHOICES, config_of, usable_preset
 from model import ModelArgs
-from parallel import launched
 from tools import cli
+from tools.launcher import launched
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = {"debug": ModelArgs.debug, "tiny": ModelArgs.tiny}  # --config

@@ -47,9 +47,9 @@ DEFAULT = {  # of each run
     ),
     "a Python-int position in the cache": Fault(
         "model.py",
-        "        size, pos = self.rows.shape[1] - 1, plan.input_pos[:, None]",
+        "        slots, pos = self.rows.shape[1] - 1, plan.input_pos[:, None]",
         "        self.at = getattr(self, 'at', -1) + 1\n"
-        "        size, pos = self.rows.shape[1] - 1, plan.input_pos[:, None] + 0 * self.at",
+        "        slots, pos = self.rows.shape[1] - 1, plan.input_pos[:, None] + 0 * self.at",
         SESSIONS + "test_a_session_compiles_once[every boundary]",
         r"RecompileError: Recompiling[\s\S]*'at'[\s\S]*model\.py",
     ),

@@ -9,9 +9,9 @@ import pytest
 import torch
 import transformers
 
-import config
 from config import HF_NAMES, HF_YARN, SWITCHES
 from model import ModelArgs, Transformer
+from tools.transformers_config import warn_of
 
 INFERENCE_FLASH = dict(  # the keys of the official inference/config.json (docs/v4.md#checkpoint)
     vocab_size=129280,
@@ -181,7 +181,7 @@ def test_several_tokens_may_end_a_text(tmp_path):
     ],
 )
 def test_keys_that_change_nothing_are_warned_of_once(tmp_path, capsys, key, value, warned):
-    config.warn_of.cache_clear()
+    warn_of.cache_clear()
     for _ in range(2):
         args = read(tmp_path, RELEASED_FLASH | {key: value})
     assert args == read(tmp_path, RELEASED_FLASH)

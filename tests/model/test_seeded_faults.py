@@ -63,8 +63,8 @@ MODEL = {
     ),
     "a ring that drops the first token of a call": Fault(
         "model.py",
-        "slot = torch.where(col >= 0, (pos + col) % size, size)",
-        "slot = torch.where(col > 0, (pos + col) % size, size)",
+        "slot = torch.where(col >= 0, (pos + col) % slots, slots)",
+        "slot = torch.where(col > 0, (pos + col) % slots, slots)",
         CACHE + "caches_set_up_in_inference_mode_serve_any_mode",
     ),
     "a router's bias with the wrong sign": Fault(
