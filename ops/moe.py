@@ -46,6 +46,7 @@ from .triton.moe import forward
 from .triton.moe_backward import backward
 
 CHUNK = 1 << 24  # intermediate values held at a time
+DECODED_PAIRS = 256  # of token and expert; with more, moe_decode gains nothing
 
 
 def check(
@@ -201,8 +202,8 @@ def _cpu(
     act_quant,
 ):
     """moe_decode, the reference or the opaque op: see above."""
-    few = len(x) > 1 and idx.numel() <= 256
-    decoding = few and torch.compiler.is_compiling() and not torch.is_grad_enabled()
+    some = len(x) > 1 and idx.numel() <= DECODED_PAIRS
+    decoding = some and torch.compiler.is_compiling() and not torch.is_grad_enabled()
     fp32 = s13 is None and x.dtype == w13.dtype == torch.float32
     if decoding and fp32 and cpp.enabled("moe_decode"):
         return moe_decode.opaque(x, w13, w2, idx, weight, limit, act_quant)

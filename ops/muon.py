@@ -17,8 +17,8 @@ the norm of many gradients (docs/v4.md#training).
 
 All are opaque on every device: products with their sums in one library call each leave nothing for
 a compiler to fuse, and generated code would be compiled for every shape. Products run in bf16 on a
-GPU; CPUs multiply fp32 faster. The Newton-Schulz steps are those of arXiv 2606.19348;
-torch.optim.Muon has one triple of coefficients and no stacks.
+GPU; CPUs multiply fp32 faster. The Newton-Schulz steps are those of arXiv 2606.19348
+(docs/v4.md#training); torch.optim.Muon has one triple of coefficients and no stacks.
 """
 
 from __future__ import annotations

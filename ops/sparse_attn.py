@@ -43,6 +43,7 @@ from .triton.sparse_attn_backward import backward_kernels
 
 
 def check(
+    # queries, keys of the window, angles
     q,
     kv,
     sink,
@@ -92,6 +93,7 @@ def backward_kernel(g, lse, q, kv, sink, *rest):
 
 
 def _flops(
+    # queries, keys of the window, angles
     q,
     kv,
     sink,

@@ -161,6 +161,7 @@ def _attend(chunk: Chunk, entries, sink, eps):
 
 
 def forward_reference(
+    # queries, keys of the window, angles
     q: torch.Tensor,
     kv: torch.Tensor,
     sink: torch.Tensor,

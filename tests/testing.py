@@ -91,6 +91,11 @@ def rms(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).square().mean().sqrt() / b.std().clamp(min=1e-30))
 
 
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Norm of the difference over that of the reference b, which may be constant."""
+    return float((a.double() - b).norm() / b.double().norm().clamp(min=1e-30))
+
+
 def gradients(model: Transformer, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     """By parameter, in fp64; without parameters that the loss does not reach."""
     model.zero_grad(set_to_none=True)

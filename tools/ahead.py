@@ -37,7 +37,9 @@ from tools.compile_cache import AHEAD, WORK_PREFIX
 from tools.layer_graphs import layer_signature
 from tools.torch_private import cache_path, library_runner
 
-CODE, NODES, CHECKSUMS = "code.so", "code.json", "checksums.json"
+CODE = "code.so"
+NODES = "code.json"
+CHECKSUMS = "checksums.json"
 MOST_KEPT = 24  # phases; the least recently used go
 
 cache_key = functools.cache(compile_cache.cache_key)

@@ -160,7 +160,8 @@ def compile_joint(part: ahead.Part, args: tuple, folder: Path) -> None:
         joint = aot_export_joint_simple(made, tuple(flat.inputs), **options)
     placeholders = [node for node in joint.graph.nodes if node.op == "placeholder"]
     values = [node.meta["val"] for node in placeholders]
-    forward, backward, saved = joint, None, []
+    forward, backward = joint, None
+    saved = []
     if any(differentiable):
         with torch._guards.tracing(torch._guards.TracingContext(fake)):
             forward, backward = partition_fn(joint, values, num_fwd_outputs=len(differentiable))

@@ -183,8 +183,9 @@ class AheadStep:
         # None: the first call waits
         compiler: AheadCompiler | None,
     ):
-        self.model, self.optimizer, self.cfg = model, optimizer, cfg
-        self.weights, self.aux, self.micro_batch = weights, aux, micro_batch
+        self.model, self.optimizer = model, optimizer
+        self.cfg, self.micro_batch = cfg, micro_batch
+        self.weights, self.aux = weights, aux
         self.compiler = compiler
         self.ran_compiled = False
         self.parts = training_parts(model)

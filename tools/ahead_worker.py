@@ -153,7 +153,8 @@ def reached_by(loss: torch.Tensor) -> set[torch.Tensor]:
 
     Without a backward, after which no forked process could make one: its threads are not forked.
     """
-    found, seen, waiting = set(), set(), [loss.grad_fn]
+    found, seen = set(), set()
+    waiting = [loss.grad_fn]
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:

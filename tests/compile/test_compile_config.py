@@ -11,7 +11,6 @@ import compile_config as C
 from model import Transformer
 from testing import randomize, rms, small
 from tools.compile_count import CompileCount
-from training.losses import LossWeights, training_loss
 
 QUICK = "aot_eager"  # traces and partitions like Inductor, but generates no code
 
@@ -195,32 +194,3 @@ def test_a_compiled_training_step_equals_an_eager_one(region):
         q, p0 = expected[name], before[name]
         assert (p - q).norm() <= 1e-3 * (q - p0).norm().clamp(min=1e-6), name
     assert (model.head.weight - start.head.weight).abs().max() > 1e-4
-
-
-def test_training_loss_is_the_mean_over_valid_targets():
-    """Against logits and F.cross_entropy: ignored labels, documents, the shifted MTP labels."""
-    model = build()
-    tokens = tokens_of(2, 50)
-    targets = torch.cat([tokens[:, 1:], tokens_of(2, 1)], 1)
-    targets[0, 10:14] = -1
-    docs = (torch.arange(50) >= torch.tensor([[20], [33]])).long()
-    total, parts = training_loss(model, tokens, targets, docs, LossWeights(mtp=0.5))
-    main, mtp = parts["loss"], parts["mtp_loss"]
-    logits, hidden = model(tokens, doc_ids=docs, return_hidden=True)
-    nll = torch.nn.functional.cross_entropy
-    assert abs(float(nll(logits.flatten(0, 1), targets.flatten(), ignore_index=-1) - main)) < 1e-5
-    ahead, _ = model.mtp(hidden, torch.cat([tokens[:, 1:], targets[:, -1:]], 1), doc_ids=docs)
-    after = torch.full_like(targets, -1)
-    for row in range(2):
-        for i in range(49):
-            if docs[row, i] == docs[row, i + 1]:
-                after[row, i] = targets[row, i + 1]
-    assert abs(float(nll(ahead.flatten(0, 1), after.flatten(), ignore_index=-1) - mtp)) < 1e-5
-    assert abs(float(main + 0.5 * mtp + 1e-4 * parts["balance"] - total)) < 1e-5
-    alone, parts = training_loss(
-        build(n_mtp_layers=0, compress_ratios=(0, 4, 128, 4)),
-        tokens,
-        targets,
-        weights=LossWeights(balance=0),
-    )
-    assert "mtp_loss" not in parts and float(alone) == float(parts["loss"])

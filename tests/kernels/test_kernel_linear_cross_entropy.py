@@ -13,15 +13,11 @@ from torch.utils._pytree import tree_leaves
 
 import ops
 from ops.launch import override_config, record
+from testing import relative_error
 
 module = importlib.import_module("ops.triton.linear_cross_entropy")
 op = ops.linear_cross_entropy.opaque
 TINY = dict(ROWS=2, BLOCK=16, num_warps=1)  # many tiles for few columns
-
-
-def rms(a, b):
-    """Relative RMS of the difference."""
-    return float((a.double() - b).norm() / b.double().norm().clamp(min=1e-30))
 
 
 def inputs(N, V, d, dtype=torch.float32, sharp=1.0):
@@ -47,11 +43,11 @@ def compare(x, weight, target, g=None, tolerance=2e-6, low=8e-3):
     g = torch.ones(len(x)) if g is None else g
     loss, lse, g_x, g_w = exact(x, weight, target, g)
     got, got_lse = module.forward_kernels(x, weight, target)
-    assert rms(got, loss) < tolerance and rms(got_lse, lse) < tolerance
+    assert relative_error(got, loss) < tolerance and relative_error(got_lse, lse) < tolerance
     for a, b in zip(
         module.backward_kernels(g, got_lse, x, weight, target), (g_x, g_w), strict=True
     ):
-        assert rms(a, b) < (low if a.dtype.itemsize == 2 else 10 * tolerance)
+        assert relative_error(a, b) < (low if a.dtype.itemsize == 2 else 10 * tolerance)
         assert bool((a[b == 0] == 0).all())  # rows without a target, exactly
 
 
@@ -91,7 +87,7 @@ def test_chunking_changes_only_the_order_of_sums(monkeypatch):
         loss, lse = module.forward_kernels(*args)
         results.append((loss, lse, *module.backward_kernels(torch.ones(6), lse, *args)))
     for other in results[1:]:
-        assert all(rms(a, b) < 1e-6 for a, b in zip(results[0], other, strict=True))
+        assert all(relative_error(a, b) < 1e-6 for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -137,14 +133,14 @@ def test_ignored_rows_read_no_gradient(tiny_chunks):
     g_x, g_w = module.backward_kernels(g, lse, x, weight, target)
     assert not g_x[target < 0].any()
     kept = target >= 0
-    assert rms(g_x[kept], exact(x[kept], weight, target[kept], g[kept])[2]) < 2e-5
+    assert relative_error(g_x[kept], exact(x[kept], weight, target[kept], g[kept])[2]) < 2e-5
     x[0] = 0  # what is not finite here would make any product with it so, the reference's too
     for a, b in zip(
         module.backward_kernels(g, lse, x, weight, target),
         exact(x[kept], weight, target[kept], g[kept])[2:],
         strict=True,
     ):
-        assert rms(a[kept] if len(a) == 6 else a, b) < 2e-5
+        assert relative_error(a[kept] if len(a) == 6 else a, b) < 2e-5
 
 
 @pytest.mark.parametrize(

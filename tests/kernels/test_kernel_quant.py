@@ -12,6 +12,7 @@ from ops.formats import dequantize_fp8, fake_quant, quantize_fp8, scale_to_float
 from ops.launch import override_config, record
 from ops.triton import act_quant as act_quant_kernels
 from ops.triton import quant_linear as kernels
+from testing import relative_error
 
 # Errors of fp32 sums; on a GPU e4m3 products are added with fewer bits.
 SUMS = 2e-6 if torch.cuda.is_available() else 5e-7
@@ -26,11 +27,6 @@ PATHS = {
     "decoded fp8": dict(MAX_DECODE_ROWS=0),
     "library": dict(MAX_DECODE_ROWS=0, MAX_PRODUCT_ROWS=0, FP8_ARCHS=set()),
 }
-
-
-def rms(a, b):
-    """Relative RMS of the difference."""
-    return float((a.double() - b).norm() / b.double().norm().clamp(min=1e-30))
 
 
 def spread(*shape):
@@ -60,7 +56,7 @@ def exact(x, weight, scale, groups, act_quant):
 
 def error(*args) -> float:
     """Of kernels.forward(*args)."""
-    return rms(kernels.forward(*args), exact(*args))
+    return relative_error(kernels.forward(*args), exact(*args))
 
 
 @pytest.fixture
@@ -170,9 +166,11 @@ def test_all_paths_agree(take, path, dtype, scales, M, i, o, groups, act_quant):
     expected = exact(x, weight, scale, groups, act_quant)
     got = kernels.forward(x, weight, scale, groups, act_quant)
     assert got.dtype == dtype and got.shape == expected.shape
-    rounding = rms(expected.to(dtype), expected) if dtype != torch.float32 else 0
+    rounding = relative_error(expected.to(dtype), expected) if dtype != torch.float32 else 0
     roundings = 3 if path == "library" and scales == "fp32" else 1.02
-    assert rms(got, expected) < roundings * rounding + (FP8_SUMS if "fp8" in path else SUMS)
+    assert relative_error(got, expected) < roundings * rounding + (
+        FP8_SUMS if "fp8" in path else SUMS
+    )
 
 
 @pytest.mark.parametrize(
@@ -193,8 +191,8 @@ def test_products_are_the_same_by_any_tile(tile, rows, o, groups):
         for dtype, act_quant in ((torch.float32, True), (torch.bfloat16, False)):
             expected = exact(x.to(dtype), weight, scale, groups, act_quant)
             got = kernels.forward(x.to(dtype), weight, scale, groups, act_quant)
-            rounding = 1.02 * rms(expected.bfloat16(), expected)
-            assert rms(got, expected) < (FP8_SUMS if act_quant else SUMS + rounding)
+            rounding = 1.02 * relative_error(expected.bfloat16(), expected)
+            assert relative_error(got, expected) < (FP8_SUMS if act_quant else SUMS + rounding)
 
 
 @pytest.mark.parametrize("path", ["decode", "fp8"])
@@ -233,7 +231,7 @@ def test_splits_merge_in_a_fixed_order(monkeypatch, rows, i, o, groups, splits):
         assert launches[0].grid[1] == splits  # each of four steps or more
         got = kernels.forward(x, weight, scale, groups, True)
         assert torch.equal(got, kernels.forward(x, weight, scale, groups, True))
-    assert rms(got, exact(x, weight, scale, groups, True)) < SUMS
+    assert relative_error(got, exact(x, weight, scale, groups, True)) < SUMS
 
 
 def test_few_outputs_only_are_split(monkeypatch):
@@ -285,7 +283,9 @@ def test_backward_is_the_transposed_product(M, i, o, groups, scales, dtype):
     g = spread(*x.shape[:-1], o // groups).to(dtype)
     (expected,) = torch.autograd.grad(exact(x, weight, scale, groups, False), x, g.double())
     got = kernels.backward(g, weight, scale, groups)
-    assert got.dtype == dtype and rms(got, expected) < (SUMS if dtype == torch.float32 else 5e-3)
+    assert got.dtype == dtype and relative_error(got, expected) < (
+        SUMS if dtype == torch.float32 else 5e-3
+    )
     assert torch.equal(kernels.backward(g.mT.contiguous().mT, weight, scale, groups), got)
 
 

@@ -12,6 +12,7 @@ from torch._inductor.utils import run_and_get_code
 
 import ops
 from bench.tune import by_time
+from cases import angles
 from ops.launch import INTERPRETING, TUNED, override_config
 from ops.rope import rotate_
 from testing import rms
@@ -26,11 +27,6 @@ def spec(x, cos, sin, inverse):
     turn = turn if x.dim() == 3 else turn[:, :, None]
     z = torch.complex(*x[..., D - r :].double().unflatten(-1, (-1, 2)).unbind(-1)) * turn
     return torch.cat((x[..., : D - r].double(), torch.view_as_real(z).flatten(-2)), -1)
-
-
-def angles(B, T, r):
-    angle = torch.rand(B, T, r // 2) * 7
-    return angle.cos(), angle.sin()
 
 
 def agree(y, x, cos, sin, inverse):

@@ -283,3 +283,16 @@ def test_losses_are_means_over_their_own_labels():
     for name, (y, wanted) in expected.items():
         mean = F.cross_entropy(y.flatten(0, 1), wanted.flatten(), ignore_index=-1)
         assert abs(float(parts[name] / mean) - 1) < 1e-5, name
+
+
+@torch.no_grad()
+def test_the_loss_is_the_weighted_sum_of_its_parts():
+    inputs = batch()[:2]
+    total, parts = training_loss(
+        random_model(), *inputs, weights=LossWeights(mtp=0.5, balance=0.01)
+    )
+    expected = parts["loss"] + 0.5 * parts["mtp_loss"] + 0.01 * parts["balance"]
+    assert abs(float(total / expected) - 1) < 1e-6
+    alone = random_model(small(n_mtp_layers=0, compress_ratios=(0, 4, 128, 4)))
+    total, parts = training_loss(alone, *inputs, weights=LossWeights(balance=0.0))
+    assert "mtp_loss" not in parts and total == parts["loss"]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-from seeding import copy_project, occurrences, replace_once, run_test
+from seeding import ROOT, copy_project, occurrences, replace_once, run_test
 from tiers import FULL
 
 
@@ -298,11 +298,13 @@ def test_each_seeded_text_occurs_exactly_once():
     assert not {name: count for name, count in counts.items() if count != 1}
 
 
-def test_each_fault_is_caught_by_a_test_of_the_default_run():
+def test_each_fault_names_a_test_of_the_default_run():
     for name, fault in (FAULTS | LONG).items():
         file, function = fault.test.split("[")[0].split("::")
         assert occurrences(file, f"def {function}(") == 1, name
         assert not any(re.search(pattern, fault.test) for pattern in FULL), name
+        source = (ROOT / file).read_text(encoding="utf-8")
+        assert "pytest.mark.full" not in source.split(f"def {function}(")[0].rpartition("\n\n\n")[2]
 
 
 @pytest.mark.full
