@@ -161,11 +161,6 @@ class Linear(nn.Module):
         return F.linear(x, self.weight)
 
 
-def linear_fp32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x W^T with fp32 arithmetic and result, whatever the dtypes: router, compressor, head."""
-    return F.linear(x.float(), weight.float())
-
-
 def quantize_kv(args: ModelArgs, ops: Table, kv: torch.Tensor) -> torch.Tensor:
     """Fake FP8 on all but the rotated dims of keys [..., D], in blocks of 64."""
     nope, rope = kv.tensor_split([kv.shape[-1] - args.rope_head_dim], -1)
@@ -392,8 +387,8 @@ class Compressor(nn.Module):
     def forward(self, x: torch.Tensor, plan: Plan) -> torch.Tensor:
         """x [B, T, d] -> entries [B, N, D], of the cache all slots: lo .. hi says which exist."""
         windows = plan.windows[self.ratio]
-        score = linear_fp32(x, self.wgate.weight) + self.ape.float()[windows.offset]
-        kv = linear_fp32(x, self.wkv.weight)
+        score = self.ops.linear_fp32(x, self.wgate.weight) + self.ape.float()[windows.offset]
+        kv = self.ops.linear_fp32(x, self.wkv.weight)
         rows = self.ring(torch.cat([kv, score], -1), plan)  # [B, lookback + T, 2 lanes D]
         ends = windows.end + self.ring.lookback
         pooled = rows, ends, windows.index, self.norm.weight, windows.cos, windows.sin
@@ -526,9 +521,9 @@ def call(function: Callable, *args):
 class Gate(nn.Module):
     """The router (docs/v4.md#experts): by token id in hash layers, else by score plus bias."""
 
-    def __init__(self, args: ModelArgs, hashed: bool):
+    def __init__(self, args: ModelArgs, ops: Table, hashed: bool):
         super().__init__()
-        self.args = args
+        self.args, self.ops = args, ops
         self.weight = nn.Parameter(torch.empty(args.n_routed_experts, args.dim))
         tid2eid = torch.empty(args.vocab_size, args.n_activated_experts, dtype=torch.int64)
         bias = nn.Parameter(torch.empty(args.n_routed_experts, dtype=torch.float32), False)
@@ -537,7 +532,7 @@ class Gate(nn.Module):
 
     def forward(self, x: torch.Tensor, tokens: torch.Tensor):
         """x [B T, d], tokens [B T] -> chosen [B T, K], their weights [B T, K], scores [B T, E]."""
-        score = F.softplus(linear_fp32(x, self.weight)).sqrt()
+        score = F.softplus(self.ops.linear_fp32(x, self.weight)).sqrt()
         if self.tid2eid is not None:
             chosen = self.tid2eid[tokens]
         else:
@@ -598,7 +593,7 @@ class MoE(nn.Module):
 
     def __init__(self, args: ModelArgs, ops: Table, hashed: bool):
         super().__init__()
-        self.gate = Gate(args, hashed)
+        self.gate = Gate(args, ops, hashed)
         self.experts = Experts(args, ops)
         self.shared_experts = Expert(args, ops)
         self.dispatch: Callable = call
@@ -715,7 +710,8 @@ class MTP(nn.ModuleList):
         X, aux_outputs = run_block(block, hidden, e, tokens, plan)
         y = None
         if logits is not None:
-            y = linear_fp32(self.head_input(model.select(X, plan, logits)), model.head.weight)
+            selected = self.head_input(model.select(X, plan, logits))
+            y = model.ops.linear_fp32(selected, model.head.weight)
         return (y, X) if aux is None else (y, X, [aux_outputs])
 
     def embed_inputs(self, next_tokens, input_pos=None, lengths=None, doc_ids=None, aux=None):
@@ -897,4 +893,5 @@ class Transformer(nn.Module):
         """Streams [B, T, n, d] -> the logits asked for, fp32."""
         if logits is None:
             return None
-        return linear_fp32(self.head_input(self.select(X, plan, logits)), self.head.weight)
+        selected = self.head_input(self.select(X, plan, logits))
+        return self.ops.linear_fp32(selected, self.head.weight)

@@ -7,15 +7,15 @@ from typing import NamedTuple
 
 import torch
 import triton  # noqa: F401, before ops: kernels are defined by it without a GPU, too
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 import ops
-from model import Linear, Transformer
+from model import Transformer
 from ops.launch import Launch, override_config, record
 from ops.registry import LAUNCHERS
 from tools import capture
+from tools.launches import pack
 from tools.report import NAMED
 
 MILLION = 1 << 20
@@ -92,39 +92,6 @@ class Call(NamedTuple):
         with self.mode, torch.no_grad(), override_config(self.tiles), record(arch) as launched:
             LAUNCHERS[self.op](*self.args)
         return launched
-
-
-def frozen(*shape: int, dtype: torch.dtype) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
-
-
-def blocks(rows: int, columns: int) -> tuple[int, int]:
-    """Blocks of 128 x 128 of a matrix, each of which has a scale."""
-    return -(-rows // 128), -(-columns // 128)
-
-
-def pack(model: Transformer, experts: str) -> None:
-    """Weights as a checkpoint stores them and `load(weights="native")` keeps them, without values.
-
-    experts: "fp8" or "fp4"
-    """
-    for module in model.modules():
-        if isinstance(module, Linear) and module.fp8:
-            shape = module.weight.shape
-            module.weight = frozen(*shape, dtype=torch.float8_e4m3fn)
-            module.scale = frozen(*blocks(*shape), dtype=torch.uint8)
-        if hasattr(module, "w13"):
-            for name in ("w13", "w2"):
-                E, rows, columns = getattr(module, name).shape
-                if experts == "fp4":
-                    weight = frozen(E, rows, columns // 2, dtype=torch.int8)
-                    scale = frozen(E, rows, columns // 32, dtype=torch.uint8)
-                else:
-                    weight = frozen(E, rows, columns, dtype=torch.float8_e4m3fn)
-                    scale = frozen(E, *blocks(rows, columns), dtype=torch.uint8)
-                setattr(module, name, weight)
-                setattr(module, f"{name}_scale", scale)
-    model.args.act_quant = True
 
 
 def with_tokens(call: Call, n: int) -> Call:

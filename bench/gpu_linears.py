@@ -21,16 +21,19 @@ LINEARS = (  # name, rows of the matrix, columns, groups
     ("wo_b", 4096, 8192, 1),
     ("wo_a", 8192, 4096, 8),
 )
+FP32 = (("head", 129280, 4096, 1), ("compressor", 1024, 4096, 8192))  # with bf16 weights; tokens
 ROUNDINGS = ((8192, 4096, 128, "fp8"), (8192, 8192, 32, "fp4"))  # rows, columns, block, format
 
 
 @case(
     "G1.12",
-    "FP8 linear, activation rounding",
+    "FP8 linear, fp32 linear, activation rounding",
     10,
     10,
     "quant_linear",
     "quant_linear_backward",
+    "linear_fp32",
+    "linear_fp32_backward",
     "act_quant",
 )
 def linears(b: Bench) -> None:
@@ -39,6 +42,8 @@ def linears(b: Bench) -> None:
         columns = b.size(columns, 128)
         groups = b.size(groups, min(groups, 2))
         linear(b, name, rows, columns, groups)
+    for name, rows, columns, tokens in FP32:
+        linear_fp32(b, name, b.size(rows, 256), b.size(columns, 128), b.size(tokens, 20))
     rounding = reference("act_quant")
     for N, n, block, form in ROUNDINGS:
 
@@ -92,6 +97,40 @@ def linear(b: Bench, name: str, rows: int, columns: int, groups: int) -> None:
             flops=2 * N * groups * columns * rows // groups,
             moved=nbytes(weight, scale, inputs[0]) + 2 * N * rows,
             error_of=against(lambda x=inputs[0][0]: exact(x), tail(SLICE)),
+        )
+
+
+def linear_fp32(b: Bench, name: str, rows: int, columns: int, tokens: int) -> None:
+    """A bf16 matrix with an fp32 result, and its gradients."""
+    weight = b.normal(rows, columns, scale=columns**-0.5, grad=True)
+    widened = reference("linear_fp32")
+
+    def row():
+        x = b.normal(tokens, columns, grad=True)
+        return x, weight, b.normal(tokens, rows, dtype=torch.float32)
+
+    inputs = b.sets(row)
+    sides = {
+        "ours": ours("linear_fp32"),
+        "eager": widened,
+        "compiled": b.compiled(widened),
+        "bf16 result": F.linear,
+    }
+    b.compare(
+        f"linear_fp32, {name}, {tokens} tokens",
+        sides,
+        [args[:2] for args in inputs],
+        flops=2 * tokens * rows * columns,
+        moved=nbytes(weight, inputs[0][0]) + 4 * tokens * rows,
+        error_of=against(lambda: double(inputs[0][0][-SLICE:]) @ double(weight).T, last_rows),
+    )
+    if tokens > 1:
+        b.compare(
+            f"linear_fp32, {name}, forward and backward",
+            {side: Side(both(call_of(f), (0, 1)), True) for side, f in sides.items()},
+            inputs,
+            flops=6 * tokens * rows * columns,
+            moved=3 * nbytes(weight, inputs[0][0]),
         )
 
 

@@ -15,7 +15,6 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from bench.cases import pack
 from bench.gpu_measure import Bench, Side, against, case, nbytes
 from compile_config import (
     PRESETS,
@@ -29,6 +28,7 @@ from model import ModelArgs, Transformer
 from tests.testing import hf_name
 from tools.capture import MODEL_OPS
 from tools.compile_count import CompileCount
+from tools.launches import pack
 
 FLASH_LAYERS = 43
 SHARES = {  # parts of kernels' names, by what they compute

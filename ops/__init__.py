@@ -8,6 +8,7 @@ from .hc_pre import hc_pre
 from .indexer_loss import indexer_loss, indexer_recall
 from .indexer_topk import indexer_topk
 from .linear_cross_entropy import linear_cross_entropy
+from .linear_fp32 import linear_fp32
 from .moe import moe
 from .quant_linear import quant_linear
 from .registry import (
@@ -43,6 +44,7 @@ __all__ = [
     "indexer_recall",
     "indexer_topk",
     "linear_cross_entropy",
+    "linear_fp32",
     "moe",
     "quant_linear",
     "register",

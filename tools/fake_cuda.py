@@ -1,6 +1,6 @@
 """Lower a function for an H200 (sm_90) with Inductor on a machine without a GPU; nothing is run.
 
-The function is captured on CPU; its AOT graph is traced anew on fake CUDA tensors and lowered as
+The function is captured on CPU; its AOT graphs are traced anew on fake CUDA tensors and lowered as
 far as the code, while stand-ins answer the questions of Inductor to torch.cuda and to the driver.
 """
 
@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import types
 from collections.abc import Callable
+from typing import NamedTuple
 from unittest import mock
 
 import torch
-from functorch.compile import make_boxed_func
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import detect_fake_mode
 from torch._guards import TracingContext, tracing
@@ -123,34 +124,47 @@ class _Written(Exception):
     pass
 
 
-def trace(function: Callable, *args) -> tuple[torch.fx.GraphModule, list]:
-    """The AOT inference graph of `function(*args)`, args on CPU or fake, and its inputs."""
+class Traced(NamedTuple):
+    """A graph, and its inputs."""
+
+    graph: torch.fx.GraphModule
+    inputs: list
+
+
+def trace(function: Callable, *args, grad: bool = False) -> list[Traced]:
+    """The AOT graph of `function(*args)`, args on CPU or fake; with grad forward and backward, of
+    the result's sum.
+    """
     from torch._inductor.decomposition import select_decomp_table
 
-    graphs = []
+    traced = []
 
     def keep(graph, inputs):
-        graphs.append((graph, inputs))
+        traced.append(Traced(graph, inputs))
         return make_boxed_func(graph.forward)
 
     torch._dynamo.reset()
-    with torch.no_grad():
-        torch.compile(
-            function,
-            fullgraph=True,
-            dynamic=False,
-            backend=aot_autograd(
-                fw_compiler=keep,
-                decompositions=select_decomp_table,
-                keep_inference_input_mutations=True,
-            ),
-        )(*args)
-    (traced,) = graphs
+    compiled = torch.compile(
+        function,
+        fullgraph=True,
+        dynamic=False,
+        backend=aot_autograd(
+            fw_compiler=keep,
+            bw_compiler=keep,
+            decompositions=select_decomp_table,
+            keep_inference_input_mutations=True,
+            partition_fn=min_cut_rematerialization_partition,
+        ),
+    )
+    with torch.set_grad_enabled(grad):
+        result = compiled(*args)
+        if grad:
+            result.sum().backward()
     return traced
 
 
-def on_cuda(graph: torch.fx.GraphModule, inputs: list) -> tuple[torch.fx.GraphModule, list]:
-    """A graph of `trace`, traced anew on fake CUDA tensors."""
+def on_cuda(graph: torch.fx.GraphModule, inputs: list) -> Traced:
+    """The same, traced anew on fake CUDA tensors."""
     for node in graph.graph.nodes:
         node.kwargs = tree_map(
             lambda value: torch.device("cuda", 0) if isinstance(value, torch.device) else value,
@@ -164,7 +178,7 @@ def on_cuda(graph: torch.fx.GraphModule, inputs: list) -> tuple[torch.fx.GraphMo
             else t
             for t in inputs
         ]
-        return make_fx(graph, tracing_mode="fake")(*inputs), inputs
+        return Traced(make_fx(graph, tracing_mode="fake")(*inputs), inputs)
 
 
 def lower(graph: torch.fx.GraphModule, inputs: list, look: Callable = lambda lowering: None) -> str:

@@ -316,7 +316,7 @@ def lowered() -> dict[str, str]:
                 torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
             )
             for i, block in enumerate(model.layers):
-                traced = trace(
+                (traced,) = trace(
                     lambda X, tokens, plan, block=block: block(X, tokens, plan)[0], X, tokens, plan
                 )
                 found[kind_of(args, i)] = lower(*on_cuda(*traced))

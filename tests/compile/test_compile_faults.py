@@ -39,9 +39,9 @@ DECODE = CAPTURE + "test_inference_is_one_graph[decode-opaque-False]"
 DEFAULT = {  # of each run
     "an item() in the compressor": Fault(
         "model.py",
-        "        score = linear_fp32(x, self.wgate.weight)",
+        "        score = self.ops.linear_fp32(x, self.wgate.weight)",
         "        x = x[:, : int(windows.offset.max().item()) + x.shape[1]]\n"
-        "        score = linear_fp32(x, self.wgate.weight)",
+        "        score = self.ops.linear_fp32(x, self.wgate.weight)",
         DECODE,
         r"host sync aten\._local_scalar_dense.*model\.py.*in forward",
     ),
@@ -137,9 +137,9 @@ FULL = {  # of -m full
     ),
     "a window skipped when none ends": Fault(
         "model.py",
-        "        score = linear_fp32(x, self.wgate.weight)",
+        "        score = self.ops.linear_fp32(x, self.wgate.weight)",
         "        if (windows.end < 0).all():\n            return self.entries[:, :-1]\n"
-        "        score = linear_fp32(x, self.wgate.weight)",
+        "        score = self.ops.linear_fp32(x, self.wgate.weight)",
         DECODE,
         r"[Dd]ata-dependent[\s\S]*model\.py",
     ),
@@ -156,10 +156,12 @@ FULL = {  # of -m full
     ),
     "logits of a whole prompt": Fault(
         "model.py",
-        "return linear_fp32(self.head_input(self.select(X, plan, logits)), self.head.weight)",
-        "return self.select(linear_fp32(self.head_input(X), self.head.weight), plan, logits)",
+        "selected = self.head_input(self.select(X, plan, logits))\n"
+        "        return self.ops.linear_fp32(selected, self.head.weight)",
+        "y = self.ops.linear_fp32(self.head_input(X), self.head.weight)\n"
+        "        return self.select(y, plan, logits)",
         SHAPES + "test_the_largest_value_is_bounded[flash-prefill]",
-        r"aten\.mm\.default \[8192, 129280\]",
+        r"dsv4\.linear_fp32 \[1, 8192, 129280\]",
     ),
     "a backward op without a fake": Fault(
         "ops/registry.py",

@@ -133,6 +133,10 @@ def linear_cross_entropy(N, V, d=6):
     return x, weight, integers(0, V, (N,)).masked_fill(torch.rand(N) < 0.3, -100)
 
 
+def linear_fp32(lead, i, o):
+    return spread(*lead, i), normal(o, i) * i**-0.5
+
+
 def quant_linear(lead, i, o, groups, fmt, quantized):
     w = normal(o, i) * torch.exp2(integers(-2, 3, (o, 1)).float()) * i**-0.5
     return spread(*lead, *[groups] * (groups > 1), i), *pack(w, fmt), groups, quantized
@@ -267,6 +271,7 @@ CASES = [
         (1, 65, 33, "dense", 2, 2, 17),
     ),
     *cases(linear_cross_entropy, (5, 7), (1, 11), (64, 130), (65, 3), (130, 33)),
+    *cases(linear_fp32, ((2, 5), 33, 7), ((3,), 8, 1), ((1, 1), 130, 260), ((65,), 70, 9)),
     *cases(
         quant_linear,
         ((2, 5), 200, 130, 1, "fp8", False),

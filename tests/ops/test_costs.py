@@ -54,6 +54,9 @@ def expected_flops(case: Case, args: tuple) -> tuple[int, int]:
     if case.op == "hc_post_pre":
         product = 2 * args[1].numel() * size[4][0]
         return product, 3 * product
+    if case.op == "linear_fp32":
+        product = 2 * args[0].numel() * size[1][0]
+        return product, 2 * product
     if case.op == "quant_linear":
         product = 2 * args[0].numel() * size[1][0] // args[3]
         return product, product
