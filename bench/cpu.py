@@ -272,6 +272,7 @@ def train_sides(ours: Transformer, hf: torch.nn.Module, batch: int, length: int)
 
         def run(i: int) -> None:
             step(*inputs(i), None, rate)
+            require(cfg is not AUTO or step.ran_compiled, "the step was not compiled ahead of time")
 
         return run
 

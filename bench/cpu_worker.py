@@ -97,6 +97,8 @@ def train_step(model: Transformer, cfg: CompileConfig = PRESETS["regional"]) -> 
     AdamW, no MTP block.
     """
     del model.mtp[:]
+    model.args.n_mtp_layers = 0
+    model.args.compress_ratios = model.args.compress_ratios[: model.args.n_layers]
     model.train().requires_grad_(True)
     adam = Optimizer(model, "adamw", betas=(0.9, 0.999), eps=1e-8, decay=0.01, bias_rate=0.0)
     weights = LossWeights(balance=0.0, index=0.0)
