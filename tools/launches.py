@@ -165,7 +165,8 @@ def lower_layers(
             traced[REST] = model, head
     return {
         kind: Lowered(
-            [row for graph in graphs for row in rows_of(*graph, module)], needed(module, shape)
+            [row for graph in graphs for row in rows_of(*graph, module, shape)],
+            needed(module, shape, phase),
         )
         for kind, (module, graphs) in traced.items()
     }
@@ -178,10 +179,12 @@ def trace_block(block: Block, X, tokens, plan, training: bool) -> list[Traced]:
     return trace(run, X.detach().requires_grad_(training), tokens, plan, grad=training)
 
 
-def rows_of(graph: torch.fx.GraphModule, inputs: list, module: nn.Module) -> list[Row]:
+def rows_of(
+    graph: torch.fx.GraphModule, inputs: list, module: nn.Module, shape: Shape
+) -> list[Row]:
     """What Inductor launches for a graph of `trace`."""
     traced = on_cuda(graph, inputs)
-    tokens = inputs[0].shape[1] if module.training else 0  # activations may have a weight's shape
+    tokens = shape.length if module.training else 0  # saved activations may have a weight's shape
     weights = {tuple(p.shape) for p in module.parameters() if p.dim() > 1 and len(p) != tokens}
     rows: list[Row] = []
     lower(*traced, lambda lowering: rows.extend(scheduled(lowering, weights)))
@@ -294,7 +297,7 @@ def chosen_share(n_experts: int, pairs: int) -> float:
 # Bytes that cannot be saved
 
 
-def needed(module: Block | Transformer, shape: Shape) -> int:
+def needed(module: Block | Transformer, shape: Shape, phase: str) -> int:
     """Bytes that a call on a layer, or on the head, cannot but move: weights, rows of caches,
     streams.
 
@@ -303,6 +306,7 @@ def needed(module: Block | Transformer, shape: Shape) -> int:
     """
     args, tokens = module.args, shape.batch * shape.length
     if isinstance(module, Transformer):
+        tokens = shape.batch if phase == "prefill" else tokens
         weights = [module.norm.weight, module.head.weight, *hc_weights(module)]
         return sum(p.nbytes for p in weights) + tokens * (
             args.hc_mult * args.dim * module.embed.weight.element_size() + 4 * args.vocab_size

@@ -3,6 +3,9 @@
 Captured: see tools/capture.py. A deep model is captured with one layer of each kind, whose numbers
 count as often as the kind occurs; --full captures every layer.
 
+Lowered: layers of Flash and Pro, in bf16 and with packed weights, also for a GPU that is not there:
+launches and bytes (tools/launches.py, in a process of its own).
+
 Run: where the weights fit (tiny, debug, a folder), each phase is also compiled in two fresh
 processes, the second of which finds the cache of the first, and run through a session. Recompiles
 are counted in a session that keeps Dynamo's guards.
@@ -58,6 +61,15 @@ from tools.capture import (
 )
 from tools.compile_count import CompileCount
 from tools.compile_function import MAX_WHOLE_GRAPH_LAYERS
+from tools.gpu_report import (
+    BANDWIDTH,
+    GPU_NOTE,
+    answer_of,
+    compare_launches,
+    estimate,
+    launch_lines,
+    lowered,
+)
 from tools.released_layout import check, checkpoint_tensors, empty_model
 from training.optim import Optimizer
 
@@ -226,8 +238,14 @@ def measure(config: str, phase: str, preset: str) -> dict:
 
 MEASURE = """
 import json, sys
-from tools import report
-print(json.dumps(report.measure(*sys.argv[1:])))
+from tools import cli, report
+try:
+    print(json.dumps(report.measure(*sys.argv[1:])))
+except Exception as error:
+    lacks = cli.lacking_resource(error)
+    if lacks is None:
+        raise
+    sys.exit(lacks)
 """
 
 
@@ -251,13 +269,7 @@ def measured(
                 env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": folder},
                 cwd=Path(__file__).parent.parent,
             )
-            if done.returncode:
-                log(done.stderr.strip())
-                reason = (done.stderr.strip() or "no message").splitlines()[-1]
-                raise ChildProcessError(
-                    f"compiling {phase} of {config} failed, see above: {reason}"
-                )
-            runs.append(json.loads(done.stdout.splitlines()[-1]))
+            runs.append(answer_of(done, f"compiling {phase} of {config}", log))
         if trace:
             to = trace / f"{phase}_code"
             to.mkdir(parents=True, exist_ok=True)
@@ -343,8 +355,12 @@ def report(
     trace: str | None = None,
     compiled: bool = True,
     log: Callable[[str], None] = lambda message: None,
+    gpu: str = "H200",
 ) -> dict:
-    """config as in args_of -> {"config", "preset", "versions", "layers", "modes", "phases"}."""
+    """config as in args_of -> {"config", "preset", "versions", "layers", "modes", "phases"}.
+
+    gpu: of BANDWIDTH, for estimates
+    """
     args = args_of(config)
     run = compiled and args.dim < PRODUCTION_DIM
     if run:
@@ -365,6 +381,10 @@ def report(
         if phase == "train":
             for recompute in ("selective", "full"):
                 numbers[f"saved_{recompute}_bytes"] = saved_bytes(args, recompute)
+        if args.dim >= PRODUCTION_DIM:
+            numbers |= lowered(args, phase, shape_of(args, phase), log)
+            if phase in ("decode", "verify"):
+                numbers["estimate"] = {"gpu": gpu, "tok_per_s": estimate(numbers, kinds(args), gpu)}
         if run:
             numbers |= measured(config, phase, preset, log, folder)
         result["phases"][phase] = numbers
@@ -427,6 +447,7 @@ def table(result: dict) -> str:
             lines.append([label, *(cell(figure, unit) for figure in figures)])
     for name in sorted({name for phase in phases.values() for name in phase["opaque"]}):
         lines.append([name, *(cell(phase["opaque"].get(name)) for phase in phases.values())])
+    lines += launch_lines(phases)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [
         "  ".join(
@@ -441,7 +462,8 @@ def table(result: dict) -> str:
     )
     modes = [describe_modes(result["modes"])] if result.get("modes") else []
     wrong = [f"{name}: {fault}" for name, phase in phases.items() for fault in phase["faults"]]
-    return "\n".join([head, *text, *modes, NOTE, *wrong])
+    notes = [NOTE] + [GPU_NOTE] * any(phase.get("launches") for phase in phases.values())
+    return "\n".join([head, *text, *modes, *notes, *wrong])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -579,6 +601,7 @@ def compare_phases(name: str, before: dict, now: dict, changes: Changes) -> None
             grew = a is not None and b is not None and b > a * MAY_GROW.get(key, 1.0)
             changes.add(f"{name}: {key} {figure(a)} -> {figure(b)}", grew)
     compare_operators(name, before["layers"], now["layers"], changes)
+    compare_launches(name, before.get("launches") or {}, now.get("launches") or {}, changes.add)
     for fault in now["faults"]:
         changes.add(f"{name}: {fault}", True)
     for key in TIMES:
@@ -623,6 +646,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="capture every layer of deep models, not one of each kind",
     )
+    about = "for estimates: " + ", ".join(BANDWIDTH)
+    add("--gpu", default="H200", choices=BANDWIDTH, metavar="NAME", help=about)
     add("--no-run", action="store_true", help="capture only: compile and run nothing")
     add("--trace", metavar="DIR", help="keep captured graphs and generated code here, to read")
     add(
@@ -666,7 +691,14 @@ def run(argv: list[str] | None) -> int:
         print(message, file=sys.stderr, flush=True)
 
     result = report(
-        flags.config, flags.phases, flags.preset, flags.full, flags.trace, not flags.no_run, log
+        flags.config,
+        flags.phases,
+        flags.preset,
+        flags.full,
+        flags.trace,
+        not flags.no_run,
+        log,
+        flags.gpu,
     )
     out = sys.stderr if flags.json else sys.stdout
     print(table(result), file=out)

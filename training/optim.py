@@ -71,8 +71,9 @@ class Optimizer:
         self.state: dict[str, dict[str, torch.Tensor]] = {}
         self.count = torch.zeros((), device=next(model.parameters()).device)
         groups = {m.weight: m.groups for m in model.modules() if isinstance(m, Linear)}
+        balanced = set(self.biases)  # no loss has a gradient for them, whatever they require
         for name, p in model.named_parameters():
-            if not p.requires_grad:
+            if not p.requires_grad or p in balanced:
                 continue
             moments = ["first"]
             if kind == "muon" and is_muon_matrix(name, p):

@@ -175,6 +175,14 @@ def test_router_biases_follow_the_load():
     assert len(biases) == 3 and not any(name.endswith("gate.bias") for name in optimizer.state)
 
 
+@pytest.mark.parametrize("kind", ("muon", "adamw"))
+def test_router_biases_are_no_parameters_of_muon_or_adam(kind):
+    """Not even if all of a model is made to require gradients: no tensor is updated twice."""
+    model = Transformer(small()).requires_grad_(True)
+    tensors = Optimizer(model, kind).tensors()
+    assert len(set(tensors)) == len(tensors)
+
+
 def test_frozen_and_unreached_parameters_stay():
     """What requires no gradient has no state; what got none keeps its value, also under decay."""
     model = randomize(Transformer(ModelArgs.debug()), seed=1)
