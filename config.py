@@ -94,6 +94,11 @@ METADATA = {  # keys that say nothing about the architecture, or are read by han
 MAY_BE_ZERO = ("n_hash_layers", "n_mtp_layers", "original_seq_len", "bos_id", "eos_id")
 
 
+def lookback(R: int) -> int:
+    """Tokens before a call that entries which end in it pool: of one window of R, in CSA of two."""
+    return (2 if R in CSA_RATIOS else 1) * R - 1
+
+
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)

@@ -28,6 +28,7 @@ from ops.indexer_loss import indexer_recall
 from ops.registry import Table, require
 from ops.rope import rope_frequencies
 from ops.router_balance import router_balance
+from ops.routing import largest, pick
 from ops.swiglu import ACTIVATION, swiglu
 
 
@@ -192,7 +193,7 @@ class AuxOutputs(NamedTuple):
 class Windows(NamedTuple):
     """Compression windows of one ratio R in a call (docs/v4.md#compressor).
 
-    end     [B, N]  index of a window's last token in this call; no meaning if it does not end here
+    end     [B, N]  row of its last token of lookback + T; no meaning if it does not end here
     index   [B, N]  number w of the window in its document; its position is w R
     slot    [B, N]  cache slot of the entry, or the last, spare slot if it does not end here
     offset  [B, T]  position of a token in its window, t mod R
@@ -299,7 +300,7 @@ def cached_windows(R, freqs, pos, input_pos, lengths, max_seq_len) -> Windows:
     lo = torch.zeros_like(pos)
     slot = torch.where(end < lengths[:, None], index, -(-max_seq_len // R))  # else the spare slot
     angles = rope_angles(freqs, index * R, True)
-    return Windows(end, index, slot, pos % R, lo, lo + (pos + 1) // R, *angles)
+    return Windows(end + config.lookback(R), index, slot, pos % R, lo, lo + (pos + 1) // R, *angles)
 
 
 def document_windows(R, freqs, pos, col) -> Windows:
@@ -315,7 +316,9 @@ def document_windows(R, freqs, pos, col) -> Windows:
     index = pos.gather(1, end.clamp(max=T - 1)) // R
     lo = (col - pos + R - 1) // R
     angles = rope_angles(freqs, index * R, True)
-    return Windows(end, index, index, pos % R, lo, lo + (pos + 1) // R, *angles)
+    return Windows(
+        end + config.lookback(R), index, index, pos % R, lo, lo + (pos + 1) // R, *angles
+    )
 
 
 # ------------------------------------------------------------------------------
@@ -370,12 +373,12 @@ class Compressor(nn.Module):
         self.args, self.ops = args, ops
         self.ratio, self.dim = ratio, dim
         self.rotate = rotate
-        lanes = 2 if ratio in config.CSA_RATIOS else 1
+        lanes = (1 + config.lookback(ratio)) // ratio
         self.ape = nn.Parameter(torch.empty(ratio, lanes * dim, dtype=torch.float32))
         self.wkv = Linear(args, ops, args.dim, lanes * dim)
         self.wgate = Linear(args, ops, args.dim, lanes * dim)
         self.norm = RMSNorm(dim, args.norm_eps)
-        self.ring = Ring(lanes * ratio - 1)
+        self.ring = Ring(config.lookback(ratio))
 
     def setup(self, batch, max_seq_len, max_rewind, dtype, device):
         width = 2 * self.wkv.weight.shape[0]
@@ -390,8 +393,7 @@ class Compressor(nn.Module):
         score = self.ops.linear_fp32(x, self.wgate.weight) + self.ape.float()[windows.offset]
         kv = self.ops.linear_fp32(x, self.wkv.weight)
         rows = self.ring(torch.cat([kv, score], -1), plan)  # [B, lookback + T, 2 lanes D]
-        ends = windows.end + self.ring.lookback
-        pooled = rows, ends, windows.index, self.norm.weight, windows.cos, windows.sin
+        pooled = rows, windows.end, windows.index, self.norm.weight, windows.cos, windows.sin
         new = self.ops.compress(*pooled, self.ratio, self.args.norm_eps, x.dtype)
         if self.args.act_quant and self.rotate:
             new = self.ops.act_quant(hadamard(new), 32, "fp4")
@@ -425,8 +427,7 @@ class Indexer(nn.Module):
         q = self.ops.rope(q, *plan.rope[True], False)
         if args.act_quant:
             q = self.ops.act_quant(hadamard(q), 32, "fp4")
-        u = self.weights_proj(x) * (args.index_head_dim**-0.5 * args.index_n_heads**-0.5)
-        return q, self.compressor(x, plan), u
+        return q, self.compressor(x, plan), self.weights_proj(x)
 
     def objective(self, attention: tuple, index: tuple, chosen, plan: Plan) -> AuxOutputs:
         """KL divergence between the main attention and the scores (docs/v4.md#training).
@@ -436,6 +437,8 @@ class Indexer(nn.Module):
         windows = plan.windows[self.ratio]
         eps, topk = self.args.norm_eps, self.args.index_topk
         visible = windows.lo, windows.hi
+        q, k, u = index
+        index = q, k, u * (q.shape[2] * q.shape[3]) ** -0.5  # a scale changes no choice
         loss = self.ops.indexer_loss(*attention, *index, *visible, chosen, eps)  # [B, T]
         if plan.valid is not None:
             loss = loss * plan.valid
@@ -534,12 +537,14 @@ class Gate(nn.Module):
         """x [B T, d], tokens [B T] -> chosen [B T, K], their weights [B T, K], scores [B T, E]."""
         score = F.softplus(self.ops.linear_fp32(x, self.weight)).sqrt()
         if self.tid2eid is not None:
-            chosen = self.tid2eid[tokens]
+            chosen = self.tid2eid[tokens].split(1, 1)  # K columns [B T, 1]
         else:
-            biased = score + self.bias.float()  # the bias only selects
-            chosen = biased.topk(self.args.n_activated_experts, sorted=False).indices
-        weight = score.gather(1, chosen)
-        return chosen, weight / weight.sum(-1, keepdim=True) * self.args.route_scale, score
+            biased = score.detach() + self.bias.float()  # the bias only selects
+            chosen = largest(biased, self.args.n_activated_experts)
+        weights = pick(score, chosen)
+        total = sum(weights)
+        weights = [weight / total * self.args.route_scale for weight in weights]
+        return torch.cat(chosen, 1), torch.cat(weights, 1), score
 
 
 class Expert(nn.Module):

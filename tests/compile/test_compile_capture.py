@@ -128,6 +128,7 @@ def test_each_opaque_op_is_one_node():
         "compress": compressed + csa,
         "indexer_topk": csa,
         "rope": layers + csa,
+        "linear_fp32": layers + 2 * (compressed + csa) + 1,  # routers, compressors, head
     }
 
 

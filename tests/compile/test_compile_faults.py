@@ -55,9 +55,9 @@ DEFAULT = {  # of each run
     ),
     "a branch on data in the router": Fault(
         "model.py",
-        "        weight = score.gather(1, chosen)",
+        "        weights = pick(score, chosen)",
         "        if score.max() > 1e9:\n            score = score / score.max()\n"
-        "        weight = score.gather(1, chosen)",
+        "        weights = pick(score, chosen)",
         DECODE,
         r"[Dd]ata-dependent[\s\S]*model\.py",
     ),
@@ -106,9 +106,9 @@ DEFAULT = {  # of each run
 FULL = {  # of -m full
     "a bincount of the experts' load": Fault(
         "model.py",
-        "        weight = score.gather(1, chosen)",
-        "        score = score + 0 * chosen.flatten().bincount().sum()\n"
-        "        weight = score.gather(1, chosen)",
+        "        weights = pick(score, chosen)",
+        "        score = score + 0 * torch.cat(chosen).flatten().bincount().sum()\n"
+        "        weights = pick(score, chosen)",
         DECODE,
         r"(host sync aten\.bincount|symbolic value in aten\.bincount).*model\.py",
     ),
@@ -138,7 +138,7 @@ FULL = {  # of -m full
     "a window skipped when none ends": Fault(
         "model.py",
         "        score = self.ops.linear_fp32(x, self.wgate.weight)",
-        "        if (windows.end < 0).all():\n            return self.entries[:, :-1]\n"
+        "        if (windows.slot < 0).all():\n            return self.entries[:, :-1]\n"
         "        score = self.ops.linear_fp32(x, self.wgate.weight)",
         DECODE,
         r"[Dd]ata-dependent[\s\S]*model\.py",
@@ -215,8 +215,8 @@ FULL = {  # of -m full
     ),
     "a router's scores copied to the CPU and back": Fault(
         "model.py",
-        "        weight = score.gather(1, chosen)",
-        "        score = score.cpu().to(x.device)\n        weight = score.gather(1, chosen)",
+        "        weights = pick(score, chosen)",
+        "        score = score.cpu().to(x.device)\n        weights = pick(score, chosen)",
         CENSUS + "test_nothing_leaves_the_device_and_the_default_form_there_is_opaque[decode]",
         r"score\.cpu\(\)[\s\S]*Cannot copy out of meta",
     ),
@@ -236,18 +236,18 @@ FULL = {  # of -m full
     ),
     "an inverse in the router": Fault(
         "model.py",
-        "        weight = score.gather(1, chosen)",
+        "        weights = pick(score, chosen)",
         "        score = score + 0 * torch.linalg.inv(torch.eye(2, device=x.device)).sum()\n"
-        "        weight = score.gather(1, chosen)",
+        "        weights = pick(score, chosen)",
         CENSUS + "test_nothing_leaves_the_device_and_the_default_form_there_is_opaque[decode]",
         r"waits for it: aten\._linalg_check_errors[\s\S]*model\.py",
     ),
     "torch.cond on data in the router": Fault(
         "model.py",
-        "        weight = score.gather(1, chosen)",
+        "        weights = pick(score, chosen)",
         "        branches = (lambda s: s * 0.5), (lambda s: s * 1.0)\n"
         "        score = torch.cond(score.amax() > 1e9, *branches, (score,))\n"
-        "        weight = score.gather(1, chosen)",
+        "        weights = pick(score, chosen)",
         DECODE,
         r"branch on data cond.*model\.py",
     ),

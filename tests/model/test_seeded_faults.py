@@ -45,8 +45,8 @@ MODEL = {
     ),
     "an entry that is seen a token late": Fault(
         "model.py",
-        "Windows(end, index, slot, pos % R, lo, lo + (pos + 1) // R, *angles)",
-        "Windows(end, index, slot, pos % R, lo, lo + pos // R, *angles)",
+        "Windows(end + config.lookback(R), index, slot, pos % R, lo, lo + (pos + 1) // R, *angles)",
+        "Windows(end + config.lookback(R), index, slot, pos % R, lo, lo + pos // R, *angles)",
         CACHE + "caches_set_up_in_inference_mode_serve_any_mode",
     ),
     "entries of the document before": Fault(
@@ -69,8 +69,8 @@ MODEL = {
     ),
     "a router's bias with the wrong sign": Fault(
         "model.py",
-        "biased = score + self.bias.float()",
-        "biased = score - self.bias.float()",
+        "biased = score.detach() + self.bias.float()",
+        "biased = score.detach() - self.bias.float()",
         PARITY + "logits_equal_transformers[flash-like-5]",
     ),
     "rotated dims of keys that are quantised, and no others": Fault(
