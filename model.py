@@ -156,10 +156,8 @@ class Linear(nn.Module):
             return self.ops.quant_linear(x, self.weight, self.scale, self.groups, act_quant)
         if act_quant:
             x = self.ops.act_quant(x, 128, "fp8")
-        if self.groups > 1:
-            weight = self.weight.unflatten(0, (self.groups, -1))
-            return torch.einsum("...gi,goi->...go", x, weight)
-        return F.linear(x, self.weight)
+        groups = (self.groups,) if self.groups > 1 else ()
+        return self.ops.linear(x, self.weight.view(*groups, -1, x.shape[-1]))
 
 
 def quantize_kv(args: ModelArgs, ops: Table, kv: torch.Tensor) -> torch.Tensor:
@@ -631,7 +629,7 @@ def hc_head(module: Transformer | MTPBlock, X: torch.Tensor) -> torch.Tensor:
     """Collapse the streams into the normed input of a head: [B, T, n, d] -> [B, T, d]."""
     args, v = module.args, X.flatten(2).float()
     rms_inverse = torch.rsqrt(v.square().mean(-1, keepdim=True) + args.norm_eps)
-    mix = F.linear(v, module.hc_head_fn.float()) * rms_inverse  # [B, T, n]
+    mix = module.ops.linear(v, module.hc_head_fn.float()) * rms_inverse  # [B, T, n]
     pre = torch.sigmoid(mix * module.hc_head_scale.float() + module.hc_head_base.float())
     collapsed = ((pre + args.hc_eps)[..., None] * X.float()).sum(2)
     return module.norm(collapsed.to(X.dtype))

@@ -7,6 +7,7 @@ from .hc_post_pre import hc_post_pre
 from .hc_pre import hc_pre
 from .indexer_loss import indexer_loss, indexer_recall
 from .indexer_topk import indexer_topk
+from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_fp32 import linear_fp32
 from .moe import moe
@@ -43,6 +44,7 @@ __all__ = [
     "indexer_loss",
     "indexer_recall",
     "indexer_topk",
+    "linear",
     "linear_cross_entropy",
     "linear_fp32",
     "moe",

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from .cpp import enabled, supports_cpp
+from .linear import linear
 from .registry import Op, register, require
 from .sinkhorn import backward_reference as sinkhorn_backward
 from .sinkhorn import sinkhorn
@@ -44,11 +45,11 @@ def check(x, fn, base, scale, norm_eps, hc_eps, iters):
     )
 
 
-def mix(x, fn, norm_eps):
+def mix(x, fn, norm_eps, linear=F.linear):
     """-> v [B, T, n d], mixing values before the norm u [B, T, n (2 + n)], r [B, T, 1]; m = u r."""
     v = x.float().flatten(2)
     r = torch.rsqrt(v.square().mean(-1, keepdim=True) + norm_eps)
-    return v, F.linear(v, fn.float()), r
+    return v, linear(v, fn.float()), r
 
 
 def split_mix(m, base, scale, n):
@@ -63,10 +64,10 @@ def split_mix(m, base, scale, n):
     return pre, post, comb
 
 
-def compute(x, fn, base, scale, norm_eps, hc_eps, iters, sinkhorn):
-    """The formula, with a form of sinkhorn."""
+def compute(x, fn, base, scale, norm_eps, hc_eps, iters, sinkhorn, linear=F.linear):
+    """The formula, with a form of sinkhorn and of linear."""
     n = x.shape[2]
-    _, u, r = mix(x, fn, norm_eps)
+    _, u, r = mix(x, fn, norm_eps, linear)
     pre, post, comb = split_mix(u * r, base, scale, n)
     y = ((torch.sigmoid(pre) + hc_eps)[..., None] * x.float()).sum(2).to(x.dtype)
     return y, 2 * torch.sigmoid(post), sinkhorn(comb, hc_eps, iters)
@@ -202,7 +203,8 @@ def on_cpu(*args):
         return reference(*args)
     if torch.is_grad_enabled():
         return _opaque(*args) if enabled("hc_pre") else reference(*args)
-    return compute(*args, sinkhorn.opaque) if enabled("sinkhorn") else reference(*args)
+    form = sinkhorn.opaque if enabled("sinkhorn") else sinkhorn.reference
+    return compute(*args, form, linear.cpu)
 
 
 hc_pre = Op(

@@ -19,10 +19,12 @@ import torch
 import torch.nn.functional as F
 
 from .launch import arch
+from .linear import FEW as FEW_FP32
+from .linear import is_few, sums_of_products
 from .registry import Op, register, require
 
 CHUNK = 1 << 20  # weights widened at a time
-FEW = 16  # tokens whose products are traced
+FEW = 16  # tokens of a weight of 16 bits whose products are traced
 
 
 def check(x, weight):
@@ -126,12 +128,10 @@ _opaque = register(
 
 
 def _cpu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    if weight.dtype == torch.float32:
-        return reference(x, weight)
-    few = x.numel() <= FEW * x.shape[-1] and not torch.is_grad_enabled()
-    if few and torch.compiler.is_compiling():
-        return (x.float()[..., None, :] * weight.float()).sum(-1)
-    return _opaque(x, weight)
+    widened = weight.dtype != torch.float32
+    if is_few(x, weight, FEW if widened else FEW_FP32):
+        return sums_of_products(x.float(), weight.float())
+    return (_opaque if widened else reference)(x, weight)
 
 
 linear_fp32 = Op("linear_fp32", reference, _opaque, check, cpu=_cpu)

@@ -10,16 +10,10 @@ from __future__ import annotations
 
 import torch
 
+from .linear import materialized
 from .moe_grouped import activate, quantized
 from .registry import Op, register
 from .swiglu import HAS_KERNELS
-
-
-def _materialized(x):
-    """x itself, as a strided view: Inductor computes one into a buffer, once, instead of anew for
-    every row that uses it."""
-    x = x.contiguous()
-    return x.as_strided(x.shape, x.stride())
 
 
 def gathered(
@@ -35,9 +29,9 @@ def gathered(
     Products and sums instead of matrix products, so that Inductor reads gathered weights in place.
     """
     x, dtype = quantized(x, act_quant), x.dtype
-    h13 = (w13.float() * _materialized(x).float()[:, None, None]).sum(-1).to(dtype)
+    h13 = (w13.float() * materialized(x).float()[:, None, None]).sum(-1).to(dtype)
     h = activate(h13, weight[..., None], limit).to(dtype)
-    h = _materialized(quantized(h, act_quant))
+    h = materialized(quantized(h, act_quant))
     y = (w2.float() * h.float()[:, :, None]).sum(-1).to(dtype)
     return y.float().sum(1)
 

@@ -116,6 +116,7 @@ class Op:
 
     check(*args)      raises ValueError naming the argument at fault
     cpu(*args)        the form of mode "cpu"; None: the reference
+    traced            set where the opaque form is the reference: a compiler does best with it
     cpp               of each phase, the ops whose C++ mode "cpu" runs: see build_cpu_kernels
     internal          a variant or part of another op, which has checked the arguments
     """
@@ -132,6 +133,7 @@ class Op:
         internal: bool = False,
     ):
         self.name = name
+        self.traced = opaque is reference
         self._check = check
         self.reference = self._checked(reference)
         self.opaque = self._checked(opaque)

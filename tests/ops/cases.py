@@ -133,6 +133,10 @@ def linear_cross_entropy(N, V, d=6):
     return x, weight, integers(0, V, (N,)).masked_fill(torch.rand(N) < 0.3, -100)
 
 
+def linear(lead, i, o, *groups):
+    return spread(*lead, *groups, i), normal(*groups, o, i) * i**-0.5
+
+
 def linear_fp32(lead, i, o):
     return spread(*lead, i), normal(o, i) * i**-0.5
 
@@ -271,6 +275,7 @@ CASES = [
         (1, 65, 33, "dense", 2, 2, 17),
     ),
     *cases(linear_cross_entropy, (5, 7), (1, 11), (64, 130), (65, 3), (130, 33)),
+    *cases(linear, ((2, 5), 33, 7), ((3,), 8, 5, 2), ((1, 1), 130, 260), ((2, 65), 7, 4, 3)),
     *cases(linear_fp32, ((2, 5), 33, 7), ((3,), 8, 1), ((1, 1), 130, 260), ((65,), 70, 9)),
     *cases(
         quant_linear,
@@ -312,7 +317,9 @@ CASES = [
     ),
 ]
 FEW = [case for op in CONTRACTS for case in [case for case in CASES if case.op == op][:3]]
-PUBLIC = [case for case in FEW[::3] if case.op in ops.OPS]
+NODES = [case for case in FEW if case.op in ops.INTERNAL or not ops.OPS[case.op].traced]
+PUBLIC = [case for case in NODES[::3] if case.op in ops.OPS]
 by_case = pytest.mark.parametrize("case", CASES, ids=str)
+by_node = pytest.mark.parametrize("case", NODES, ids=str)
 by_few = pytest.mark.parametrize("case", FEW, ids=str)
 by_public_op = pytest.mark.parametrize("case", PUBLIC, ids=lambda case: case.op)

@@ -186,8 +186,10 @@ def spec_linear_cross_entropy(x, weight, target):
     return torch.stack([-p[i, t] if t >= 0 else 0 * p[i, 0] for i, t in enumerate(target.tolist())])
 
 
-def spec_linear_fp32(x, weight):
-    return x @ weight.T
+def spec_linear(x, weight):
+    if weight.dim() == 2:
+        return x @ weight.T
+    return torch.stack([x[..., g, :] @ matrix.T for g, matrix in enumerate(weight)], -2)
 
 
 def unpack(w, scale):
@@ -266,7 +268,8 @@ CONTRACTS = {
     "indexer_topk": Contract(spec_indexer_topk, (), (0, 1, 2)),
     "indexer_loss": Contract(spec_indexer_loss, (5, 6, 7), (0, 3, 5, 6, 7), (True,)),
     "linear_cross_entropy": Contract(spec_linear_cross_entropy, (0, 1), (0, 1), (True,)),
-    "linear_fp32": Contract(spec_linear_fp32, (0, 1), (0, 1), (True,)),
+    "linear": Contract(spec_linear, (0, 1), (0, 1), rounding=2),
+    "linear_fp32": Contract(spec_linear, (0, 1), (0, 1), (True,)),
     "quant_linear": Contract(spec_quant_linear, (0,), (0,), rounding=3),
     "moe": Contract(spec_moe, (0, 1, 2, 4), (0, 1, 2), (True,)),
     "moe_decode": Contract(spec_moe_decode, (), (), (True,)),

@@ -92,6 +92,12 @@ MISFITS = {
         (1, 8, shorter(0)),
         (2, 9, shorter(1)),
     ],
+    "linear": [
+        (0, 0, shorter(-1)),
+        (0, 1, shorter(1)),
+        (0, 1, lambda weight: weight[0]),
+        (1, 0, shorter(1)),
+    ],
     "linear_fp32": [(0, 0, shorter(-1)), (0, 1, shorter(1)), (0, 1, lambda weight: weight[None])],
     "indexer_topk": [
         (0, 0, shorter(3)),

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cases import (
     CASES,
     Case,
-    by_few,
+    by_node,
     cases,
     indexer_loss,
     indexer_topk,
@@ -68,7 +68,7 @@ def expected_flops(case: Case, args: tuple) -> tuple[int, int]:
     return 0, 0
 
 
-@by_few
+@by_node
 def test_flops_are_those_of_the_matrix_products(case):
     args = case.args()
     forward, *backward = record(case).calls
