@@ -151,13 +151,13 @@ class Linear(nn.Module):
         self.register_parameter("scale", None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        act_quant = self.args.act_quant and self.fp8 and self.groups == 1
+        weight, groups = self.weight, self.groups
+        act_quant = self.args.act_quant and self.fp8 and groups == 1
         if self.scale is not None:
-            return self.ops.quant_linear(x, self.weight, self.scale, self.groups, act_quant)
+            return self.ops.quant_linear(x, weight, self.scale, groups, act_quant)
         if act_quant:
             x = self.ops.act_quant(x, 128, "fp8")
-        groups = (self.groups,) if self.groups > 1 else ()
-        return self.ops.linear(x, self.weight.view(*groups, -1, x.shape[-1]))
+        return self.ops.linear(x, weight.unflatten(0, (groups, -1)) if groups > 1 else weight)
 
 
 def quantize_kv(args: ModelArgs, ops: Table, kv: torch.Tensor) -> torch.Tensor:

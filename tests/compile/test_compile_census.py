@@ -388,7 +388,7 @@ def test_launches_on_cuda_stay_under_their_ceiling(cuda_code, request, tell):
         before = recorded[kind]
         both = kind, counts, before
         assert counts["ours"] == before["ours"], both
-        assert 0 < counts["triton"] <= 1.1 * before["triton"], both
+        assert 0 < counts["triton"] <= 1.1 * before["triton"] + 1, both
         assert counts["extern"] <= before["extern"] and counts["aten"] <= before["aten"], both
 
 

@@ -193,9 +193,9 @@ FULL = {  # of -m full
     ),
     "a ring rewritten at every step": Fault(
         "model.py",
-        "        return rows\n\n\n# ----",
+        "        return rows\n\n\nclass Compressor",
         "        self.rows.copy_(self.rows.flip(1).flip(1) * 1.0000001)\n"
-        "        return rows\n\n\n# ----",
+        "        return rows\n\n\nclass Compressor",
         CENSUS + "test_no_cache_is_computed_whole",
         r"computes a whole cache: .*model\.py",
     ),

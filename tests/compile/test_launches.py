@@ -27,7 +27,7 @@ CASES = {  # rows, tokens of each, context
     "prefill": Shape(1, 8192, 8192),
     "train": Shape(1, 4096, 4096),
 }
-LEAST = 1.02  # times the recorded bytes
+SLACK = 1  # a launch: Inductor fuses by what the process has lowered before, too
 pytestmark = pytest.mark.compile
 
 
@@ -71,8 +71,10 @@ def test_launches_and_bytes_stay_under_their_ceilings(case, weights, request, te
     assert now.keys() == recorded.keys()
     for kind, (count, share) in now.items():
         before, share_before = recorded[kind]
-        assert 0 < count <= before, f"{key}, {kind}: {count} launches, {before} when recorded"
-        assert 0.99 < share <= LEAST * share_before, (
+        assert 0 < count <= before + SLACK, (
+            f"{key}, {kind}: {count} launches, {before} when recorded"
+        )
+        assert 0.99 < share <= 1.02 * share_before, (
             f"{key}, {kind}: {share} of the bytes needed, {share_before} when recorded"
         )
 

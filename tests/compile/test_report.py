@@ -309,7 +309,7 @@ def test_a_compilation_that_fails_ends_in_one_line_after_the_compilers_own(monke
     monkeypatch.setattr(R.subprocess, "run", fail)
     assert R.main(["--config", "debug", "--phase", "decode"]) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line == "compile_config.py: compiling decode of debug failed, see above: Oops: no"
+    assert line == "compile_config.py: compiling decode of debug failed: Oops: no"
 
 
 def test_folders_are_measured_from_wherever_the_report_is_started(monkeypatch, tmp_path):
