@@ -145,7 +145,7 @@ def command(folder: Path, *more: str) -> list[str]:
 
 def test_layers_compiled_for_training_do_not_meet_the_evaluation(capsys, monkeypatch, folder):
     """The last batch of the evaluation is smaller: nothing is recompiled for it."""
-    monkeypatch.setitem(S.PRESETS, "regional", CompileConfig(backend="eager", region="layer"))
+    monkeypatch.setitem(PRESETS, "regional", CompileConfig(backend="eager", region="layer"))
     torch._dynamo.reset()
     count = CompileCount()
     assert S.main(command(folder, "--compile", "regional", "--json")) == 0
