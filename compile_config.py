@@ -92,6 +92,13 @@ def usable_preset(asked: str | None, default: str, device: str) -> str:
     return "eager"
 
 
+def compiled_as(preset: str, ran_compiled: bool) -> str:
+    """The preset whose code ran, for reports: that of "auto" is compiled by layer."""
+    if preset != "auto":
+        return preset
+    return "regional" if ran_compiled else "eager"
+
+
 # --------------------------------------------------------------------------------------------------
 # Generation
 

@@ -25,7 +25,7 @@ from typing import TextIO
 import torch
 
 from checkpoint import load
-from compile_config import CHOICES, config_of, usable_preset
+from compile_config import CHOICES, compiled_as, config_of, usable_preset
 from generation.engine import Engine, check_prompt
 from generation.sampling import check_settings
 from generation.session import StreamSession
@@ -316,9 +316,6 @@ def make_report(
         tok_per_s = decoded / decode_s
         bandwidth_share = steps * nbytes / decode_s / read_bandwidth(nbytes, engine.device)
     switched_at = stats.pop("switched_at")
-    compiled_as = flags.preset
-    if compiled_as == "auto":
-        compiled_as = "regional" if stats["compiled_tokens"] else "eager"
     return {
         **results,
         **stats,
@@ -332,7 +329,7 @@ def make_report(
         "dtype": flags.dtype,
         "device": flags.device,
         "preset": flags.compile or "auto",
-        "compiled_as": compiled_as,
+        "compiled_as": compiled_as(flags.preset, stats["compiled_tokens"] > 0),
         "threads": threads,
         "act_quant": engine.model.args.act_quant,
         "versions": versions(),

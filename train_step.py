@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from compile_config import compile_train_step, config_of
+from compile_config import compile_train_step, compiled_as, config_of
 from config import CSA_RATIOS
 from parallel import Ranks
 from tools import cli
@@ -424,9 +424,6 @@ class Trainer:
         """Tell the results, plot the losses, and draw a sample. loss: held out."""
         flags, data = self.flags, self.data
         history = self.metrics_log.history if self.metrics_log else []
-        compiled_as = flags.preset
-        if compiled_as == "auto":
-            compiled_as = "regional" if self.counts[1] else "eager"
         newest = history[-1] if history else {}
         report = {
             "steps": self.last,
@@ -445,7 +442,7 @@ class Trainer:
             "compiled_steps": self.counts[1],
             "switched_at": self.switched_at and self.switched_at - self.started,
             "preset": flags.compile or flags.preset,
-            "compiled_as": compiled_as,
+            "compiled_as": compiled_as(flags.preset, self.counts[1] > 0),
             "threads": self.threads,
             "device": flags.device,
             "torch": torch.__version__,

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from .registry import Op, require
 
-FEW = 8  # tokens for which a weight is read anew, each time from a cache
+FEW = 8  # tokens; with more the library is faster
 
 
 def check(x, weight):
@@ -54,15 +54,15 @@ def sums_of_products(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return y.movedim(-1, 0).reshape(*lead, *weight.shape[:-1])
 
 
-def is_few(x: torch.Tensor, weight: torch.Tensor, few: int) -> bool:
+def is_few(x: torch.Tensor, weight: torch.Tensor, few: int = FEW) -> bool:
     """Whether `sums_of_products` is the faster form on CPU."""
     tokens = x.shape[: x.dim() - weight.dim() + 1].numel()
-    compiling = torch.compiler.is_compiling() and not torch.is_grad_enabled()
-    return compiling and tokens <= few
+    fuses = torch.compiler.is_compiling() and not torch.is_grad_enabled()
+    return fuses and tokens <= few
 
 
 def _cpu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return (sums_of_products if is_few(x, weight, FEW) else reference)(x, weight)
+    return (sums_of_products if is_few(x, weight) else reference)(x, weight)
 
 
 linear = Op("linear", reference, reference, check, cpu=_cpu)

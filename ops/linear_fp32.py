@@ -19,12 +19,11 @@ import torch
 import torch.nn.functional as F
 
 from .launch import arch
-from .linear import FEW as FEW_FP32
-from .linear import is_few, sums_of_products
+from .linear import FEW, is_few, sums_of_products
 from .registry import Op, register, require
 
 CHUNK = 1 << 20  # weights widened at a time
-FEW = 16  # tokens of a weight of 16 bits whose products are traced
+FEW_WIDENED = 16  # tokens whose products with a weight of 16 bits are traced
 
 
 def check(x, weight):
@@ -129,7 +128,7 @@ _opaque = register(
 
 def _cpu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     widened = weight.dtype != torch.float32
-    if is_few(x, weight, FEW if widened else FEW_FP32):
+    if is_few(x, weight, FEW_WIDENED if widened else FEW):
         return sums_of_products(x.float(), weight.float())
     return (_opaque if widened else reference)(x, weight)
 

@@ -28,6 +28,7 @@ FULL = {
     r"test_compile_shapes\.py::test_(flash_decode_at_full|one_layer_of_each)": "a minute each",
     r"test_compile_census\.py::test_kernels_per_layer": "the snapshot of operators is run",
     r"test_launches\.py.*\[(decode, 8|verify|prefill|train)": "decode is run",
+    r"test_launches\.py::test_figures": "lowers a training step",
     r"test_offline\.py::test_(kernels_fit|the_largest_tile|every)": "every kernel",
     r"test_bench_gpu\.py::test_(a_case|the_scoreboard_scores)": "lowers kernels",
     r"test_checkpoint\.py::test_quantised_round_trip.*\[dtype1.*debug": "the other dtype is run",

@@ -31,6 +31,7 @@ PHASES = ("prefill", "decode", "verify", "train")
 ops.register_flops()
 MODEL_OPS = tuple(ops.OPS)
 PRODUCTION_DIM = 4096  # models as wide as Flash are captured at production sizes, in bf16, not run
+REST = "rest"  # the "kind of layer" of what stands before and after the layers
 DRAFTED = 3  # tokens that verify checks beside the one it is sure of
 
 # Operators that make a host wait for a GPU. fullgraph=True captures these silently.
@@ -253,7 +254,7 @@ def index_of(node: torch.fx.Node, args: ModelArgs) -> int | None:
 def layer_of(node: torch.fx.Node, args: ModelArgs) -> str:
     """The kind of layer that a node belongs to; "rest" before and after the layers."""
     layer = index_of(node, args)
-    return "rest" if layer is None else kind_of(args, layer)
+    return REST if layer is None else kind_of(args, layer)
 
 
 class Repeats(NamedTuple):
@@ -270,7 +271,7 @@ def repeats(args: ModelArgs, captured: ModelArgs) -> Repeats:
     """For a model of which `captured` has all kinds of layers."""
     layers = kinds(captured)
     times = {kind: n / layers[kind] for kind, n in kinds(args).items()}
-    return Repeats(captured, times | {"rest": 1})
+    return Repeats(captured, times | {REST: 1})
 
 
 # --------------------------------------------------------------------------------------------------

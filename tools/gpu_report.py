@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from model import ModelArgs
-from tools.capture import Shape
+from tools.capture import REST, Shape
 
 BANDWIDTH = {  # bytes a second
     "A100": 2.04e12,
@@ -31,9 +31,6 @@ GPU_NOTE = (
     "GPU launches: of a layer, in bf16 / with FP4 experts and FP8 linears, lowered for an H200\n"
     "that is not there; estimate: bytes over bandwidth plus 2.2 us a launch"
 )
-
-
-REST = "rest"  # of the model beside its layers: the head
 
 
 def answer_of(done: subprocess.CompletedProcess, task: str, log: Callable[[str], None]) -> dict:
@@ -69,7 +66,7 @@ def lowered(args: ModelArgs, phase: str, shape: Shape, log: Callable[[str], None
 
 
 def estimate(numbers: dict, layers: dict[str, int], gpu: str) -> dict[str, float] | None:
-    """Tokens a second of a phase on a GPU, by weights: bytes over bandwidth plus launches."""
+    """Tokens a second of decode on a GPU, by weights: bytes over bandwidth plus launches."""
     if not numbers.get("launches"):
         return None
     seconds: dict[str, float] = collections.Counter()
@@ -81,16 +78,16 @@ def estimate(numbers: dict, layers: dict[str, int], gpu: str) -> dict[str, float
     for kind, launches in numbers["launches"].items():
         add(launches, numbers["moved_bytes"][kind], layers[kind])
     add(numbers["head"]["launches"], numbers["head"]["moved_bytes"], 1)
-    return {weights: numbers["batch"] * numbers["length"] / s for weights, s in seconds.items()}
+    return {weights: numbers["batch"] / s for weights, s in seconds.items()}
 
 
 def launch_lines(phases: dict[str, dict]) -> list[list[str]]:
-    """Of the table, for layers lowered for a GPU: in each cell bf16, then fp4."""
+    """Of the table, for layers lowered for a GPU: in each cell bf16, then fp4 if there is any."""
 
     def pair(values: dict | None, digits: int = 0) -> str:
         if not values:
             return "-"
-        return " / ".join(f"{values[weights]:,.{digits}f}" for weights in ("bf16", "fp4"))
+        return " / ".join(f"{value:,.{digits}f}" for value in values.values())
 
     def share(phase: dict, kind: str) -> dict | None:
         moved, needed = (phase.get(key, {}).get(kind) for key in ("moved_bytes", "needed_bytes"))
@@ -113,7 +110,7 @@ def launch_lines(phases: dict[str, dict]) -> list[list[str]]:
 
 
 def compare_launches(name: str, before: dict, now: dict, add: Callable[[str, bool], None]) -> None:
-    """Of two reports; add(line, whether it is a regression)."""
+    """Changes between two reports' launches, by add(line, whether it is a regression)."""
     for kind in before.keys() & now.keys():
         for weights in before[kind].keys() & now[kind].keys():
             a, b = before[kind][weights], now[kind][weights]

@@ -29,12 +29,11 @@ import ops
 from model import Aux, Block, Linear, ModelArgs, Transformer
 from ops.launch import record
 from ops.registry import LAUNCHERS
-from tools.capture import MODEL_OPS, Shape, call_of, is_ours, kind_of, name_of, one_of_each
+from tools.capture import MODEL_OPS, REST, Shape, call_of, is_ours, kind_of, name_of, one_of_each
 from tools.fake_cuda import Traced, lower, on_cuda, trace
 
-WEIGHTS = ("bf16", "fp4")  # fp4: experts; linears are FP8
+WEIGHTS = ("bf16", "fp4")  # fp4: experts, frozen; linears are FP8
 ARCH = "sm_90"
-REST = "rest"  # of the model beside its layers: the head
 # aten operators that only describe or allocate memory
 FREE = re.compile(
     r"aten\.(empty|empty_like|new_empty|empty_strided|new_empty_strided|view|_unsafe_view|expand|"
@@ -142,9 +141,8 @@ def lower_layers(
     weights: str = "bf16",
     modes: dict[str, str] | None = None,
 ) -> dict[str, Lowered]:
-    """A layer of each kind, by its name, and the head; in training layers, forward and backward.
-
-    modes: of ops, as in build
+    """A layer of each kind, by its name, and the head (REST); in training layers alone, forward and
+    backward. modes: of ops, as in build
     """
     args, training = one_of_each(args), phase == "train"
     with FakeTensorMode(), torch.set_grad_enabled(training):
@@ -367,10 +365,10 @@ def describe(lowered: dict[str, Lowered]) -> str:
 
 def figures(args: ModelArgs, phase: str, shape: Shape) -> dict[str, dict]:
     """{"launches", "moved_bytes", "needed_bytes", "copied_weights": {kind of layer: {weights: n}}},
-    weights being "bf16" and "fp4".
+    weights being "bf16", and "fp4" but for training.
     """
     found: dict[str, dict] = {}
-    for weights in WEIGHTS:
+    for weights in WEIGHTS[:1] if phase == "train" else WEIGHTS:
         for kind, layer in lower_layers(args, phase, shape, weights).items():
             numbers = {
                 "launches": layer.launches,

@@ -383,7 +383,7 @@ def report(
                 numbers[f"saved_{recompute}_bytes"] = saved_bytes(args, recompute)
         if args.dim >= PRODUCTION_DIM:
             numbers |= lowered(args, phase, shape_of(args, phase), log)
-            if phase in ("decode", "verify"):
+            if phase == "decode":
                 numbers["estimate"] = {"gpu": gpu, "tok_per_s": estimate(numbers, kinds(args), gpu)}
         if run:
             numbers |= measured(config, phase, preset, log, folder)

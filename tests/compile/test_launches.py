@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from model import ModelArgs
-from tools.capture import Shape
-from tools.launches import REST, Lowered, lower_layers
+from tools.capture import REST, Shape
+from tools.launches import Lowered, figures, lower_layers
 
 SNAPSHOT = Path(__file__).parent / "snapshots" / "launches.json"
 MINOR = ".".join(torch.__version__.split(".")[:2])
@@ -96,6 +96,12 @@ def test_a_weight_that_is_copied_is_found():
     assert found["CSA, score"].moved > 1.1 * lowered("decode", "bf16")["CSA, score"].moved
 
 
+def test_figures_are_of_the_weights_that_a_phase_can_have():
+    """Packed weights are frozen: training has none, and still is reported."""
+    found = figures(ModelArgs.flash(), "train", CASES["train"])
+    assert {tuple(weights) for kinds in found.values() for weights in kinds.values()} == {("bf16",)}
+
+
 def test_our_ops_count_as_what_they_launch():
     """One token: hyper-connections and experts take two kernels each, rope one."""
     rows = lowered("decode", "bf16")["sliding, hash"].rows
@@ -103,5 +109,7 @@ def test_our_ops_count_as_what_they_launch():
     counts = {name: row.launches for name, row in ours.items()}
     expected = {"hc_pre": 2, "rope": 1, "sparse_attn": 2, "hc_post_pre": 2, "moe": 2, "hc_post": 1}
     assert counts == {**expected, "linear_fp32": 1}
+    results = 4096 * 2 + (4 + 16) * 4  # y, post, comb; beside them what one kernel leaves the other
+    assert results < ours["hc_pre"].written < 2 * results
     experts = 6 * 3 * 4096 * 2048 * 2  # bytes of the chosen ones
     assert experts < ours["moe"].read < 1.01 * experts

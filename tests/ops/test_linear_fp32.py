@@ -57,7 +57,7 @@ def test_a_weight_is_widened_in_blocks(monkeypatch, dtype):
     assert relative_error(x.grad, g.double() @ weight.detach().double()) <= rounding
 
 
-@pytest.mark.parametrize("tokens", (1, module.FEW))
+@pytest.mark.parametrize("tokens", (1, module.FEW_WIDENED))
 def test_decode_reads_the_weight_in_place(tokens):
     """Compiled for CPU, without gradients: no buffer of the weight's size."""
     x, weight, _ = inputs(tokens)
